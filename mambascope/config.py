@@ -1,0 +1,117 @@
+"""The shape of a Mamba-1 language model and every option that changes its numbers."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from mambascope.errors import ConfigError, nearest
+
+__all__ = ["ACTIVATIONS", "MambaConfig"]
+
+ACTIVATIONS = ("silu", "gelu", "relu", "identity")
+"""Activations of conv and gate that the model can compute; ``silu`` alone has fused kernels."""
+
+
+@dataclass(frozen=True)
+class MambaConfig:
+    """Shape and options of a model (Mamba, 2312.00752, section 3; names as in ``mambascope``'s glossary).
+
+    ``d_vocab`` counts the rows of the embedding; ids in ``[n_tokens, d_vocab)`` are padding of the
+    matrix and never valid input. ``mixer_norm_eps`` switches on Falcon-Mamba's weightless RMSNorm of
+    dt_low, B and C. ``dt_*`` and ``initializer_range`` only shape fresh weights.
+    """
+
+    d_model: int
+    n_layers: int
+    d_vocab: int
+    d_inner: int = 0  # 0: 2 * d_model
+    d_state: int = 16
+    d_conv: int = 4
+    dt_rank: int = 0  # 0: ceil(d_model / 16)
+    norm_eps: float = 1e-5
+    mixer_norm_eps: float | None = None
+    conv_bias: bool = True
+    proj_bias: bool = False
+    activation: str = "silu"
+    residual_in_fp32: bool = True
+    tie_embeddings: bool = True
+    n_tokens: int = 0  # 0: d_vocab
+    prepend_bos: bool = False
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    dt_min: float = 1e-3
+    dt_max: float = 0.1
+    dt_floor: float = 1e-4
+    dt_scale: float = 1.0
+    dt_init: str = "random"
+    initializer_range: float = 0.02
+    name: str = "mamba"
+
+    def __post_init__(self) -> None:
+        def put(field: str, value: int) -> None:
+            if getattr(self, field) == 0:
+                object.__setattr__(self, field, value)
+
+        put("d_inner", 2 * self.d_model)
+        put("dt_rank", math.ceil(self.d_model / 16))
+        put("n_tokens", self.d_vocab)
+        for field in ("d_model", "n_layers", "d_vocab", "d_inner", "d_state", "d_conv", "dt_rank", "n_tokens"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"{field} must be a positive integer, got {value!r}")
+        for field in ("norm_eps", "mixer_norm_eps", "dt_min", "dt_max"):
+            value = getattr(self, field)
+            if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+                raise ConfigError(f"{field} must be a positive number, got {value!r}")
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(f"activation {self.activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
+        if self.dt_init not in ("random", "constant"):
+            raise ConfigError(f"dt_init must be 'random' or 'constant', got {self.dt_init!r}")
+        if self.n_tokens > self.d_vocab:
+            raise ConfigError(f"n_tokens={self.n_tokens} exceeds d_vocab={self.d_vocab} rows of the embedding")
+        for field in ("bos_token_id", "eos_token_id"):
+            value = getattr(self, field)
+            if value is not None and not 0 <= value < self.n_tokens:
+                raise ConfigError(f"{field}={value} is outside the vocabulary of {self.n_tokens} tokens")
+        if self.prepend_bos and self.bos_token_id is None:
+            raise ConfigError("prepend_bos=True needs bos_token_id")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "MambaConfig":
+        """The inverse of :meth:`to_dict`; an unknown field is an error that offers the nearest names."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        for key in values:
+            if key not in known:
+                raise ConfigError(f"config has an unknown field {key!r}{nearest(key, known)}")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(f"config is incomplete: {error}") from None
+
+    # What TransformerLens' helpers ask a config for.
+
+    @property
+    def normalization_type(self) -> str:
+        return "RMS"
+
+    @property
+    def attn_only(self) -> bool:
+        """True: a block has one residual write, so the helpers add no MLP terms."""
+        return True
+
+    @property
+    def model_name(self) -> str:
+        return self.name
+
+    @property
+    def d_vocab_out(self) -> int:
+        return self.d_vocab
+
+    @property
+    def default_prepend_bos(self) -> bool:
+        return self.prepend_bos

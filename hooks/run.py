@@ -1,0 +1,114 @@
+"""One forward pass as the blocks see it: which hooks may fire, what is recorded, which path computes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mambascope.hooks.sites import Clock, Padding, SitePoint
+
+__all__ = ["Anchors", "PathTaken", "Recorder", "Run"]
+
+
+@dataclass(frozen=True)
+class PathTaken:
+    """How a layer was computed: backend, form, and why.
+
+    ``form`` is ``"fused"`` (softplus, skip and gate inside the scan), ``"open"`` (apart, each value
+    passed through its hook point, same bits), ``"split"`` (the recurrence ran in pieces around edited
+    states) or ``"exposed"`` (A_bar, B_bar or write were edited: the recurrence ran on them).
+    """
+
+    backend: str
+    form: str
+    why: str
+
+
+@dataclass
+class Anchors:
+    """States at known positions, from which any window of h is recomputed.
+
+    ``states[:, i]`` is h after column ``columns[i]``; -1 is the state at entry. With ``aligned`` the columns
+    count a row's real tokens instead of the padded tensor's columns.
+    """
+
+    columns: list[int]
+    states: Tensor  # B len(columns) D N
+    aligned: bool = False
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Anchors":
+        return Anchors(self.columns, fn(self.states), self.aligned)
+
+
+class Recorder(Protocol):
+    """What a forward pass needs from whoever records it (the cache, or a replay)."""
+
+    boundaries: int | None
+
+    def wants(self, name: str) -> bool:
+        """Whether the value at this hook point must be computed although no hook sits there."""
+        ...
+
+    def take(self, name: str, value: Tensor) -> None:
+        """Offer the value that left a hook point; kept only if wanted."""
+        ...
+
+    def take_anchors(self, name: str, anchors: Anchors) -> None:
+        """Offer the states from which ``name`` (a ``hook_h``) can be recomputed."""
+        ...
+
+
+@dataclass
+class Run:
+    """The context of one forward pass.
+
+    ``hooks=False`` while a block is replayed for a lazy read: the user's hooks must not fire again.
+    """
+
+    backend: str
+    why: str = ""
+    clock: Clock = field(default_factory=Clock)
+    hooks: bool = True
+    recorder: Recorder | None = None
+    padding: Padding | None = None
+
+    def exposes(self, point: SitePoint) -> bool:
+        """Whether the value at ``point`` must exist as a tensor."""
+        if self.hooks and point.live:
+            return True
+        return self.recorder is not None and self.recorder.wants(str(point.name))
+
+    def emit(self, point: SitePoint, value: Tensor, fork: bool = False) -> Tensor:
+        """Pass ``value`` through its hook point and offer it to the recorder.
+
+        ``fork`` marks a tensor that others read as well: hooks then get a copy, so that an edit in place
+        stays theirs.
+        """
+        if self.hooks:
+            value = point(value.clone() if fork and point.live else value)
+        if self.recorder is not None:
+            self.recorder.take(str(point.name), value)
+        return value
+
+    def emit_checked(self, point: SitePoint, value: Tensor) -> tuple[Tensor, bool]:
+        """Like :meth:`emit`; also tells whether a hook replaced the value or changed it in place."""
+        version = -1 if value.is_inference() else value._version
+        out = self.emit(point, value)
+        edited = out is not value or (version >= 0 and out._version != version)
+        # An inference tensor counts no versions: with a hook on it, assume an edit.
+        return out, edited or (version < 0 and self.hooks and point.live)
+
+    @property
+    def boundaries(self) -> int | None:
+        return self.recorder.boundaries if self.recorder is not None else None
+
+    @property
+    def lengths(self) -> Tensor | None:
+        return self.padding.lengths if self.padding is not None else None
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of states and step sizes: float32, or float64 in a float64 model."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,240 @@
+"""Sites: a hook point's name with an optional position, and the points that serve them.
+
+A site is ``"blocks.3.mixer.hook_h[100]"`` or ``"blocks.3.hook_resid_pre[-4:]"``: Python's own index
+notation on the position axis. Positions count a row's real tokens, from the start of what this call was
+given; in ``generate`` and ``step`` they are absolute, from where the state began.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint, LensHandle
+
+from mambascope.errors import HookError
+
+__all__ = ["Clock", "Index", "Padding", "SitePoint", "parse_site"]
+
+Index = int | slice | None
+_SITE = re.compile(r"^(?P<name>[^\[\]]+)(\[(?P<index>[^\[\]]*)\])?$")
+_SLICE = re.compile(r"^\s*(-?\d+)?\s*:\s*(-?\d+)?\s*(?::\s*(-?\d+)?\s*)?$")
+
+
+def parse_site(site: str) -> tuple[str, Index]:
+    """Split ``"name[index]"`` into name and index; HookError if the index is no int and no slice."""
+    match = _SITE.match(site.strip())
+    if match is None:
+        raise HookError(f"{site!r} is not a site; write a hook point's name, with [t] or [a:b] for positions")
+    text = match["index"]
+    if text is None:
+        return match["name"], None
+    if re.fullmatch(r"\s*-?\d+\s*", text):
+        return match["name"], int(text)
+    parts = _SLICE.match(text)
+    if parts is None:
+        raise HookError(f"site {site!r}: position [{text}] is neither an integer nor a slice a:b")
+    start, stop, step = (int(p) if p is not None else None for p in parts.groups())
+    if step is not None and step < 1:
+        raise HookError(f"site {site!r}: the step of a slice of positions must be positive, got {step}")
+    return match["name"], slice(start, stop, step)
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Where each row's real tokens lie: one run of ``lengths[b]`` columns from ``left[b]`` on."""
+
+    mask: Tensor  # B L bool
+    left: Tensor  # B
+    lengths: Tensor  # B
+
+    @property
+    def any_left(self) -> bool:
+        return bool(self.left.any())
+
+    def align(self, x: Tensor) -> Tensor:
+        """Shift rows so that real tokens start at column 0 (what follows them is repeated, not real)."""
+        return _shift(x, self.left)
+
+    def unalign(self, x: Tensor) -> Tensor:
+        """The inverse of :meth:`align`; padded columns hold copies of real ones."""
+        return _shift(x, -self.left)
+
+
+def _shift(x: Tensor, by: Tensor) -> Tensor:
+    columns = torch.arange(x.shape[1], device=x.device) + by[:, None]
+    columns = columns.clamp(0, x.shape[1] - 1)  # B L
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], columns]
+
+
+@dataclass
+class Clock:
+    """Which positions the running call covers; shared by all hook points of a model."""
+
+    length: int = 0
+    start: int | Tensor = 0  # absolute position of the first real token, one number or B
+    padding: Padding | None = None
+    absolute: bool = False  # generate, step: indices are absolute, negative ones refused
+    fired: set[int] = field(default_factory=set)
+
+    def columns(self, index: int | slice, name: str) -> tuple[Any, Any] | None:
+        """The columns that ``index`` means and the absolute positions there; None if not in this piece."""
+        if self.absolute:
+            return self._absolute(index, name)
+        if self.padding is None:
+            where = _resolve(index, self.length, name, "the text")
+            return where, _positions(where, self.start)
+        rows = [_resolve(index, int(n), name, f"row {b}") for b, n in enumerate(self.padding.lengths.tolist())]
+        if isinstance(index, int):
+            where = torch.tensor(rows, device=self.padding.left.device) + self.padding.left
+            return where, where - self.padding.left + self.start
+        ranges = [range(r.start, r.stop, r.step) for r in rows]
+        if len({len(r) for r in ranges}) > 1:
+            counts = ", ".join(f"row {b}: {len(r)}" for b, r in enumerate(ranges))
+            raise HookError(f"{name}: the slice covers different numbers of tokens in the rows ({counts})")
+        tokens = torch.tensor([list(r) for r in ranges], device=self.padding.left.device)  # B k
+        start = self.start[:, None] if isinstance(self.start, Tensor) else self.start
+        return tokens + self.padding.left[:, None], tokens + start
+
+    def _absolute(self, index: int | slice, name: str) -> tuple[Any, Any] | None:
+        edges = (index,) if isinstance(index, int) else (index.start, index.stop)
+        if any(edge is not None and edge < 0 for edge in edges):
+            raise HookError(f"{name}: negative positions have no meaning here, where the text still grows")
+        start = self.start
+        if isinstance(start, Tensor):
+            if int(start.min()) != int(start.max()) or self.padding is not None:
+                raise HookError(f"{name}: rows of different lengths; give hooks without positions, or one row at a time")
+            start = int(start[0])
+        if self.padding is not None:
+            raise HookError(f"{name}: rows of different lengths; give hooks without positions, or one row at a time")
+        if isinstance(index, int):
+            column = index - start
+            return (column, index) if 0 <= column < self.length else None
+        every = range(index.start or 0, start + self.length if index.stop is None else index.stop, index.step or 1)
+        inside = [p - start for p in every if 0 <= p - start < self.length]
+        if not inside:
+            return None
+        where = slice(inside[0], inside[-1] + 1, index.step or 1)
+        return where, _positions(where, start)
+
+
+def _resolve(index: int | slice, length: int, name: str, whose: str) -> Any:
+    if isinstance(index, int):
+        if not -length <= index < length:
+            raise HookError(f"{name}[{index}]: {whose} has only {length} tokens (positions {-length}…{length - 1})")
+        return index % length
+    where = slice(*index.indices(length))
+    if not range(length)[where]:
+        shown = f"{index.start if index.start is not None else ''}:{index.stop if index.stop is not None else ''}"
+        raise HookError(f"{name}[{shown}] addresses no token: {whose} has {length}")
+    return where
+
+
+def _positions(where: int | slice, start: int | Tensor) -> Any:
+    if isinstance(where, int):
+        return where + start
+    steps = torch.arange(where.start, where.stop, where.step)
+    if isinstance(start, Tensor):
+        return start[:, None] + steps.to(start.device)
+    return steps + start
+
+
+class SitePoint(HookPoint):
+    """TransformerLens' HookPoint with positions, and with a check of what a hook gives back.
+
+    ``pos`` holds, while a hook runs, the absolute positions that it was given: an int for one position of
+    unpadded text, else a LongTensor. A returned tensor must keep shape, dtype and device.
+    """
+
+    clock: Clock
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.pos: Any = None
+        self.indices: list[tuple[LensHandle, Index]] = []
+
+    @property
+    def live(self) -> bool:
+        """Whether any hook, of ours or of another library, sits here."""
+        return bool(self._forward_hooks or self._backward_hooks or self._forward_pre_hooks or self._backward_pre_hooks)
+
+    @property
+    def live_backward(self) -> bool:
+        return bool(self._backward_hooks or self._backward_pre_hooks)
+
+    def add_hook(
+        self,
+        hook: Callable[..., Any],
+        dir: Literal["fwd", "bwd"] = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+        alias_names: list[str] | None = None,
+        index: Index = None,
+    ) -> LensHandle:
+        """Add ``hook(value, hook=point)``; with ``index`` it sees and replaces those positions only."""
+        if dir not in ("fwd", "bwd"):
+            raise HookError(f"{self.name}: direction must be 'fwd' or 'bwd', got {dir!r}")
+        if not callable(hook):
+            raise HookError(f"{self.name}: a hook must be callable, got {type(hook).__name__}")
+
+        def guarded(value: Any, hook: Any) -> Any:
+            return self._call(user, value, hook, index)
+
+        user = hook
+        handle = super().add_hook(
+            guarded, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend, alias_names=alias_names
+        )
+        handle.user_hook = user
+        self.indices.append((handle, index))
+        return handle
+
+    def remove_hooks(self, *args: Any, **kwargs: Any) -> None:
+        super().remove_hooks(*args, **kwargs)
+        kept = {id(handle) for handle in (*self.fwd_hooks, *self.bwd_hooks)}
+        self.indices = [(handle, index) for handle, index in self.indices if id(handle) in kept]
+
+    def _call(self, fn: Callable[..., Any], value: Any, point: Any, index: Index) -> Any:
+        if index is None:
+            self.pos = None
+            return self._checked(fn(value, hook=point), value)
+        found = self.clock.columns(index, str(self.name))
+        if found is None:
+            return None
+        where, self.pos = found
+        if isinstance(where, Tensor):
+            rows = torch.arange(value.shape[0], device=value.device)
+            where = (rows if where.ndim == 1 else rows[:, None], where.to(value.device))
+        else:
+            where = (slice(None), where)
+        piece = value[where]
+        version = _version(piece)
+        answer = self._checked(fn(piece, hook=point), piece)
+        view = not isinstance(where[0], Tensor)
+        if answer is None or answer is piece:
+            if view or _version(piece) == version:
+                return None  # nothing changed, or it was changed in place through the view
+            answer = piece
+        whole = value.clone()
+        whole[where] = answer
+        return whole
+
+    def _checked(self, answer: Any, value: Any) -> Any:
+        if answer is None or answer is value:
+            return answer
+        if not isinstance(answer, Tensor):
+            raise HookError(f"{self.name}: a hook must return a tensor or None, got {type(answer).__name__}")
+        for what in ("shape", "dtype", "device"):
+            if getattr(answer, what) != getattr(value, what):
+                got, want = getattr(answer, what), getattr(value, what)
+                got, want = (tuple(got), tuple(want)) if what == "shape" else (got, want)
+                raise HookError(f"{self.name}: the hook returned {what} {got}, expected {want}")
+        return answer
+
+
+def _version(x: Any) -> int:
+    # Inference tensors keep no version; their edits are seen only if the hook returns a new tensor.
+    return -1 if not isinstance(x, Tensor) or x.is_inference() else x._version

@@ -1,0 +1,62 @@
+"""Safetensors files of our own making: written whole or not at all, read with their kind checked."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mambascope.errors import MambascopeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["read_tensors", "write_bytes", "write_tensors"]
+
+_FORMAT = "mambascope/1"
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new one, never a part."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_tensors(path: str | Path, tensors: dict[str, "Tensor"], meta: dict[str, str]) -> None:
+    """Write tensors with text metadata; atomic, see :func:`write_bytes`."""
+    from safetensors.torch import save
+
+    plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    seen: set[int] = set()
+    for name, value in plain.items():  # safetensors refuses tensors that share storage
+        if value.untyped_storage().data_ptr() in seen:
+            plain[name] = value.clone()
+        seen.add(plain[name].untyped_storage().data_ptr())
+    write_bytes(path, save(plain, {"format": _FORMAT, **meta}))
+
+
+def read_tensors(
+    path: str | Path, kind: str, error: type[MambascopeError]
+) -> tuple[dict[str, "Tensor"], dict[str, str]]:
+    """Tensors and metadata of a file that :func:`write_tensors` wrote for this ``kind``."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            meta = dict(file.metadata() or {})
+            if meta.get("format") != _FORMAT or meta.get("kind") != kind:
+                raise error(f"{path} is no {kind} file of mambascope (format {meta.get('format')!r})")
+            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
+    except FileNotFoundError:
+        raise error(f"{path} does not exist") from None
+    except (SafetensorError, OSError, json.JSONDecodeError) as cause:
+        raise error(f"{path} cannot be read: {cause}") from None

@@ -1,0 +1,27 @@
+"""The model's operators: scan, convolution, norm, elementwise pieces, on every backend.
+
+Tensors are ``B L D``. Nothing here knows of models or hooks.
+"""
+
+from mambascope.ops.conv import ConvOutput, causal_conv
+from mambascope.ops.dispatch import BACKENDS, Backend, resolve_backend
+from mambascope.ops.elementwise import gate, silu, softplus
+from mambascope.ops.norm import NormOutput, rms_norm
+from mambascope.ops.scan import ScanOutput, linear_scan, selective_scan, state_window
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "ConvOutput",
+    "NormOutput",
+    "ScanOutput",
+    "causal_conv",
+    "gate",
+    "linear_scan",
+    "resolve_backend",
+    "rms_norm",
+    "selective_scan",
+    "silu",
+    "softplus",
+    "state_window",
+]

@@ -1,0 +1,83 @@
+"""Causal depthwise convolution with a carried state."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mambascope.ops.checks import check_conv, compute_dtype
+from mambascope.ops.dispatch import Backend, chosen
+from mambascope.ops.elementwise import silu_formula
+
+__all__ = ["ConvOutput", "causal_conv"]
+
+
+class ConvOutput(NamedTuple):
+    """``y`` B L D and ``state`` B D K-1, both in x's dtype."""
+
+    y: Tensor
+    state: Tensor
+
+
+def conv_formula(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, lengths: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    batch, length, channels = x.shape
+    width = weight.shape[1]
+    wide = compute_dtype(x, weight, bias, state)
+    if state is None:
+        before = x.new_zeros(batch, width - 1, channels)
+    else:
+        before = state.to(x.dtype).transpose(1, 2)
+    full = torch.cat((before, x), 1)  # B K-1+L D
+    taps = full.to(wide)
+    w = weight.to(wide)
+    y = taps[:, :length] * w[:, 0]
+    for k in range(1, width):
+        y = y + taps[:, k : k + length] * w[:, k]
+    if bias is not None:
+        y = y + bias.to(wide)
+    y = y.to(x.dtype)
+    if silu:
+        y = silu_formula(y).to(x.dtype)
+    if lengths is None:
+        last = full[:, length:]
+    else:
+        rows = lengths.to(torch.int64)[:, None] + torch.arange(width - 1, device=x.device)
+        last = full.gather(1, rows[:, :, None].expand(-1, -1, channels))
+    return y, last.transpose(1, 2).contiguous()
+
+
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str | None = None,
+    state: Tensor | None = None,
+    lengths: Tensor | None = None,
+    backend: Backend = "auto",
+) -> ConvOutput:
+    """``y[t] = bias + Σ_k weight[k] · x[t − K + 1 + k]``, each channel by itself (Mamba, section 3.4).
+
+    Args:
+        x: ``B L D``; may be a strided view whose last axis is contiguous.
+        weight: ``D K`` or ``D 1 K`` (torch's ``Conv1d``), K ≥ 1; the last tap meets the current token.
+        bias: ``D``.
+        activation: None, or "silu" for ``silu(y)``; the same bits as `silu` applied to the result.
+        state: ``B D K-1``, the inputs before the first one, oldest first; zeros if None.
+        lengths: ``B``, the number of real tokens at each row's left; the new state holds the last K − 1 real ones. Row b's
+            ``y[b, lengths[b]:]`` is computed from padding and means nothing.
+        backend: see `resolve_backend`.
+
+    Returns:
+        `ConvOutput`: y ``B L D`` in x's dtype (sums in float32, float64 if an input is), and the new state ``B D K-1``.
+
+    Raises:
+        InputError: shapes, dtypes, devices or lengths that do not fit; the message names the tensor.
+    """
+    if weight.dim() == 3 and weight.shape[1] == 1:
+        weight = weight[:, 0]
+    check_conv(x, weight, bias, activation, state, lengths)
+    chosen(backend, x, d_conv=weight.shape[1])
+    return ConvOutput(*conv_formula(x, weight, bias, state, lengths, activation == "silu"))

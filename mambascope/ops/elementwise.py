@@ -1,0 +1,96 @@
+"""Softplus, SiLU and the gate: the elementwise pieces that the fused kernels contain.
+
+On a CPU the torch formulas are written with ``exp`` and ``log1p`` rather than with ``F.softplus`` and ``F.silu``: the
+latter round an element differently in the vector body and in the scalar tail of a loop, so a value would depend on
+where in the tensor it stands, and a text cut in two would not give the bits of the whole. Each branch of the formulas
+is analytic and equals the function, so derivatives of any order are right, also at 0.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mambascope.errors import InputError
+from mambascope.ops.checks import compute_dtype
+from mambascope.ops.dispatch import Backend, chosen
+
+__all__ = ["gate", "silu", "softplus"]
+
+
+def _decay(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether x ≥ 0, and exp(−|x|), which never overflows."""
+    positive = x >= 0
+    return positive, torch.exp(torch.where(positive, -x, x))
+
+
+def softplus_formula(x: Tensor) -> Tensor:
+    """log(1 + exp x) in the compute dtype."""
+    x = x.to(compute_dtype(x))
+    if x.device.type != "cpu":
+        return F.softplus(x)
+    positive, e = _decay(x)
+    return torch.where(positive, x, 0.0) + torch.log1p(e)
+
+
+def silu_formula(x: Tensor) -> Tensor:
+    """x · sigmoid(x) in the compute dtype."""
+    x = x.to(compute_dtype(x))
+    if x.device.type != "cpu":
+        return F.silu(x)
+    positive, e = _decay(x)
+    return x * (torch.where(positive, 1.0, e) / (1.0 + e))
+
+
+def gate_formula(y: Tensor, z: Tensor) -> Tensor:
+    """y · silu(z), rounded to z's dtype."""
+    wide = compute_dtype(y, z)
+    return (y.to(wide) * silu_formula(z.to(wide))).to(z.dtype)
+
+
+def softplus(x: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """Step sizes from their raw values: ``log(1 + exp(x))``.
+
+    Args:
+        x: delta_raw, any shape, any floating dtype.
+        backend: see `resolve_backend`; fused and apart give the same bits on each.
+
+    Returns:
+        Same shape; float32, or float64 if x is.
+    """
+    _floating("x", x)
+    chosen(backend, x)
+    return softplus_formula(x)
+
+
+def silu(x: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """``x · sigmoid(x)``, computed in float32 (float64 for float64) and rounded to x's dtype; any shape."""
+    _floating("x", x)
+    chosen(backend, x)
+    return silu_formula(x).to(x.dtype)
+
+
+def gate(y: Tensor, z: Tensor, *, backend: Backend = "auto") -> Tensor:
+    """The block's gate ``y · silu(z)`` (Mamba, section 3.4, figure 3).
+
+    Args:
+        y: ``B L D``, in the compute dtype (float32 or float64).
+        z: ``B L D``, the model's dtype.
+        backend: see `resolve_backend`.
+
+    Returns:
+        ``B L D`` in z's dtype.
+
+    Raises:
+        InputError: shapes or devices differ, or a dtype is not floating.
+    """
+    _floating("y", y)
+    _floating("z", z)
+    if y.shape != z.shape or y.device != z.device:
+        raise InputError(f"y and z must agree, got y {tuple(y.shape)} on {y.device}, z {tuple(z.shape)} on {z.device}")
+    chosen(backend, z)
+    return gate_formula(y, z)
+
+
+def _floating(name: str, x: Tensor) -> None:
+    if not x.dtype.is_floating_point:
+        raise InputError(f"{name} must be floating point, got {x.dtype}")

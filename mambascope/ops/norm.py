@@ -1,0 +1,56 @@
+"""Root-mean-square normalisation, with its scale and normalised value open to hooks."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mambascope.ops.checks import check_norm, compute_dtype
+from mambascope.ops.dispatch import Backend, chosen
+
+__all__ = ["NormOutput", "rms_norm"]
+
+
+class NormOutput(NamedTuple):
+    """``out`` as x; ``normalized`` and ``scale`` (last axis 1) in float32/64, or None unless exposed."""
+
+    out: Tensor
+    normalized: Tensor | None
+    scale: Tensor | None
+
+
+def norm_formula(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    wide = x.to(compute_dtype(x))
+    scale = torch.sqrt(wide.square().mean(-1, keepdim=True) + eps)
+    normalized = wide / scale
+    if weight is None:
+        return normalized.to(x.dtype), normalized, scale
+    return (normalized * weight.to(wide.dtype)).to(weight.dtype), normalized, scale
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, *, expose: bool = False, backend: Backend = "auto"
+) -> NormOutput:
+    """``x / sqrt(mean(x²) + eps) · weight`` over the last axis (Zhang and Sennrich, 1910.07467, equation 4).
+
+    All arithmetic is in float32 (float64 for float64 x), rounded once at the end.
+
+    Args:
+        x: ``… M``.
+        weight: ``M``, or None for no weight (Falcon-Mamba's norms inside the mixer).
+        eps: added to the mean square, ≥ 0.
+        expose: also return the intermediate values; ``out`` has the same bits either way.
+        backend: see `resolve_backend`.
+
+    Returns:
+        `NormOutput`: ``out`` in weight's dtype (x's without weight); ``normalized = x / scale`` and
+        ``scale = sqrt(mean(x²) + eps)``, ``… 1``, in the compute dtype.
+        ``out = (normalized · weight)`` rounded to its dtype, so an edit of ``normalized`` can be carried on from there.
+
+    Raises:
+        InputError: weight does not fit x, a dtype is not floating, or eps is negative.
+    """
+    check_norm(x, weight, eps)
+    chosen(backend, x)
+    out, normalized, scale = norm_formula(x, weight, eps)
+    return NormOutput(out, normalized, scale) if expose else NormOutput(out, None, None)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -46,6 +46,14 @@ class Recorder(Protocol):
     """What a forward pass needs from whoever records it (the cache, or a replay)."""
 
     boundaries: int | None
+
+    def begin(self, tokens: Tensor | None, padding: Padding | None, bos: bool, backend: str) -> None:
+        """A forward pass starts."""
+        ...
+
+    def begin_block(self, layer: int, resid: Tensor, state: Any) -> None:
+        """A block starts, from this residual stream ``B L M`` and mixer state (or None)."""
+        ...
 
     def wants(self, name: str) -> bool:
         """Whether the value at this hook point must be computed although no hook sits there."""

@@ -25,6 +25,9 @@ def write_bytes(path: str | Path, data: bytes) -> None:
             out.write(data)
             out.flush()
             os.fsync(out.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would hide the file from its group
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

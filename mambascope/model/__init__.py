@@ -1,0 +1,6 @@
+"""The hookable Mamba language model: mixer, block, model, state."""
+
+from mambascope.model.language_model import HookedMamba
+from mambascope.model.state import MambaState, State
+
+__all__ = ["HookedMamba", "MambaState", "State"]

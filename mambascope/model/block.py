@@ -1,0 +1,41 @@
+"""One residual block: norm, mixer, add. The mixer is a slot."""
+
+import torch
+from torch import Tensor, nn
+
+from mambascope.config import MambaConfig
+from mambascope.hooks.run import Run
+from mambascope.hooks.sites import SitePoint
+from mambascope.model.mixer import MambaMixer
+from mambascope.model.norm import RMSNorm
+from mambascope.model.state import MambaState
+
+__all__ = ["Block"]
+
+
+class Block(nn.Module):
+    """resid_post = resid_pre + mixer(norm(mixer_in)), where mixer_in is this block's own copy of resid_pre."""
+
+    def __init__(self, cfg: MambaConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.mixer = MambaMixer(cfg)
+        self.hook_resid_pre = SitePoint()
+        self.hook_mixer_in = SitePoint()
+        self.hook_mixer_out = SitePoint()
+        self.hook_resid_post = SitePoint()
+
+    @property
+    def residual_dtype(self) -> torch.dtype:
+        """float32 where the config keeps the residual stream so, else the weights' dtype."""
+        dtype = self.norm.weight.dtype
+        return torch.float32 if self.cfg.residual_in_fp32 and dtype != torch.float64 else dtype
+
+    def forward(self, resid: Tensor, run: Run, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
+        """The residual stream ``B L M`` after the block, and the mixer's state after the last real token."""
+        resid = run.emit(self.hook_resid_pre, resid.to(self.residual_dtype), fork=True)
+        mixer_in = run.emit(self.hook_mixer_in, resid, fork=True)
+        out, state = self.mixer(self.norm(mixer_in, run), run, state)
+        out = run.emit(self.hook_mixer_out, out)
+        return run.emit(self.hook_resid_post, resid + out), state

@@ -1,0 +1,83 @@
+"""The unembedding: logits where they are asked for, and a loss that never holds length x vocabulary."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mambascope.errors import InputError
+from mambascope.hooks.sites import Padding
+from mambascope.memory import require_bytes
+
+if TYPE_CHECKING:
+    from mambascope.model.language_model import HookedMamba
+
+__all__ = ["Output", "last_positions", "mean_loss", "next_token_losses", "unembed"]
+
+_CHUNK = 1 << 24  # logits held at a time by the loss: 64 MB in float32
+
+
+class Output(NamedTuple):
+    """What ``return_type="both"`` gives."""
+
+    logits: Tensor
+    loss: Tensor
+
+
+def unembed(model: "HookedMamba", normed: Tensor) -> Tensor:
+    """Logits ``… V`` of the normalised residual; refused before it starts where they cannot fit."""
+    rows = normed.reshape(-1, normed.shape[-1])
+    need = rows.shape[0] * model.cfg.d_vocab * normed.element_size()
+    way_out = "ask for the last ones with logits_to_keep=, for return_type='loss', or for fewer tokens at a time"
+    require_bytes(need, normed.device, f"logits of {rows.shape[0]:,} tokens x {model.cfg.d_vocab:,}", way_out, InputError)
+    return model.unembed(rows).view(*normed.shape[:-1], -1)
+
+
+def last_positions(x: Tensor, keep: int, padding: Padding | None) -> Tensor:
+    """The last ``keep`` real positions of every row of ``B L …``."""
+    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+        raise InputError(f"logits_to_keep must be a positive integer, got {keep!r}")
+    shortest = x.shape[1] if padding is None else int(padding.lengths.min())
+    if keep > shortest:
+        raise InputError(f"logits_to_keep={keep} exceeds the {shortest} tokens of the shortest row")
+    if padding is None:
+        return x[:, -keep:]
+    end = padding.left + padding.lengths
+    columns = end[:, None] - keep + torch.arange(keep, device=x.device)  # B keep
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], columns]
+
+
+def next_token_losses(model: "HookedMamba", normed: Tensor, targets: Tensor) -> Tensor:
+    """-log p(target) in nats, ``B T``, from the normalised residual ``B T M`` and target ids ``B T``.
+
+    Works in chunks of rows, so that memory is chunk x vocabulary also under autograd (each chunk's logits
+    are computed again in the backward pass).
+    """
+    rows, goal = normed.reshape(-1, normed.shape[-1]), targets.reshape(-1)
+    size = max(1, _CHUNK // model.cfg.d_vocab)
+
+    def chunk(x: Tensor, y: Tensor) -> Tensor:
+        logits = model.unembed(x)
+        logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+        return F.cross_entropy(logits, y, reduction="none")
+
+    if rows.shape[0] <= size:
+        return chunk(rows, goal).view(targets.shape)
+    parts = []
+    for start in range(0, rows.shape[0], size):
+        x, y = rows[start : start + size], goal[start : start + size]
+        parts.append(checkpoint(chunk, x, y, use_reentrant=False) if torch.is_grad_enabled() else chunk(x, y))
+    return torch.cat(parts).view(targets.shape)
+
+
+def mean_loss(losses: Tensor, padding: Padding | None, per_token: bool) -> Tensor:
+    """The mean over real next-token pairs, or (``per_token``) the losses themselves with zeros at padding."""
+    if padding is None:
+        return losses if per_token else losses.mean()
+    losses = losses * (padding.mask[:, 1:] & padding.mask[:, :-1])
+    count = int(padding.lengths.sum()) - padding.lengths.shape[0]
+    if count == 0:
+        raise InputError("no row has two tokens, so there is no next token to score")
+    return losses if per_token else losses.sum() / count

@@ -1,0 +1,97 @@
+"""From what a user passes in (text, ids, a mask) to checked tokens and padding."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mambascope.errors import InputError
+from mambascope.hooks.sites import Padding
+
+if TYPE_CHECKING:
+    from mambascope.model.language_model import HookedMamba
+
+__all__ = ["Prepared", "check_ids", "padding_of", "prepare"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Checked input: tokens ``B L`` on the model's device, padding or None, and whether a BOS was prepended."""
+
+    tokens: Tensor
+    padding: Padding | None
+    bos: bool
+
+
+def check_ids(tokens: Tensor, n_tokens: int, what: str = "tokens") -> None:
+    """InputError unless ``tokens`` is a non-empty ``B L`` tensor of integer ids in the vocabulary."""
+    if tokens.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+        raise InputError(f"{what} must be integer ids (torch.long), got {tokens.dtype}")
+    if tokens.ndim != 2:
+        raise InputError(f"{what} must have shape (batch, length), got {tuple(tokens.shape)}")
+    if tokens.numel() == 0:
+        raise InputError(f"{what} is empty (shape {tuple(tokens.shape)}); give at least one token")
+    if torch.compiler.is_compiling():
+        return
+    low, high = (int(v) for v in torch.aminmax(tokens))
+    if low < 0 or high >= n_tokens:
+        bad = low if low < 0 else high
+        row, column = (int(v) for v in (tokens == bad).nonzero()[0])
+        raise InputError(f"{what}[{row}, {column}] is {bad}, outside the vocabulary of {n_tokens} tokens (0…{n_tokens - 1})")
+
+
+def padding_of(mask: Tensor, shape: tuple[int, int], device: torch.device) -> Padding | None:
+    """Check an attention mask: one run of ones in each row, zeros only before or after it."""
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise InputError(f"attention_mask must have the tokens' shape {shape}, got {got}")
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        raise InputError("attention_mask must hold only 0 and 1")
+    mask = mask.to(device=device, dtype=torch.bool)
+    lengths = mask.sum(1)
+    empty = (lengths == 0).nonzero()
+    if len(empty):
+        raise InputError(f"attention_mask hides every token of row {int(empty[0])}")
+    left = mask.int().argmax(1)
+    columns = torch.arange(shape[1], device=device)
+    run = (columns >= left[:, None]) & (columns < (left + lengths)[:, None])
+    holes = (run != mask).any(1).nonzero()
+    if len(holes):
+        raise InputError(
+            f"attention_mask has a hole in row {int(holes[0])}: padding may stand before or after the real tokens only"
+        )
+    return None if bool(mask.all()) else Padding(mask, left, lengths)
+
+
+def prepare(
+    model: "HookedMamba", value: Any, prepend_bos: bool | None = None, attention_mask: Tensor | None = None
+) -> Prepared:
+    """Text, a list of texts or ids -> tokens ``B L``; ragged texts are padded on the right."""
+    if isinstance(value, str) or (isinstance(value, Sequence) and value and all(isinstance(v, str) for v in value)):
+        if attention_mask is not None:
+            raise InputError("attention_mask goes with token ids; for text the padding is known")
+        texts = [value] if isinstance(value, str) else list(value)
+        rows, bos = model.encode_texts(texts, prepend_bos)
+        width = max(len(row) for row in rows)
+        tokens = torch.tensor([row + [model.pad_token_id] * (width - len(row)) for row in rows], device=model.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+        return Prepared(tokens, padding_of(mask, (len(rows), width), model.device), bos)
+    if isinstance(value, Sequence) and not len(value):
+        raise InputError("the input is empty; give a text, a list of texts, or token ids")
+    if isinstance(value, Sequence) and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+        value = torch.tensor(value)
+    if not isinstance(value, Tensor):
+        raise InputError(f"give text, a list of texts, or a LongTensor of ids, got {type(value).__name__}")
+    if prepend_bos:
+        raise InputError("prepend_bos=True goes with text; token ids are taken as they are, so put the id in front yourself")
+    tokens = value[None] if value.ndim == 1 else value
+    check_ids(tokens, model.cfg.n_tokens)
+    tokens = tokens.to(model.device, torch.long)
+    if attention_mask is not None and attention_mask.ndim == 1:
+        attention_mask = attention_mask[None]
+    shape = (tokens.shape[0], tokens.shape[1])
+    padding = padding_of(attention_mask, shape, model.device) if attention_mask is not None else None
+    first = {int(t) for t in tokens[:, 0]} if not torch.compiler.is_compiling() else set()
+    return Prepared(tokens, padding, model.cfg.bos_token_id is not None and first == {model.cfg.bos_token_id})

@@ -1,0 +1,466 @@
+"""HookedMamba: a Mamba language model with a hook point at every intermediate."""
+
+import hashlib
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformer_lens import HookedRootModule
+
+from mambascope import ops
+from mambascope.config import MambaConfig
+from mambascope.errors import HookError, InputError, StateError
+from mambascope.hooks.cache import CacheRecorder, MambaCache, select_names
+from mambascope.hooks.points import hook_names, resolve_name
+from mambascope.hooks.run import PathTaken, Recorder, Run
+from mambascope.hooks.sites import Clock, Padding, SitePoint, parse_site
+from mambascope.model.block import Block
+from mambascope.model.generation import GenerateMethods
+from mambascope.model.head import Output, last_positions, mean_loss, next_token_losses, unembed
+from mambascope.model.inputs import Prepared, padding_of, prepare
+from mambascope.model.norm import RMSNorm
+from mambascope.model.state import MambaState, State
+from mambascope.model.text import TextMethods
+
+__all__ = ["HookedMamba"]
+
+_PIECE = 16_384
+"""Tokens (batch x length) that a forward without gradient, hooks or cache takes at a time."""
+
+
+class HookedMamba(TextMethods, GenerateMethods, HookedRootModule):
+    """A Mamba-1 language model (Gu & Dao, 2312.00752), open at every intermediate.
+
+    Use :func:`mambascope.load` for a checkpoint; the constructor gives fresh random weights. Hook points are
+    listed in ``mambascope.HOOK_POINTS``; ``model.explain_path()`` tells how each layer was last computed.
+    ``backend`` is ``"auto"``, ``"triton"``, ``"cpu"``, ``"torch"`` or ``"reference"``.
+    """
+
+    def __init__(
+        self,
+        cfg: MambaConfig,
+        tokenizer: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: ops.Backend = "auto",
+    ) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.tokenizer = tokenizer
+        self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
+        self.hook_embed = SitePoint()
+        self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layers)])
+        self.ln_final = RMSNorm(cfg.d_model, cfg.norm_eps)
+        self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
+        self._init_weights()
+        if cfg.tie_embeddings:
+            self.unembed.weight = self.embed.weight
+        self.model_id = uuid.uuid4().hex
+        self._hash: tuple[tuple[Any, ...], str] | None = None
+        self._clock = Clock()
+        self._recorder: Recorder | None = None
+        self.setup()
+        if list(self.hook_dict) != hook_names(cfg.n_layers):
+            self.hook_dict = {name: self.hook_dict[name] for name in hook_names(cfg.n_layers)}
+        for point in self.hook_dict.values():
+            cast(SitePoint, point).clock = self._clock
+        self.backend = backend
+        if device is not None or dtype is not None:
+            self.to(device=device, dtype=dtype)
+
+    def _init_weights(self) -> None:
+        std = self.cfg.initializer_range
+        nn.init.normal_(self.embed.weight, std=std)
+        nn.init.normal_(self.unembed.weight, std=std)
+        for block in self.blocks:
+            # Residual writes shrink with depth (GPT-2's rule, which the authors' code follows as well).
+            with torch.no_grad():
+                cast(Block, block).mixer.out_proj.weight.div_(self.cfg.n_layers**0.5)
+
+    # ---- what it is -------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
+    @property
+    def W_E(self) -> Tensor:
+        """Embedding, ``V M``."""
+        return self.embed.weight
+
+    @property
+    def W_U(self) -> Tensor:  # type: ignore[override]
+        """Unembedding, ``M V``."""
+        return self.unembed.weight.T
+
+    @property
+    def b_U(self) -> Tensor:
+        """The unembedding has no bias: zeros ``V``, for tools that add one."""
+        return torch.zeros(self.cfg.d_vocab, device=self.device, dtype=self.dtype)
+
+    def accumulated_bias(self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True) -> Tensor:
+        """The sum of the out_proj biases of blocks [0, layer), ``M``."""
+        total = torch.zeros(self.cfg.d_model, device=self.device, dtype=self.dtype)
+        for block in self.blocks[:layer]:
+            bias = cast(Block, block).mixer.out_proj.bias
+            total = total if bias is None else total + bias
+        return total
+
+    def weight_hash(self) -> str:
+        """SHA-256 over all parameters' names, shapes, dtypes and bytes; kept until a weight changes."""
+        key = tuple((name, p.data_ptr(), p._version) for name, p in self.named_parameters())
+        if self._hash is None or self._hash[0] != key:
+            digest = hashlib.sha256()
+            for name, p in self.named_parameters():
+                digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
+                digest.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().data if p.ndim else b"")
+            self._hash = (key, digest.hexdigest())
+        return self._hash[1]
+
+    def explain_path(self) -> list[PathTaken]:
+        """How each layer was computed in the last forward pass: backend, form and the reason for it."""
+        return [cast(Block, block).mixer.path for block in self.blocks]
+
+    # ---- hooks ------------------------------------------------------------------------------------
+
+    def add_hook(  # type: ignore[override]
+        self,
+        name: str | Callable[[str], bool],
+        hook: Callable[..., Any],
+        dir: Literal["fwd", "bwd"] = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> None:
+        """Add a hook at a site, or at every hook point whose name a function accepts (one at least)."""
+        for point, index in self._points_for(name):
+            point.add_hook(hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend, index=index)
+
+    def _points_for(self, name: str | Callable[[str], bool]) -> list[tuple[SitePoint, Any]]:
+        if isinstance(name, str):
+            bare, index = parse_site(name)
+            return [(cast(SitePoint, self.hook_dict[resolve_name(bare, self.hook_dict)]), index)]  # type: ignore[arg-type]
+        if not callable(name):
+            raise HookError(f"a site is a string or a function of names, got {type(name).__name__}")
+        found = [(cast(SitePoint, point), None) for key, point in self.hook_dict.items() if name(key)]
+        if not found:
+            raise HookError("the function given as a site accepts no hook point, so its hook would never fire")
+        return found
+
+    def _enable_hook(self, name: Any, hook: Callable[..., Any], dir: Literal["fwd", "bwd"]) -> None:
+        self.add_hook(name, hook, dir=dir, level=self.context_level)
+
+    def run_with_hooks(  # type: ignore[override]
+        self,
+        *model_args: Any,
+        fwd_hooks: list[Any] = [],  # noqa: B006  (TransformerLens' signature)
+        bwd_hooks: list[Any] = [],  # noqa: B006
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        """One forward pass with hooks ``[(site, fn), …]``; they are gone afterwards, also after an error.
+
+        Backward hooks stay attached to the graph of this call: they fire when its output is differentiated.
+        """
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+            return self(*model_args, **model_kwargs)
+
+    @contextmanager
+    def _recording(self, recorder: Recorder | None) -> Iterator[None]:
+        before, self._recorder = self._recorder, recorder
+        try:
+            yield
+        finally:
+            self._recorder = before
+
+    def run_with_cache(  # type: ignore[override]
+        self,
+        *model_args: Any,
+        names_filter: Any = None,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        incl_bwd: bool = False,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        pos_slice: Any = None,
+        return_cache_object: bool = True,
+        **model_kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """Run and return ``(output, cache)``; see :class:`mambascope.hooks.cache.MambaCache`.
+
+        Without ``names_filter`` everything is readable while little is stored: each block's input and its
+        state every 64 tokens; the rest is computed on first read. With a filter (a name, a list, a function)
+        those activations are stored. ``incl_bwd`` differentiates the output, which must be a scalar
+        (``return_type="loss"``), and stores everything with gradients as ``name + "_grad"``.
+        """
+        names = select_names(names_filter, list(self.hook_dict))
+        recorder = CacheRecorder(self, names, everything=names_filter is None, eager=incl_bwd or pos_slice is not None)
+        backward = [(n, recorder.take_gradient) for n in recorder.gradient_names()] if incl_bwd else []
+        with self.hooks(bwd_hooks=backward, reset_hooks_end=reset_hooks_end, clear_contexts=clear_contexts):
+            with self._recording(recorder):
+                out = self(*model_args, **model_kwargs)
+            if incl_bwd:
+                result = out[0] if isinstance(out, tuple) else out
+                if not isinstance(result, Tensor) or result.numel() != 1:
+                    raise InputError("incl_bwd needs a scalar output; call with return_type='loss'")
+                result.backward()
+        cache = MambaCache(recorder.finish(), self)
+        if pos_slice is not None:
+            cache = cache.at_positions(pos_slice)
+        if device is not None:
+            cache = cache.to(device)
+        if remove_batch_dim:
+            cache = cache.remove_batch_dim()
+        return out, cache if return_cache_object else dict(cache.items())
+
+    # ---- running ----------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input: Any,
+        return_type: Literal["logits", "loss", "both"] | None = "logits",
+        loss_per_token: bool = False,
+        prepend_bos: bool | None = None,
+        attention_mask: Tensor | None = None,
+        state: State | None = None,
+        return_state: bool = False,
+        logits_to_keep: int | None = None,
+        stop_at_layer: int | None = None,
+        start_at_layer: int | None = None,
+    ) -> Any:
+        """Run the model.
+
+        ``input``: text, a list of texts, ids ``B L`` (or ``L``), or with ``start_at_layer`` a residual stream
+        ``B L M`` entering that block. ``attention_mask`` ``B L`` marks real tokens; padding may stand on either
+        side. ``state`` continues a text. Returns logits ``B L V`` (the last ``logits_to_keep`` positions), the
+        mean next-token loss in nats (``B L-1`` with ``loss_per_token``), both, or None; with
+        ``stop_at_layer`` the residual stream entering that block; with ``return_state`` a pair
+        ``(output, State)``. Cost: O(L) in time; without gradient long inputs run in pieces of 16,384 tokens.
+        """
+        if return_type not in ("logits", "loss", "both", None):
+            raise InputError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}")
+        first, last = self._layers(start_at_layer, stop_at_layer, return_state)
+        entry = self._entry(input, prepend_bos, attention_mask, start_at_layer)
+        if entry.tokens is None and return_type in ("loss", "both") and stop_at_layer is None:
+            raise InputError("the loss needs tokens; with start_at_layer ask for return_type='logits'")
+        if state is not None:
+            self.check_state(state, entry.batch)
+        run = self._new_run(entry, state)
+        with self._clock_at(entry, state):
+            return self._forward(
+                entry, run, state, first, last, return_type, loss_per_token, logits_to_keep, stop_at_layer, return_state
+            )
+
+    def _forward(
+        self,
+        entry: "_Entry",
+        run: Run,
+        state: State | None,
+        first: int,
+        last: int,
+        return_type: str | None,
+        loss_per_token: bool,
+        keep: int | None,
+        stop: int | None,
+        return_state: bool,
+    ) -> Any:
+        layers: list[MambaState | None] = [None] * self.cfg.n_layers
+        if state is not None:
+            layers = list(state.layers)
+        wants_loss, wants_logits = return_type in ("loss", "both"), return_type in ("logits", "both")
+        if wants_loss and stop is None and entry.length < 2:
+            raise InputError("the loss needs at least two tokens: one to predict from, one to predict")
+        kept, losses = [], []
+        for begin, end in self._pieces_of(entry, run, stop):
+            resid = entry.resid if entry.tokens is None else self.hooked_embed(entry.tokens[:, begin:end], run)
+            for i in range(first, last):
+                resid, layers[i] = self._block(i, resid, run, layers[i])
+            if stop is not None:
+                return self._with_state(resid, entry, state, layers, return_state)
+            normed = self.ln_final(resid, run)
+            if wants_loss and entry.tokens is not None:
+                stop_at = min(end, entry.length - 1)
+                targets = entry.tokens[:, begin + 1 : stop_at + 1]
+                losses.append(next_token_losses(self, normed[:, : stop_at - begin], targets))
+            if wants_logits:
+                kept.append(self._kept(normed, begin, end, entry, keep))
+        logits = unembed(self, torch.cat(kept, 1) if len(kept) > 1 else kept[0]) if wants_logits else None
+        loss = mean_loss(torch.cat(losses, 1), entry.padding, loss_per_token) if wants_loss else None
+        out: Any = logits if loss is None else loss if logits is None else Output(logits, loss)
+        return self._with_state(out, entry, state, layers, return_state)
+
+    def hooked_embed(self, tokens: Tensor, run: Run) -> Tensor:
+        """Token embeddings ``B L M``, passed through ``hook_embed``."""
+        return run.emit(self.hook_embed, self.embed(tokens))
+
+    def _block(self, layer: int, resid: Tensor, run: Run, state: MambaState | None) -> tuple[Tensor, MambaState]:
+        if run.recorder is not None:
+            run.recorder.begin_block(layer, resid, state)
+        return cast(Block, self.blocks[layer])(resid, run, state)
+
+    def _kept(self, normed: Tensor, begin: int, end: int, entry: "_Entry", keep: int | None) -> Tensor:
+        if keep is None:
+            return normed
+        if entry.padding is not None or end - begin == entry.length:
+            return last_positions(normed, keep, entry.padding)
+        if isinstance(keep, bool) or not isinstance(keep, int) or not 1 <= keep <= entry.length:
+            raise InputError(f"logits_to_keep must be an integer from 1 to the {entry.length} tokens, got {keep!r}")
+        return normed[:, max(0, entry.length - keep - begin) :]
+
+    def _with_state(
+        self, out: Any, entry: "_Entry", state: State | None, layers: list[MambaState | None], return_state: bool
+    ) -> Any:
+        if not return_state:
+            return out
+        start = state.position if state is not None else 0
+        read = entry.length if entry.padding is None else entry.padding.lengths
+        return out, State(cast(list[MambaState], layers), start + read, self.model_id)
+
+    def _layers(self, start: int | None, stop: int | None, return_state: bool) -> tuple[int, int]:
+        n = self.cfg.n_layers
+        for name, value in (("start_at_layer", start), ("stop_at_layer", stop)):
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not -n <= value <= n:
+                raise InputError(f"{name}={value!r} is outside the model's {n} blocks ({-n}…{n})")
+        if start is not None and start == n:
+            raise InputError(f"start_at_layer={start}: the last block is {n - 1}")
+        first = 0 if start is None else start % n
+        last = n if stop is None or stop == n else stop % n
+        if last < first:
+            raise InputError(f"stop_at_layer={stop} lies before start_at_layer={start}")
+        if return_state and (first, last) != (0, n):
+            raise InputError("return_state needs the whole model: leave start_at_layer and stop_at_layer out")
+        return first, last
+
+    def _entry(self, value: Any, prepend_bos: bool | None, mask: Tensor | None, start: int | None) -> "_Entry":
+        if start is None:
+            prepared: Prepared = prepare(self, value, prepend_bos, mask)
+            return _Entry(prepared.tokens, None, prepared.padding, prepared.bos)
+        if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[-1] != self.cfg.d_model:
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"with start_at_layer the input is a residual stream (B, L, {self.cfg.d_model}), got {got}")
+        if not value.is_floating_point() or value.shape[1] == 0:
+            raise InputError(f"the residual stream must be a non-empty float tensor, got {value.dtype}, {tuple(value.shape)}")
+        value = value.to(self.device)
+        padding = None if mask is None else padding_of(mask, (value.shape[0], value.shape[1]), self.device)
+        return _Entry(None, value, padding, False)
+
+    def _new_run(self, entry: "_Entry", state: State | None) -> Run:
+        needs_grad = torch.is_grad_enabled() and (
+            any(p.requires_grad for p in self.parameters())
+            or (entry.resid is not None and entry.resid.requires_grad)
+            or (state is not None and any(s.ssm.requires_grad or s.conv.requires_grad for s in state.layers))
+        )
+        backend, why = ops.resolve_backend(self.backend, self.device, self.dtype, needs_grad)
+        run = Run(backend, why, self._clock, True, self._recorder, entry.padding)
+        if self._recorder is not None:
+            self._recorder.begin(entry.tokens, entry.padding, entry.bos, backend)
+        return run
+
+    @contextmanager
+    def _clock_at(self, entry: "_Entry", state: State | None) -> Iterator[None]:
+        clock = self._clock
+        before = (clock.length, clock.start, clock.padding)
+        clock.length, clock.padding = entry.length, entry.padding
+        clock.start = state.position if state is not None else 0
+        try:
+            yield
+        finally:
+            clock.length, clock.start, clock.padding = before
+
+    def _pieces_of(self, entry: "_Entry", run: Run, stop: int | None) -> list[tuple[int, int]]:
+        """Column ranges to run one after the other, the states carried between them."""
+        whole = [(0, entry.length)]
+        if entry.batch * entry.length <= _PIECE or entry.tokens is None or entry.padding is not None:
+            return whole
+        if stop is not None or torch.is_grad_enabled() or run.recorder is not None:
+            return whole
+        if any(cast(SitePoint, point).live for point in self.hook_dict.values()):
+            return whole
+        size = max(1, _PIECE // entry.batch)
+        return [(a, min(a + size, entry.length)) for a in range(0, entry.length, size)]
+
+    def check_state(self, state: State, batch: int) -> None:
+        """StateError unless ``state`` was made by this model for ``batch`` rows."""
+        if not isinstance(state, State):
+            raise StateError(f"state must be a mambascope State, got {type(state).__name__}")
+        if state.model_id != self.model_id:
+            raise StateError("the state was made by another model")
+        if len(state.layers) != self.cfg.n_layers:
+            raise StateError(f"the state has {len(state.layers)} layers, the model {self.cfg.n_layers}")
+        for i, layer in enumerate(state.layers):
+            want = cast(Block, self.blocks[i]).mixer.initial_state(0)
+            for name, got, like in (("ssm", layer.ssm, want.ssm), ("conv", layer.conv, want.conv)):
+                if tuple(got.shape) != (batch, *like.shape[1:]):
+                    expected = (batch, *like.shape[1:])
+                    raise StateError(f"layer {i}: state.{name} has shape {tuple(got.shape)}, expected {expected}")
+                if got.dtype != like.dtype or got.device != like.device:
+                    raise StateError(
+                        f"layer {i}: state.{name} is {got.dtype} on {got.device}, expected {like.dtype} on {like.device}"
+                    )
+
+    def initial_state(self, batch: int = 1) -> State:
+        """The state before the first token: zeros, for ``batch`` rows."""
+        return State([cast(Block, b).mixer.initial_state(batch) for b in self.blocks], 0, self.model_id)
+
+    def step(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """One token for every row: ids ``B`` (or ``B 1``) -> logits ``B V`` and the new state.
+
+        Hooks fire, with absolute positions. Cost per token is constant, whatever was read before.
+        """
+        tokens = torch.as_tensor(tokens, device=self.device)
+        tokens = tokens.reshape(-1, 1) if tokens.ndim < 2 else tokens
+        if tokens.ndim == 2 and tokens.shape[1] != 1:
+            raise InputError(f"step takes one token a row, got shape {tuple(tokens.shape)}; give more to model(…, state=)")
+        state = state if state is not None else self.initial_state(tokens.shape[0])
+        with self._absolute():
+            logits, state = self(tokens, state=state, return_state=True)
+        return logits[:, 0], state
+
+    @contextmanager
+    def _absolute(self) -> Iterator[None]:
+        before, self._clock.absolute = self._clock.absolute, True
+        try:
+            yield
+        finally:
+            self._clock.absolute = before
+
+    # ---- what the cache asks for ------------------------------------------------------------------
+
+    def replay(
+        self, layer: int, resid: Tensor, state: MambaState | None, padding: Padding | None, backend: str, recorder: Recorder
+    ) -> None:
+        """Run one block again on its recorded input, without the user's hooks, for ``recorder`` to watch."""
+        run = Run(backend, "replayed for the cache", Clock(), False, recorder, padding)
+        path = cast(Block, self.blocks[layer]).mixer.path
+        with torch.no_grad():
+            cast(Block, self.blocks[layer])(resid, run, state)
+        cast(Block, self.blocks[layer]).mixer.path = path
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a forward pass begins: tokens, or a residual stream."""
+
+    tokens: Tensor | None
+    resid: Any
+    padding: Padding | None
+    bos: bool
+
+    @property
+    def batch(self) -> int:
+        return (self.tokens if self.tokens is not None else self.resid).shape[0]
+
+    @property
+    def length(self) -> int:
+        return (self.tokens if self.tokens is not None else self.resid).shape[1]

@@ -1,0 +1,207 @@
+"""The Mamba mixer (2312.00752, algorithm 2 and section 3.4), open at every step."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mambascope import ops
+from mambascope.config import MambaConfig
+from mambascope.hooks.run import PathTaken, Run, compute_dtype
+from mambascope.hooks.sites import SitePoint
+from mambascope.hooks.state_point import StatePoint
+from mambascope.model.recurrence import Inputs, Points, anchors_of, run_recurrence
+from mambascope.model.state import MambaState
+
+__all__ = ["MambaMixer"]
+
+_ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "identity": lambda x: x}
+
+
+class MambaMixer(nn.Module):
+    """x, z = in_proj(r); u = SiLU(conv(x)); delta, B, C from u; y = scan(u); out_proj((y + D u) SiLU(z))."""
+
+    def __init__(self, cfg: MambaConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        D, N, R, K = cfg.d_inner, cfg.d_state, cfg.dt_rank, cfg.d_conv
+        self.in_proj = nn.Linear(cfg.d_model, 2 * D, bias=cfg.proj_bias)
+        # A Conv1d for its parameter names and initialisation; ops.causal_conv does the work.
+        self.conv1d = nn.Conv1d(D, D, K, groups=D, padding=K - 1, bias=cfg.conv_bias)
+        self.x_proj = nn.Linear(D, R + 2 * N, bias=False)
+        self.dt_proj = nn.Linear(R, D, bias=True)
+        self.A_log = nn.Parameter(torch.log(torch.arange(1, N + 1, dtype=torch.float32)).repeat(D, 1))  # D N, S4D-real
+        self.D = nn.Parameter(torch.ones(D))
+        self.out_proj = nn.Linear(D, cfg.d_model, bias=cfg.proj_bias)
+        for name in ("x", "gate_in", "conv", "u", "u_select", "u_write", "u_skip", "dt_low", "B", "C", "delta_raw"):
+            setattr(self, f"hook_{name}", SitePoint())
+        for name in ("delta", "A_bar", "B_bar", "write", "y", "skip", "gated"):
+            setattr(self, f"hook_{name}", SitePoint())
+        self.hook_h = StatePoint()
+        self._points = Points(self.hook_A_bar, self.hook_B_bar, self.hook_write, self.hook_h)
+        self._A: tuple[tuple[int, int], Tensor] | None = None
+        self.path = PathTaken("none", "none", "has not run yet")
+        self._init_delta()
+
+    def _init_delta(self) -> None:
+        """dt_proj's bias such that softplus(bias) is log-uniform in [dt_min, dt_max] (2312.00752, section 3.6)."""
+        cfg = self.cfg
+        spread = cfg.dt_rank**-0.5 * cfg.dt_scale
+        with torch.no_grad():
+            if cfg.dt_init == "constant":
+                nn.init.constant_(self.dt_proj.weight, spread)
+            else:
+                nn.init.uniform_(self.dt_proj.weight, -spread, spread)
+            low, high = math.log(cfg.dt_min), math.log(cfg.dt_max)
+            delta = torch.exp(torch.rand(cfg.d_inner) * (high - low) + low).clamp(min=cfg.dt_floor)
+            self.dt_proj.bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # the inverse of softplus
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MambaMixer":
+        """As in torch, but A_log and D stay float32 in a bf16 or fp16 model, as in the authors' code."""
+        if recurse:
+            for module in self.children():
+                module._apply(fn)
+
+        def keep(t: Tensor) -> Tensor:
+            out = fn(t)
+            return t.to(out.device) if out.dtype in (torch.bfloat16, torch.float16) else out
+
+        self._A = None
+        return super()._apply(keep, recurse=False)
+
+    def decay(self) -> Tensor:
+        """A = -exp(A_log), ``D N``; kept between calls while A_log stays as it is and no gradient is asked."""
+        if torch.is_grad_enabled() and self.A_log.requires_grad:
+            return -torch.exp(self.A_log.to(compute_dtype(self.A_log.dtype)))
+        key = (self.A_log.data_ptr(), self.A_log._version if not self.A_log.is_inference() else -1)
+        if self._A is None or self._A[0] != key or self._A[1].device != self.A_log.device:
+            with torch.no_grad():
+                self._A = (key, -torch.exp(self.A_log.detach().to(compute_dtype(self.A_log.dtype))))
+        return self._A[1]
+
+    def initial_state(self, batch: int) -> MambaState:
+        """The state before the first token: zeros."""
+        weight = self.in_proj.weight
+        ssm = torch.zeros(
+            batch, self.cfg.d_inner, self.cfg.d_state, device=weight.device, dtype=compute_dtype(weight.dtype)
+        )
+        conv = torch.zeros(batch, self.cfg.d_inner, self.cfg.d_conv - 1, device=weight.device, dtype=weight.dtype)
+        return MambaState(ssm, conv)
+
+    def forward(self, r: Tensor, run: Run, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
+        """Mix the normalised residual ``B L M``; the output ``B L M`` and the state after the last real token."""
+        D = self.cfg.d_inner
+        xz = _project(r, self.in_proj.weight, self.in_proj.bias)  # B L 2D
+        x = run.emit(self.hook_x, xz[..., :D])
+        z = run.emit(self.hook_gate_in, xz[..., D:])
+        u, conv_state = self._conv(x, run, state)
+        u = run.emit(self.hook_u, u)
+        u_select = run.emit(self.hook_u_select, u, fork=True)
+        u_write = run.emit(self.hook_u_write, u, fork=True)
+        u_skip = run.emit(self.hook_u_skip, u, fork=True)
+        dt_low, B, C = self._select(u_select, run)
+        raw = _project(dt_low, self.dt_proj.weight, self.dt_proj.bias)  # B L D
+        raw = run.emit(self.hook_delta_raw, raw)
+        h0 = state.ssm if state is not None else None
+        why = self._why_open(run, u_write, u_skip)
+        if why:
+            gated, h_last = self._open(raw, u_write, u_skip, B, C, z, h0, run, why)
+        else:
+            gated, h_last = self._fused(raw, u_write, B, C, z, h0, run)
+        gated = run.emit(self.hook_gated, gated)
+        out = _project(gated, self.out_proj.weight, self.out_proj.bias)  # B L M
+        return out, MambaState(h_last, conv_state)
+
+    def _conv(self, x: Tensor, run: Run, state: MambaState | None) -> tuple[Tensor, Tensor]:
+        weight, bias = self.conv1d.weight, self.conv1d.bias
+        incoming = state.conv if state is not None else None
+        padding = run.padding
+        if padding is not None and padding.any_left:
+            x = padding.align(x)
+        fused = "silu" if self.cfg.activation == "silu" and not run.exposes(self.hook_conv) else None
+        out = ops.causal_conv(
+            x, weight, bias, activation=fused, state=incoming, lengths=run.lengths, backend=run.backend
+        )
+        y = padding.unalign(out.y) if padding is not None and padding.any_left else out.y
+        if fused:
+            return y, out.state
+        y = run.emit(self.hook_conv, y)
+        return self._activate(y, run), out.state
+
+    def _activate(self, x: Tensor, run: Run) -> Tensor:
+        if self.cfg.activation == "silu":
+            return ops.silu(x, backend=run.backend)
+        return _ACTIVATIONS[self.cfg.activation](x)
+
+    def _select(self, u: Tensor, run: Run) -> tuple[Tensor, Tensor, Tensor]:
+        cfg = self.cfg
+        dt_low, B, C = _project(u, self.x_proj.weight, None).split([cfg.dt_rank, cfg.d_state, cfg.d_state], -1)
+        if cfg.mixer_norm_eps is not None:  # Falcon-Mamba (2410.05355): weightless RMSNorm of all three
+            dt_low, B, C = (
+                ops.rms_norm(v, None, cfg.mixer_norm_eps, backend=run.backend).out.to(u.dtype) for v in (dt_low, B, C)
+            )
+        return run.emit(self.hook_dt_low, dt_low), run.emit(self.hook_B, B), run.emit(self.hook_C, C)
+
+    def _why_open(self, run: Run, u_write: Tensor, u_skip: Tensor) -> str:
+        """Why softplus, skip and gate cannot run inside the scan; empty if they can."""
+        for point in (self.hook_delta, self.hook_y, self.hook_skip):
+            if run.exposes(point):
+                return f"{str(point.name).rsplit('.', 1)[-1]} is read"
+        if run.hooks:
+            for point in (self.hook_A_bar, self.hook_B_bar, self.hook_write, self.hook_h):
+                if point.live:
+                    return f"{str(point.name).rsplit('.', 1)[-1]} has a hook"
+        if u_write is not u_skip:
+            return "u_write and u_skip differ"
+        if run.padding is not None:
+            return "the batch is padded"
+        return "" if self.cfg.activation == "silu" else f"activation {self.cfg.activation}"
+
+    def _fused(
+        self, raw: Tensor, u: Tensor, B: Tensor, C: Tensor, z: Tensor, h0: Tensor | None, run: Run
+    ) -> tuple[Tensor, Tensor]:
+        out = ops.selective_scan(
+            u, raw, self.decay(), B, C, self.D, z, dt_softplus=True, h0=h0, boundaries=run.boundaries, backend=run.backend
+        )
+        if run.recorder is not None and run.boundaries is not None:
+            run.recorder.take_anchors(str(self.hook_h.name), anchors_of(out, run.boundaries, u.shape[1]))
+        self.path = PathTaken(run.backend, "fused", run.why)
+        return out.y, out.h_last
+
+    def _open(
+        self,
+        raw: Tensor,
+        u_write: Tensor,
+        u_skip: Tensor,
+        B: Tensor,
+        C: Tensor,
+        z: Tensor,
+        h0: Tensor | None,
+        run: Run,
+        why: str,
+    ) -> tuple[Tensor, Tensor]:
+        delta = ops.softplus(raw, backend=run.backend)  # B L D, compute dtype
+        if run.padding is not None:  # after softplus: a padded step must neither decay nor write
+            delta = delta.masked_fill(~run.padding.mask[..., None], 0.0)
+        delta = run.emit(self.hook_delta, delta)
+        if h0 is None:
+            h0 = self.initial_state(raw.shape[0]).ssm
+        inputs = Inputs(u_write, delta, self.decay(), B, C, h0)
+        y, h_last, form = run_recurrence(inputs, self._points, run)
+        y = run.emit(self.hook_y, y)
+        skip = torch.mul(u_skip.to(y.dtype), self.D.to(y.dtype))  # B L D
+        skip = run.emit(self.hook_skip, skip)
+        self.path = PathTaken(run.backend, form, why)
+        total = torch.add(y, skip)
+        if self.cfg.activation == "silu":
+            return ops.gate(total, z, backend=run.backend), h_last
+        return (total * self._activate(z, run).to(total.dtype)).to(z.dtype), h_last
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b for ``B L *`` with any row stride, as one matrix product over all B*L rows."""
+    rows = x.reshape(-1, x.shape[-1])
+    out = torch.addmm(bias, rows, weight.t()) if bias is not None else torch.mm(rows, weight.t())
+    return out.view(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,249 @@
+"""The recurrence with hooks inside it.
+
+    h[t] = A_bar[t] h[t-1] + B_bar[t] u[t],    y[t] = sum_n C[t, n] h[t, :, n]
+
+Nobody looking: one scan. ``hook_h`` read: one scan, and windows of h recomputed from its boundary states, so
+that reading changes no bit. ``hook_h`` edited at a step: everything after that step is scanned again from the
+edited state, in pieces between the addressed steps. ``A_bar``, ``B_bar`` or ``write`` edited: the recurrence
+runs on those tensors, for this layer only.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mambascope import ops
+from mambascope.errors import InputError
+from mambascope.hooks.run import Anchors, Run
+from mambascope.hooks.sites import SitePoint
+from mambascope.hooks.state_point import StatePoint
+from mambascope.memory import require_bytes
+
+__all__ = ["BOUNDARY", "Inputs", "Points", "anchors_of", "read_out", "run_recurrence"]
+
+BOUNDARY = 64
+"""Tokens between two stored states: 1.5 KB a token and layer at 130m size."""
+
+
+@dataclass
+class Inputs:
+    """What the recurrence reads: u, delta ``B L D`` (delta after softplus), A ``D N``, B, C ``B L N``, h0."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    h0: Tensor  # B D N
+
+    def cut(self, start: int, stop: int, h0: Tensor) -> "Inputs":
+        return Inputs(
+            self.u[:, start:stop], self.delta[:, start:stop], self.A, self.B[:, start:stop], self.C[:, start:stop], h0
+        )
+
+    def scan(self, backend: str, boundaries: int | None) -> ops.ScanOutput:
+        return ops.selective_scan(
+            self.u, self.delta, self.A, self.B, self.C, h0=self.h0, boundaries=boundaries, backend=backend
+        )
+
+
+@dataclass
+class Points:
+    """The hook points inside the recurrence of one mixer."""
+
+    A_bar: SitePoint
+    B_bar: SitePoint
+    write: SitePoint
+    h: StatePoint
+
+
+def run_recurrence(inputs: Inputs, points: Points, run: Run) -> tuple[Tensor, Tensor, str]:
+    """y ``B L D`` (before skip and gate), the last state ``B D N``, and the form taken (see PathTaken)."""
+    if run.hooks and (points.A_bar.live or points.B_bar.live or points.write.live):
+        exposed = _exposed(inputs, points, run)
+        if exposed is not None:
+            return (*exposed, "exposed")
+    if run.hooks and points.h.live:
+        padding = run.padding
+        aligned = padding is not None and padding.any_left
+        if aligned:
+            inputs = _align(inputs, run)
+        steps = points.h.begin()
+        if steps:
+            y, h_last, anchors, edited = _split(inputs, points.h, steps, run)
+            if aligned and padding is not None:
+                y, anchors.aligned = padding.unalign(y), True
+            if run.recorder is not None:
+                run.recorder.take_anchors(str(points.h.name), anchors)
+            return y, h_last, "split" if edited else "open"
+    out = inputs.scan(run.backend, run.boundaries)
+    if run.recorder is not None and out.h_boundary is not None and run.boundaries is not None:
+        run.recorder.take_anchors(str(points.h.name), anchors_of(out, run.boundaries, inputs.u.shape[1]))
+    return out.y, out.h_last, "open"
+
+
+def anchors_of(out: ops.ScanOutput, interval: int, length: int) -> Anchors:
+    """The states that a scan left behind: at entry, at every boundary, and at the end."""
+    assert out.h_boundary is not None
+    columns = [c * interval - 1 for c in range(out.h_boundary.shape[1])]
+    if columns[-1] == length - 1:
+        return Anchors(columns, out.h_boundary)
+    return Anchors([*columns, length - 1], torch.cat([out.h_boundary, out.h_last[:, None]], 1))
+
+
+def _align(inputs: Inputs, run: Run) -> Inputs:
+    padding = run.padding
+    assert padding is not None
+    real = torch.arange(inputs.u.shape[1], device=inputs.u.device) < padding.lengths[:, None]
+    delta = padding.align(inputs.delta) * real[..., None]
+    return Inputs(
+        padding.align(inputs.u), delta, inputs.A, padding.align(inputs.B), padding.align(inputs.C), inputs.h0
+    )
+
+
+def read_out(h: Tensor, C: Tensor) -> Tensor:
+    """y = sum_n C[n] h[:, n] of one step: h ``B D N``, C ``B N`` -> ``B D``."""
+    return (h * C[:, None, :].to(h.dtype)).sum(-1)
+
+
+def _split(inputs: Inputs, point: StatePoint, steps: list[int], run: Run) -> tuple[Tensor, Tensor, Anchors, bool]:
+    length = inputs.u.shape[1]
+    interval = run.boundaries or BOUNDARY
+    # A backward hook needs h inside the graph, so its steps are split even if nobody edits.
+    first, edited_h, out = steps[0], None, None
+    if not point.live_backward:
+        out = inputs.scan(run.backend, interval)
+        assert out.h_boundary is not None
+        first, edited_h = _read(inputs, out.h_boundary, interval, point, steps, run)
+        if edited_h is None:
+            return out.y, out.h_last, anchors_of(out, interval, length), False
+    pieces = _Pieces(inputs, run, interval)
+    if out is not None and edited_h is not None:
+        pieces.adopt(out, first, interval)
+        pieces.put(first, edited_h)
+        steps = [t for t in steps if t > first]
+    for t in steps:
+        h = pieces.scan_to(t)
+        h, _ = point.at(t, h)
+        pieces.put(t, h)
+    pieces.finish(length)
+    return torch.cat(pieces.y, 1), pieces.h, pieces.anchors(), True
+
+
+def _read(
+    inputs: Inputs, h_boundary: Tensor, interval: int, point: StatePoint, steps: list[int], run: Run
+) -> tuple[int, Tensor | None]:
+    """Show the hooks h at their steps; stop at the first edit and return its step and state."""
+    window, begin = None, -1
+    for t in steps:
+        chunk = t // interval
+        if window is None or chunk * interval != begin:
+            begin = chunk * interval
+            stop = 1 + max(s for s in steps if s // interval == chunk)
+            part = inputs.cut(begin, stop, h_boundary[:, chunk])
+            window = ops.state_window(part.u, part.delta, part.A, part.B, part.h0, backend=run.backend)
+        h, edited = point.at(t, window[:, t - begin].contiguous())
+        if edited:
+            return t, h
+    return steps[-1], None
+
+
+class _Pieces:
+    """The scan taken apart: pieces of y so far, the state after them, and the states worth keeping."""
+
+    def __init__(self, inputs: Inputs, run: Run, interval: int) -> None:
+        self.inputs, self.run, self.interval = inputs, run, interval
+        self.y: list[Tensor] = []
+        self.h = inputs.h0
+        self.done = 0  # columns computed
+        self._columns: list[int] = [-1]
+        self._states: list[Tensor] = [inputs.h0]
+
+    def adopt(self, out: ops.ScanOutput, stop: int, interval: int) -> None:
+        """Take over columns [0, stop) of a scan that has run."""
+        assert out.h_boundary is not None
+        self.y.append(out.y[:, :stop])
+        self.done = stop
+        for chunk in range(1, out.h_boundary.shape[1]):
+            if chunk * interval - 1 < stop:
+                self._keep(chunk * interval - 1, out.h_boundary[:, chunk])
+
+    def _keep(self, column: int, h: Tensor) -> None:
+        self._columns.append(column)
+        self._states.append(h.detach())
+
+    def scan_to(self, t: int) -> Tensor:
+        """Scan up to and including column t; its y is left to :meth:`put`, its state is returned."""
+        part = self.inputs.cut(self.done, t + 1, self.h)
+        out = part.scan(self.run.backend, self.interval)
+        self._take(out, t)
+        return out.h_last
+
+    def _take(self, out: ops.ScanOutput, stop: int) -> None:
+        assert out.h_boundary is not None
+        for chunk in range(1, out.h_boundary.shape[1]):
+            self._keep(self.done + chunk * self.interval - 1, out.h_boundary[:, chunk])
+        self.y.append(out.y[:, : stop - self.done])
+        self.done = stop
+
+    def put(self, t: int, h: Tensor) -> None:
+        """The state after column t is h, whatever was computed."""
+        self.y.append(read_out(h, self.inputs.C[:, t])[:, None])
+        self.h, self.done = h, t + 1
+        self._keep(t, h)
+
+    def finish(self, length: int) -> None:
+        if self.done < length:
+            out = self.inputs.cut(self.done, length, self.h).scan(self.run.backend, self.interval)
+            self._take(out, length)
+            self.h = out.h_last
+            self._keep(length - 1, out.h_last)
+
+    def anchors(self) -> Anchors:
+        return Anchors(self._columns, torch.stack([s.detach() for s in self._states], 1))
+
+
+def _exposed(inputs: Inputs, points: Points, run: Run) -> tuple[Tensor, Tensor] | None:
+    """Show A_bar, B_bar and write to their hooks; run on them if one was edited, else None."""
+    batch, length, width = inputs.u.shape
+    need = 4 * batch * length * width * inputs.A.shape[1] * inputs.delta.element_size()
+    way_out = "hook fewer positions of hook_h instead, or a shorter text"
+    require_bytes(need, inputs.u.device, f"exposing {points.A_bar.name}, B_bar and write", way_out, InputError)
+    A_bar = torch.exp(inputs.delta[..., None] * inputs.A)  # B L D N
+    A_bar, edited_A = run.emit_checked(points.A_bar, A_bar)
+    B_bar = inputs.delta[..., None] * inputs.B[:, :, None, :].to(inputs.delta.dtype)  # B L D N
+    B_bar, edited_B = run.emit_checked(points.B_bar, B_bar)
+    write = B_bar * inputs.u[..., None].to(B_bar.dtype)  # B L D N
+    write, edited_write = run.emit_checked(points.write, write)
+    if not (edited_A or edited_B or edited_write):
+        return None
+    if run.recorder is not None:
+        for point, value in ((points.A_bar, A_bar), (points.B_bar, B_bar), (points.write, write)):
+            run.recorder.take_anchors(str(point.name), Anchors([], value))
+    steps = set(points.h.begin()) if points.h.live else set()
+    if not steps:
+        y, h_last, h = ops.linear_scan(A_bar, write, inputs.C, inputs.h0)
+    else:
+        y, h_last, h = _exposed_steps(A_bar, write, inputs, points.h, steps, run)
+    if run.recorder is not None:
+        run.recorder.take_anchors(str(points.h.name), Anchors([-1, *range(length)], torch.cat([inputs.h0[:, None], h], 1)))
+    return y, h_last
+
+
+def _exposed_steps(
+    A_bar: Tensor, write: Tensor, inputs: Inputs, point: StatePoint, steps: set[int], run: Run
+) -> tuple[Tensor, Tensor, Tensor]:
+    if run.padding is not None and run.padding.any_left:
+        raise InputError(
+            f"{point.name}: hooks on h together with edits of A_bar, B_bar or write need unpadded or right-padded "
+            "text; pad on the right"
+        )
+    h, states, ys = inputs.h0, [], []
+    for t in range(A_bar.shape[1]):
+        h = A_bar[:, t] * h + write[:, t]  # B D N
+        if t in steps:
+            h, _ = point.at(t, h)
+        states.append(h)
+        ys.append(read_out(h, inputs.C[:, t]))
+    return torch.stack(ys, 1), h, torch.stack(states, 1)

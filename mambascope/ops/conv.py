@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mambascope.ops import operators
 from mambascope.ops.checks import check_conv, compute_dtype
-from mambascope.ops.dispatch import Backend, chosen
+from mambascope.ops.dispatch import KERNEL_BACKENDS, Backend, choose, kernels
 from mambascope.ops.elementwise import silu_formula
 
 __all__ = ["ConvOutput", "causal_conv"]
@@ -66,7 +67,7 @@ def causal_conv(
         bias: ``D``.
         activation: None, or "silu" for ``silu(y)``; the same bits as `silu` applied to the result.
         state: ``B D K-1``, the inputs before the first one, oldest first; zeros if None.
-        lengths: ``B``, the number of real tokens at each row's left; the new state holds the last K − 1 real ones. Row b's
+        lengths: ``B``, the number of real tokens at each row's left; the new state holds the last K − 1 real ones, and
             ``y[b, lengths[b]:]`` is computed from padding and means nothing.
         backend: see `resolve_backend`.
 
@@ -79,5 +80,10 @@ def causal_conv(
     if weight.dim() == 3 and weight.shape[1] == 1:
         weight = weight[:, 0]
     check_conv(x, weight, bias, activation, state, lengths)
-    chosen(backend, x, d_conv=weight.shape[1])
-    return ConvOutput(*conv_formula(x, weight, bias, state, lengths, activation == "silu"))
+    name = choose(backend, x, weight, bias, state, d_conv=weight.shape[1])
+    silu = activation == "silu"
+    if name not in KERNEL_BACKENDS or x.numel() == 0:
+        return ConvOutput(*conv_formula(x, weight, bias, state, lengths, silu))
+    if operators.direct(x, weight, bias, state):
+        return ConvOutput(*kernels(name).conv_forward(x, weight, bias, state, lengths, silu=silu))
+    return ConvOutput(*operators.call("causal_conv", name, x, weight, bias, state, lengths, silu))

@@ -11,26 +11,30 @@ A kernel backend is a module with the functions that `Kernels` lists; it is impo
 import importlib
 import importlib.util
 import warnings
-from types import ModuleType
-from typing import Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from mambascope.errors import BackendError, nearest
 
-__all__ = ["BACKENDS", "Backend", "kernels", "resolve_backend"]
+__all__ = ["BACKENDS", "KERNEL_BACKENDS", "Backend", "choose", "kernels", "resolve_backend"]
 
 Backend = Literal["auto", "reference", "torch", "cpu", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
+KERNEL_BACKENDS = {"cpu": ("cpu",), "triton": ("cuda", "cpu")}
+"""The backends made of kernels, and the devices of their operators (Triton's interpreter takes CPU tensors)."""
+
 _HOME = {"cpu": "mambascope.ops.cpu", "triton": "mambascope.ops.scan.triton"}
 _NEEDS = {"cpu": "numba", "triton": "triton"}
-_modules: dict[str, ModuleType | str] = {}
+_modules: dict[str, Any] = {}
 _decisions: dict[tuple[str, torch.device, torch.dtype, int, int], tuple[str, str]] = {}
 _noticed: set[str] = set()
 
 
-def _load(name: str) -> ModuleType | str:
+def _load(name: str) -> Any:
     """The kernel module of a backend, or the reason in words why there is none."""
     found = _modules.get(name)
     if found is None:
@@ -42,15 +46,13 @@ def _load(name: str) -> ModuleType | str:
             home = _HOME[name]
             # Only a missing kernel module is a reason; an error inside it is a fault and surfaces.
             parent, _, leaf = home.rpartition(".")
-            if importlib.util.find_spec(home) is None:
-                found = f"{parent} has no {leaf} kernels in this installation"
-            else:
-                found = importlib.import_module(home)
+            module = importlib.import_module(home) if importlib.util.find_spec(home) else None
+            found = module if hasattr(module, "supports") else f"{parent} has no {leaf} kernels in this installation"
         _modules[name] = found
     return found
 
 
-def kernels(name: str) -> ModuleType:
+def kernels(name: str) -> Any:
     """The kernel module of ``cpu`` or ``triton``; `BackendError` if it cannot be loaded."""
     found = _load(name)
     if isinstance(found, str):
@@ -60,10 +62,8 @@ def kernels(name: str) -> ModuleType:
 
 def _why_not(name: str, device: torch.device, dtype: torch.dtype, d_state: int, d_conv: int) -> str:
     """Why a kernel backend cannot take this ('' if it can)."""
-    if name == "cpu" and device.type != "cpu":
-        return f"it runs on CPU tensors, these are on {device}"
-    if name == "triton" and device.type != "cuda":
-        return f"it runs on CUDA tensors, these are on {device}"
+    if device.type not in KERNEL_BACKENDS[name]:
+        return f"it runs on {KERNEL_BACKENDS[name][0].upper()} tensors, these are on {device}"
     if dtype == torch.float64:
         return "its kernels compute in float32, the inputs are float64"
     found = _load(name)
@@ -72,20 +72,16 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype, d_state: int, 
 
 def _decide(backend: str, device: torch.device, dtype: torch.dtype, d_state: int, d_conv: int) -> tuple[str, str]:
     if backend not in BACKENDS:
-        raise BackendError(f"unknown backend {backend!r}{nearest(backend, BACKENDS)} Known: {', '.join(BACKENDS)}")
+        raise BackendError(f"unknown backend {backend!r}{nearest(backend, BACKENDS)} (known: {', '.join(BACKENDS)})")
     if not dtype.is_floating_point:
         raise BackendError(f"dtype {dtype} is not supported: the operators take floating-point tensors")
-    if backend == "reference":
+    if backend in ("reference", "torch"):
         return backend, "asked for"
-    if backend == "torch" or backend in _HOME:
-        raise BackendError(f"backend {backend!r} is not wired yet; use 'auto' or 'reference'")
     if backend in _HOME:
         reason = _why_not(backend, device, dtype, d_state, d_conv)
         if reason:
-            way = "use backend='torch' or 'auto'" if device.type != "meta" else "use backend='auto'"
-            raise BackendError(f"backend {backend!r} cannot run: {reason}; {way}")
+            raise BackendError(f"backend {backend!r} cannot run: {reason}; use backend='torch' or 'auto'")
         return backend, "asked for"
-    return "reference", "the only backend wired so far"
     if device.type not in ("cpu", "cuda"):
         return "torch", f"no kernels for device {device.type!r}"
     name = "cpu" if device.type == "cpu" else "triton"
@@ -137,10 +133,25 @@ def resolve_backend(
     return found
 
 
-def chosen(backend: str, x: torch.Tensor, d_state: int = 16, d_conv: int = 4) -> str:
-    """The backend's name alone, for the operators' front ends."""
-    return resolve_backend(backend, x.device, x.dtype, d_state=d_state, d_conv=d_conv)[0]
+def choose(backend: str, *tensors: Tensor | None, d_state: int = 16, d_conv: int = 4) -> str:
+    """The backend's name for a call with these tensors; the first says the device and, float64 aside, the dtype.
 
-
-def as_backend(name: str) -> Backend:
-    return cast(Backend, name)
+    Neither the kernels nor the chunked scan see functorch's transforms (`torch.func`) and forward-mode derivatives:
+    there ``auto`` takes the reference, and every other choice is refused.
+    """
+    first = tensors[0]
+    assert first is not None
+    dtype = first.dtype
+    for x in tensors:
+        if x is not None and x.dtype == torch.float64:
+            dtype = torch.float64
+    if backend == "reference":
+        return backend
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        if backend != "auto":
+            raise BackendError(
+                f"backend {backend!r} cannot run inside torch.func transforms or forward-mode differentiation; "
+                "use backend='reference' or 'auto' there"
+            )
+        return "reference"
+    return resolve_backend(backend, first.device, dtype, d_state=d_state, d_conv=d_conv)[0]

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambascope.errors import InputError
+from mambascope.ops import operators
 from mambascope.ops.checks import compute_dtype
-from mambascope.ops.dispatch import Backend, chosen
+from mambascope.ops.dispatch import KERNEL_BACKENDS, Backend, choose, kernels
 
 __all__ = ["gate", "silu", "softplus"]
 
@@ -58,15 +59,19 @@ def softplus(x: Tensor, *, backend: Backend = "auto") -> Tensor:
         Same shape; float32, or float64 if x is.
     """
     _floating("x", x)
-    chosen(backend, x)
-    return softplus_formula(x)
+    name = choose(backend, x)
+    if name not in KERNEL_BACKENDS:
+        return softplus_formula(x)
+    return kernels(name).softplus_forward(x) if operators.direct(x) else operators.call("softplus", name, x)
 
 
 def silu(x: Tensor, *, backend: Backend = "auto") -> Tensor:
     """``x · sigmoid(x)``, computed in float32 (float64 for float64) and rounded to x's dtype; any shape."""
     _floating("x", x)
-    chosen(backend, x)
-    return silu_formula(x).to(x.dtype)
+    name = choose(backend, x)
+    if name not in KERNEL_BACKENDS:
+        return silu_formula(x).to(x.dtype)
+    return kernels(name).silu_forward(x) if operators.direct(x) else operators.call("silu", name, x)
 
 
 def gate(y: Tensor, z: Tensor, *, backend: Backend = "auto") -> Tensor:
@@ -87,8 +92,10 @@ def gate(y: Tensor, z: Tensor, *, backend: Backend = "auto") -> Tensor:
     _floating("z", z)
     if y.shape != z.shape or y.device != z.device:
         raise InputError(f"y and z must agree, got y {tuple(y.shape)} on {y.device}, z {tuple(z.shape)} on {z.device}")
-    chosen(backend, z)
-    return gate_formula(y, z)
+    name = choose(backend, z, y)
+    if name not in KERNEL_BACKENDS:
+        return gate_formula(y, z)
+    return kernels(name).gate_forward(y, z) if operators.direct(y, z) else operators.call("gate", name, y, z)
 
 
 def _floating(name: str, x: Tensor) -> None:

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mambascope.ops import operators
 from mambascope.ops.checks import check_norm, compute_dtype
-from mambascope.ops.dispatch import Backend, chosen
+from mambascope.ops.dispatch import KERNEL_BACKENDS, Backend, choose, kernels
 
 __all__ = ["NormOutput", "rms_norm"]
 
@@ -51,6 +52,11 @@ def rms_norm(
         InputError: weight does not fit x, a dtype is not floating, or eps is negative.
     """
     check_norm(x, weight, eps)
-    chosen(backend, x)
-    out, normalized, scale = norm_formula(x, weight, eps)
+    name = choose(backend, x, weight)
+    if name not in KERNEL_BACKENDS:
+        out, normalized, scale = norm_formula(x, weight, eps)
+    elif operators.direct(x, weight):
+        return NormOutput(*kernels(name).norm_forward(x, weight, eps, expose=expose))
+    else:
+        out, normalized, scale = operators.call("rms_norm", name, x, weight, eps, expose)
     return NormOutput(out, normalized, scale) if expose else NormOutput(out, None, None)

@@ -2,13 +2,15 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from mambascope.errors import InputError
+from mambascope.errors import BackendError, InputError
+from mambascope.ops import operators
 from mambascope.ops.checks import check_scan, check_window, compute_dtype
-from mambascope.ops.dispatch import Backend, chosen
+from mambascope.ops.dispatch import KERNEL_BACKENDS, Backend, choose, kernels
 from mambascope.ops.elementwise import gate_formula, softplus_formula
-from mambascope.ops.scan import reference
+from mambascope.ops.scan import chunked, reference
 
 __all__ = ["ScanOutput", "linear_scan", "selective_scan", "state_window"]
 
@@ -39,12 +41,12 @@ def selective_scan(
 ) -> ScanOutput:
     """The selective state space recurrence (Mamba, 2312.00752, algorithm 2 and equation 2).
 
-    ``h[t] = exp(delta[t] A) h[t−1] + delta[t] B[t] u[t]``, ``y[t] = Σ_n C[t,n] h[t,:,n]``, then ``+ D u`` and ``· silu(z)``
-    if D and z are given. All arithmetic and h are float32, float64 if an input is.
+    ``h[t] = exp(delta[t] A) h[t−1] + delta[t] B[t] u[t]``, ``y[t] = Σ_n C[t,n] h[t,:,n]``, then ``+ D u`` and
+    ``· silu(z)`` if D and z are given. All arithmetic and h are float32, float64 if an input is.
 
     Args:
         u: ``B L D``, the scan's input, after conv and SiLU.
-        delta: ``B L D``, step sizes; with ``dt_softplus`` the raw values, of which ``softplus(delta + dt_bias)`` is used.
+        delta: ``B L D``, step sizes ≥ 0; with ``dt_softplus`` raw values: ``softplus(delta + dt_bias)`` is used.
         A: ``D N``, negative decay rates.
         B, C: ``B L N``.
         D: ``D``, skip weights. z: ``B L D``, gate input in u's dtype.
@@ -62,19 +64,55 @@ def selective_scan(
         BackendError: an explicit backend that cannot run.
     """
     check_scan(u, delta, A, B, C, D, z, dt_bias, dt_softplus, h0, lengths, boundaries)
-    chosen(backend, u, d_state=A.shape[1])
-    if dt_softplus:
-        delta = softplus_formula(delta if dt_bias is None else _wide(delta) + _wide(dt_bias))
-    y, h_last, h_boundary = reference.scan(u, delta, A, B, C, h0, lengths, boundaries)
-    if D is not None:
-        y = y + D.to(y.dtype) * u.to(y.dtype)
-    if z is not None:
-        y = gate_formula(y, z)
-    return ScanOutput(y, h_last, h_boundary)
+    name = choose(backend, u, delta, A, B, C, D, z, dt_bias, h0, d_state=A.shape[1])
+    if u.numel() == 0:
+        name = "reference"
+    if name in KERNEL_BACKENDS:
+        inputs = (u, delta, A, B, C, D, z, dt_bias, h0, lengths)
+        if operators.direct(*inputs):
+            scan_forward = kernels(name).scan_forward
+            return ScanOutput(*scan_forward(*inputs, dt_softplus=dt_softplus, boundaries=boundaries))
+        return ScanOutput(*operators.scan(name, inputs, dt_softplus, boundaries))
+    return _by_formulas(name, u, delta, A, B, C, D, z, dt_bias, dt_softplus, h0, lengths, boundaries)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(compute_dtype(x))
+def _by_formulas(
+    name: str,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    h0: Tensor | None,
+    lengths: Tensor | None,
+    boundaries: int | None,
+) -> ScanOutput:
+    """The recurrence of ``reference`` or ``torch`` between torch formulas for delta and the output."""
+    wide = compute_dtype(u, delta, A, B, C, D, z, dt_bias, h0)
+
+    def finish_delta(delta: Tensor) -> Tensor:
+        delta = delta.to(wide)
+        if dt_bias is not None:
+            delta = delta + dt_bias.to(wide)
+        return softplus_formula(delta) if dt_softplus else delta
+
+    def finish_y(y: Tensor, u: Tensor, z: Tensor | None) -> Tensor:
+        if D is not None:
+            y = y + D.to(wide) * u.to(wide)
+        return y if z is None else gate_formula(y, z)
+
+    tensors = (u, delta, A, B, C, D, z, dt_bias, h0)
+    if name == "torch" and not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
+        finish = chunked.Finish(finish_delta, finish_y)
+        out_dtype = wide if z is None else z.dtype
+        return ScanOutput(*chunked.scan(u, delta, A, B, C, z, h0, lengths, boundaries, wide, finish, out_dtype))
+    scan = chunked.scan_with_grad if name == "torch" else reference.scan
+    y, h_last, h_boundary = scan(u, finish_delta(delta), A, B, C, h0, lengths, boundaries)
+    return ScanOutput(finish_y(y, u, z), h_last, h_boundary)
 
 
 def state_window(
@@ -92,10 +130,22 @@ def state_window(
 
     Raises:
         InputError: shapes, dtypes or devices that do not fit.
+        BackendError: an explicit kernel backend with tensors that require gradients (``auto`` takes ``torch`` there).
     """
     check_window(u, delta, A, B, h_start)
-    chosen(backend, u, d_state=A.shape[1])
-    return reference.window(u, delta, A, B, h_start)
+    name = choose(backend, u, delta, A, B, h_start, d_state=A.shape[1])
+    if u.numel() == 0:
+        name = "reference"
+    if name in KERNEL_BACKENDS:
+        inputs = (u, delta, A, B, h_start)
+        if operators.direct(*inputs):
+            return kernels(name).state_window(*inputs)
+        if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+            return operators.call("state_window", name, *inputs)
+        if backend != "auto":
+            raise BackendError(f"state_window has no gradient on backend {name!r}; use backend='torch' or 'auto'")
+        name = "torch"
+    return (chunked if name == "torch" else reference).window(u, delta, A, B, h_start)
 
 
 def linear_scan(A_bar: Tensor, write: Tensor, C: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,6 +173,7 @@ def linear_scan(A_bar: Tensor, write: Tensor, C: Tensor, h0: Tensor | None = Non
             raise InputError(f"{name} is on {x.device}, but A_bar is on {A_bar.device}; move them to one device")
     wide = compute_dtype(A_bar, write, C, h0)
     start = A_bar.new_zeros(batch, channels, states, dtype=wide) if h0 is None else h0.to(wide)
-    h = reference.recurrence(A_bar.to(wide), write.to(wide), start)
+    scan = reference if choose("auto", A_bar) == "reference" or A_bar.numel() == 0 else chunked
+    h = scan.recurrence(A_bar.to(wide), write.to(wide), start)
     y = (h * C.to(wide)[:, :, None, :]).sum(-1)
     return y, h[:, -1] if length else start, h

@@ -1,0 +1,346 @@
+"""Kernel backends as `torch.library` operators, so that autograd, torch.compile, export and tracing see them.
+
+One registration serves every backend whose module keeps the kernel interface: ``mambascope::selective_scan_cpu``,
+``mambascope::selective_scan_triton``, and so on. In plain eager mode without gradients the front ends call the kernels
+themselves (`direct`): an operator call costs tens of microseconds, which a model of 24 layers would pay per token.
+
+Operators cannot return None, so an output or gradient that is not there is an empty tensor here. Scan and convolution
+have backward kernels, whose own derivative is refused by name; the elementwise operators and the norm are
+differentiated by torch formulas, to any order.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mambascope.errors import BackendError
+from mambascope.ops.checks import compute_dtype
+from mambascope.ops.dispatch import KERNEL_BACKENDS, kernels
+
+__all__ = ["call", "direct", "scan"]
+
+REPLAY_INTERVAL = 64
+"""Steps between the states that are kept for the backward pass, unless the kernels name their own."""
+
+_SCAN = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? h0, "
+_CONV = "Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? lengths, "
+SCHEMAS = {
+    "selective_scan": f"({_SCAN}Tensor? lengths, bool dt_softplus, int boundaries) -> (Tensor, Tensor, Tensor)",
+    "selective_scan_backward": f"({_SCAN}Tensor? lengths, Tensor h_boundary, Tensor dy, Tensor? dh_last, "
+    "Tensor? dh_boundary, bool dt_softplus, int boundaries) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "state_window": "(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor h_start) -> Tensor",
+    "causal_conv": f"({_CONV}bool silu) -> (Tensor, Tensor)",
+    "causal_conv_backward": f"({_CONV}Tensor dy, Tensor? dstate, bool silu) -> (Tensor, Tensor, Tensor, Tensor)",
+    "softplus": "(Tensor x) -> Tensor",
+    "silu": "(Tensor x) -> Tensor",
+    "gate": "(Tensor y, Tensor z) -> Tensor",
+    "rms_norm": "(Tensor x, Tensor? weight, float eps, bool expose) -> (Tensor, Tensor, Tensor)",
+}
+
+
+def direct(*tensors: Tensor | None) -> bool:
+    """Whether a kernel may be called without its operator: plain tensors, no gradient, nobody tracing."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
+        return False
+    grad = torch.is_grad_enabled()
+    for x in tensors:
+        if x is not None and ((grad and x.requires_grad) or (type(x) is not Tensor and type(x) is not nn.Parameter)):
+            return False
+    return True
+
+
+def call(operator: str, backend: str, *args: Any) -> Any:
+    """The registered operator of a kernel backend."""
+    return getattr(torch.ops.mambascope, f"{operator}_{backend}")(*args)
+
+
+def replay_interval(boundaries: int | None, preferred: int) -> int:
+    """Spacing of the states kept for backward: a divisor of ``boundaries`` near the preferred one."""
+    if boundaries is None:
+        return preferred
+    if boundaries <= 2 * preferred:
+        return boundaries
+    fitting = [n for n in range(preferred // 4, 2 * preferred + 1) if boundaries % n == 0]
+    return max(fitting, default=boundaries)
+
+
+def scan(
+    backend: str, inputs: Sequence[Tensor | None], dt_softplus: bool, boundaries: int | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The scan operator; ``inputs`` are u, delta, A, B, C, D, z, dt_bias, h0, lengths."""
+    interval = boundaries or 0
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        interval = replay_interval(boundaries, getattr(kernels(backend), "REPLAY_INTERVAL", REPLAY_INTERVAL))
+    y, h_last, h_boundary = call("selective_scan", backend, *inputs, dt_softplus, interval)
+    if boundaries is None:
+        return y, h_last, None
+    return y, h_last, h_boundary if interval == boundaries else h_boundary[:, :: boundaries // interval]
+
+
+def _filled(x: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_empty(0) if x is None else x.contiguous()
+
+
+def _as(x: Tensor | None, like: Tensor | None, owner: Tensor) -> Tensor:
+    """A gradient in the dtype of what it belongs to; empty if that was not given."""
+    if like is None or x is None:
+        return owner.new_empty(0)
+    return x.to(like.dtype).contiguous()
+
+
+class _Kernels:
+    """The operators' bodies: calls of one backend's kernels, with their fake twins beside them."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+
+    @property
+    def module(self) -> Any:
+        return kernels(self.backend)
+
+    def selective_scan(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *inputs, dt_softplus, boundaries = args
+        y, h_last, h_boundary = self.module.scan_forward(
+            *inputs, dt_softplus=dt_softplus, boundaries=boundaries or None
+        )
+        return y, h_last.contiguous(), _filled(h_boundary, h_last)
+
+    def selective_scan_backward(self, *args: Any) -> tuple[Tensor, ...]:
+        *inputs, h_boundary, dy, dh_last, dh_boundary, dt_softplus, boundaries = args
+        u, delta, A, B, C, D, z, dt_bias, h0, _ = inputs
+        found = self.module.scan_backward(
+            *inputs, h_boundary, dy, dh_last, dh_boundary, dt_softplus=dt_softplus, boundaries=boundaries
+        )
+        names = ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "ddt_bias", "dh0")
+        likes = (u, delta, A, B, C, D, z, dt_bias, h0)
+        return tuple(_as(found[name], like, u) for name, like in zip(names, likes, strict=True))
+
+    def state_window(self, *args: Tensor) -> Tensor:
+        return self.module.state_window(*args).contiguous()
+
+    def causal_conv(self, *args: Any) -> tuple[Tensor, Tensor]:
+        *inputs, silu = args
+        y, state = self.module.conv_forward(*inputs, silu=silu)
+        return y, state.contiguous()
+
+    def causal_conv_backward(self, *args: Any) -> tuple[Tensor, ...]:
+        *inputs, dy, dstate, silu = args
+        x, weight, bias, state, _ = inputs
+        found = self.module.conv_backward(*inputs, dy, dstate, silu=silu)
+        pairs = (("dx", x), ("dweight", weight), ("dbias", bias), ("dstate", state))
+        return tuple(_as(found[name], like, x) for name, like in pairs)
+
+    def softplus(self, x: Tensor) -> Tensor:
+        return self.module.softplus_forward(x)
+
+    def silu(self, x: Tensor) -> Tensor:
+        return self.module.silu_forward(x)
+
+    def gate(self, y: Tensor, z: Tensor) -> Tensor:
+        return self.module.gate_forward(y, z)
+
+    def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float, expose: bool) -> tuple[Tensor, Tensor, Tensor]:
+        out, normalized, scale = self.module.norm_forward(x, weight, eps, expose=expose)
+        return out, _filled(normalized, x), _filled(scale, x)
+
+
+class _Fakes:
+    """Shapes and dtypes of the outputs, from those of the inputs alone."""
+
+    @staticmethod
+    def selective_scan(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        u, _, A, _, _, _, z, _, _, _, _, boundaries = args
+        batch, length, channels = u.shape
+        y = u.new_empty(u.shape, dtype=torch.float32 if z is None else u.dtype)
+        h_last = u.new_empty((batch, channels, A.shape[1]), dtype=torch.float32)
+        if not boundaries:
+            return y, h_last, h_last.new_empty(0)
+        return y, h_last, h_last.new_empty(batch, (length + boundaries - 1) // boundaries, channels, A.shape[1])
+
+    @staticmethod
+    def selective_scan_backward(*args: Any) -> tuple[Tensor, ...]:
+        u = args[0]
+        return tuple(u.new_empty(0) if x is None else x.new_empty(x.shape) for x in args[:9])
+
+    @staticmethod
+    def state_window(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, h_start: Tensor) -> Tensor:
+        return u.new_empty((*u.shape, A.shape[1]), dtype=torch.float32)
+
+    @staticmethod
+    def causal_conv(*args: Any) -> tuple[Tensor, Tensor]:
+        x, weight = args[:2]
+        return x.new_empty(x.shape), x.new_empty(x.shape[0], x.shape[2], weight.shape[1] - 1)
+
+    @staticmethod
+    def causal_conv_backward(*args: Any) -> tuple[Tensor, ...]:
+        return tuple(args[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in args[:4])
+
+    @staticmethod
+    def softplus(x: Tensor) -> Tensor:
+        return x.new_empty(x.shape, dtype=torch.float32)
+
+    @staticmethod
+    def silu(x: Tensor) -> Tensor:
+        return x.new_empty(x.shape)
+
+    @staticmethod
+    def gate(y: Tensor, z: Tensor) -> Tensor:
+        return z.new_empty(z.shape)
+
+    @staticmethod
+    def rms_norm(x: Tensor, weight: Tensor | None, eps: float, expose: bool) -> tuple[Tensor, Tensor, Tensor]:
+        out = x.new_empty(x.shape, dtype=x.dtype if weight is None else weight.dtype)
+        if not expose:
+            return out, x.new_empty(0), x.new_empty(0)
+        wide = x.new_empty(x.shape, dtype=torch.float32)
+        return out, wide, wide.new_empty((*x.shape[:-1], 1))
+
+
+def _given(grads: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    return [None if x is None else g for g, x in zip(grads, inputs, strict=True)]
+
+
+def _scan_autograd(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        *tensors, ctx.dt_softplus, ctx.boundaries = inputs
+        ctx.save_for_backward(*tensors, output[2])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, dy: Tensor | None, dh_last: Tensor | None, dh_boundary: Tensor | None) -> Any:
+        *inputs, h_boundary = ctx.saved_tensors
+        if ctx.boundaries < 1:
+            raise BackendError(
+                f"selective_scan_{backend} was called without boundary states, so it has no gradient; "
+                "call mambascope.ops.selective_scan, or give boundaries ≥ 1"
+            )
+        if dy is None:
+            u, z = inputs[0], inputs[6]
+            dy = u.new_zeros(u.shape, dtype=torch.float32 if z is None else u.dtype)
+        grads = call(
+            "selective_scan_backward",
+            backend,
+            *inputs,
+            h_boundary,
+            dy.contiguous(),
+            None if dh_last is None else dh_last.contiguous(),
+            None if dh_boundary is None else dh_boundary.contiguous(),
+            ctx.dt_softplus,
+            ctx.boundaries,
+        )
+        return *_given(grads, inputs[:9]), None, None, None
+
+    return setup, backward
+
+
+def _conv_autograd(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    def setup(ctx: Any, inputs: Any, output: Any) -> None:
+        *tensors, ctx.silu = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> Any:
+        inputs = ctx.saved_tensors
+        dy = torch.zeros_like(inputs[0]) if dy is None else dy
+        dstate = None if dstate is None else dstate.contiguous()
+        grads = call("causal_conv_backward", backend, *inputs, dy.contiguous(), dstate, ctx.silu)
+        return *_given(grads, inputs[:4]), None, None
+
+    return setup, backward
+
+
+def _save_all(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _softplus_backward(ctx: Any, grad: Tensor) -> Tensor:
+    (x,) = ctx.saved_tensors
+    return (grad * torch.sigmoid(x.to(grad.dtype))).to(x.dtype)
+
+
+def _silu_slope(x: Tensor) -> Tensor:
+    sigmoid = torch.sigmoid(x)
+    return sigmoid * (1.0 + x * (1.0 - sigmoid))
+
+
+def _silu_backward(ctx: Any, grad: Tensor) -> Tensor:
+    (x,) = ctx.saved_tensors
+    wide = compute_dtype(x)
+    return (grad.to(wide) * _silu_slope(x.to(wide))).to(x.dtype)
+
+
+def _gate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    y, z = ctx.saved_tensors
+    wide = compute_dtype(y, z)
+    grad, wide_z = grad.to(wide), z.to(wide)
+    dy = grad * wide_z * torch.sigmoid(wide_z)
+    return dy.to(y.dtype), (grad * y.to(wide) * _silu_slope(wide_z)).to(z.dtype)
+
+
+def _norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
+    x, weight, ctx.eps, _ = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.set_materialize_grads(False)
+
+
+def _norm_backward(ctx: Any, dout: Tensor | None, dnormalized: Tensor | None, dscale: Tensor | None) -> Any:
+    x, weight = ctx.saved_tensors
+    wide = x.to(compute_dtype(x))
+    scale = torch.sqrt(wide.square().mean(-1, keepdim=True) + ctx.eps)
+    normalized = wide / scale
+    through = torch.zeros_like(wide) if dnormalized is None else dnormalized  # gradient at x / scale
+    dweight = None
+    if dout is not None:
+        dout = dout.to(wide.dtype)
+        through = through + (dout if weight is None else dout * weight.to(wide.dtype))
+        if weight is not None:
+            dweight = (dout * normalized).flatten(0, -2).sum(0).to(weight.dtype)
+    at_scale = -(through * normalized).sum(-1, keepdim=True) / scale
+    if dscale is not None:
+        at_scale = at_scale + dscale
+    dx = through / scale + at_scale * normalized / x.shape[-1]
+    return dx.to(x.dtype), dweight, None, None
+
+
+def _refusing(operator: str, backend: str, what: str, way: str) -> Callable[..., Any]:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise BackendError(f"{operator} on backend {backend!r} has no {what}; {way}")
+
+    return backward
+
+
+def _register(backend: str, devices: Sequence[str]) -> None:
+    bodies, fakes = _Kernels(backend), _Fakes()
+    second = "use backend='torch' or 'reference' for second derivatives"
+    formulas: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+        "selective_scan": _scan_autograd(backend),
+        "causal_conv": _conv_autograd(backend),
+        "softplus": (_save_all, _softplus_backward),
+        "silu": (_save_all, _silu_backward),
+        "gate": (_save_all, _gate_backward),
+        "rms_norm": (_norm_setup, _norm_backward),
+        "state_window": (
+            _nothing,
+            _refusing("state_window", backend, "gradient", "use backend='torch' or 'reference'"),
+        ),
+    }
+    for operator in ("selective_scan", "causal_conv"):
+        refuse = _refusing(operator, backend, "second derivative", second)
+        formulas[f"{operator}_backward"] = (_nothing, refuse)
+    for operator, schema in SCHEMAS.items():
+        name = f"mambascope::{operator}_{backend}"
+        torch.library.define(name, schema)
+        torch.library.impl(name, devices)(getattr(bodies, operator))
+        torch.library.register_fake(name)(getattr(fakes, operator))
+        setup, backward = formulas[operator]
+        torch.library.register_autograd(name, backward, setup_context=setup)
+
+
+def _nothing(ctx: Any, inputs: Any, output: Any) -> None:
+    pass
+
+
+for _backend, _devices in KERNEL_BACKENDS.items():
+    _register(_backend, _devices)

@@ -1,0 +1,1 @@
+"""Generated tasks: seeded generators, each with its distribution, its best possible loss and its metric."""

@@ -1,0 +1,192 @@
+"""From a recipe to its parts: tokenizer and token files, model, batches, evaluation; and the whole training."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from mambascope.analyses.tasks import induction
+from mambascope.errors import InputError, LoadError
+from mambascope.storage import write_bytes
+from mambascope.training.data import TokenFile, find_file, read_documents, sha256, train_tokenizer, write_tokens
+from mambascope.training.evaluate import held_out_losses
+from mambascope.training.loop import TrainResult, train
+from mambascope.training.recipe import Recipe, TextData
+from mambascope.training.sampler import Batch, Batches, TextStream, WindowSampler
+
+if TYPE_CHECKING:
+    from mambascope.model import HookedMamba
+
+__all__ = ["PreparedText", "build_model", "induction_batches", "prepare_text", "train_recipe"]
+
+_MARK = "prepared.json"
+_HELD_OUT_WINDOWS = 64
+
+
+@dataclass(frozen=True)
+class PreparedText:
+    """A folder with ``tokenizer.json``, one token file a source, and ``prepared.json``, which says from what."""
+
+    folder: Path
+    files: dict[str, TokenFile]
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.folder / "tokenizer.json"
+
+
+def _origin(text: TextData) -> dict[str, Any]:
+    """What prepared files depend on: not the shares."""
+    keys = ("name", "file", "documents", "tokenizer_characters")
+    sources = [{key: getattr(source, key) for key in keys} for source in text.sources]
+    return json.loads(json.dumps({"vocabulary": text.vocabulary, "sources": sources}))
+
+
+def prepare_text(
+    text: TextData, folders: Sequence[Path], out: Path, report: Callable[[str], None] = print
+) -> PreparedText:
+    """Learn the tokenizer and encode every source into ``out``, or reuse what was prepared before.
+
+    A folder among ``folders`` that itself holds prepared data of the same sources is used as it is, so that data can
+    be prepared on one machine and trained on another. Raises LoadError for a missing file and InputError where
+    ``out`` holds data prepared from other sources.
+    """
+    for folder in [*folders, out]:
+        mark = Path(folder) / _MARK
+        if mark.is_file():
+            found = json.loads(mark.read_text(encoding="utf-8"))
+            if found != _origin(text):
+                raise InputError(
+                    f"{folder} holds data prepared from other sources or another vocabulary; "
+                    "delete it or give another folder"
+                )
+            return _open(Path(folder), text)
+    paths = {source.name: find_file(source.file, folders) for source in text.sources}
+    out.mkdir(parents=True, exist_ok=True)
+    documents = {source.name: read_documents(paths[source.name], source.documents) for source in text.sources}
+    sample: list[str] = []
+    for source in text.sources:
+        left = source.tokenizer_characters or sum(map(len, documents[source.name]))
+        for document in documents[source.name]:
+            sample.append(document[:left])
+            left -= len(sample[-1])
+            if left <= 0:
+                break
+    report(f"learning a byte-level BPE of {text.vocabulary:,} entries from {sum(map(len, sample)):,} characters")
+    tokenizer = train_tokenizer(sample, text.vocabulary)
+    write_bytes(out / "tokenizer.json", tokenizer.to_str(pretty=True).encode("utf-8"))
+    for source in text.sources:
+        file = write_tokens(out / f"{source.name}.u16", tokenizer, documents[source.name], sha256(paths[source.name]))
+        header = file.header
+        report(f"{source.name}: {header.tokens:,} tokens, {header.utf8_bytes / header.tokens:.3f} bytes a token")
+    write_bytes(out / _MARK, json.dumps(_origin(text), indent=1).encode("utf-8"))
+    return _open(out, text)
+
+
+def _open(folder: Path, text: TextData) -> PreparedText:
+    files = {source.name: TokenFile(folder / f"{source.name}.u16") for source in text.sources}
+    digests = {file.header.tokenizer_sha256 for file in files.values()}
+    if len(digests) != 1:
+        raise LoadError(
+            f"{folder} mixes token files of {len(digests)} tokenizers; delete it and prepare the data again"
+        )
+    if not (folder / "tokenizer.json").is_file():
+        raise LoadError(f"{folder} has no tokenizer.json; delete it and prepare the data again")
+    return PreparedText(folder, files)
+
+
+def build_model(recipe: Recipe, device: str | torch.device = "cpu") -> "HookedMamba":
+    """A fresh model of the recipe's shape; the same seed gives the same weights on every device."""
+    from mambascope.model import HookedMamba
+
+    torch.manual_seed(recipe.seed)
+    return HookedMamba(recipe.model).to(device)
+
+
+def induction_batches(recipe: Recipe) -> Batches:
+    """Fresh induction sequences every step; only the answer after the last token is scored."""
+    settings = recipe.train
+
+    def batch(step: int) -> Batch:
+        tokens, answers = induction.sequences(
+            settings.batch, settings.length, vocabulary=recipe.model.d_vocab, seed=(recipe.seed, 0, step)
+        )
+        return Batch(tokens, answers[:, None])
+
+    return batch
+
+
+def train_recipe(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    data: Sequence[str | Path] = (),
+    device: str | torch.device = "cpu",
+    resume: bool = False,
+    minutes: float | None = None,
+    report: Callable[[str], None] = print,
+) -> tuple["HookedMamba", TrainResult]:
+    """Train a recipe into ``out`` (see :func:`mambascope.training.loop.train`); ``data``: folders with its text files.
+
+    A text recipe leaves its tokenizer as ``out/tokenizer.json`` and the epochs of each source in ``out/epochs.json``.
+    """
+    out = Path(out)
+    batches, evaluate = _text(recipe, out, data, report) if recipe.text is not None else _task(recipe)
+    model = build_model(recipe, device)
+    settings, record = recipe.train, recipe.to_dict()
+    result = train(
+        model, batches, settings, out, recipe=record, resume=resume, minutes=minutes, evaluate=evaluate, report=report
+    )
+    return model, result
+
+
+def _text(
+    recipe: Recipe, out: Path, data: Sequence[str | Path], report: Callable[[str], None]
+) -> tuple[Batches, Callable[[nn.Module], dict[str, float]]]:
+    text, settings = recipe.text, recipe.train
+    assert text is not None
+    prepared = prepare_text(text, [Path(folder) for folder in data], out / "data", report)
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(prepared.tokenizer_path, out / "tokenizer.json")
+    streams, held = [], {}
+    for source in text.sources:
+        ids = prepared.files[source.name].ids
+        cut = len(ids) - int(len(ids) * text.held_out)
+        streams.append(TextStream(source.name, ids[:cut], source.share))
+        if cut < len(ids):
+            held[source.name] = ids[cut:]
+    sampler = WindowSampler(
+        streams, batch=settings.batch, length=settings.length, steps=settings.steps, seed=recipe.seed, hold=text.hold
+    )
+    headers = {name: asdict(file.header) for name, file in prepared.files.items()}
+    record = {
+        "epochs": sampler.epochs(),
+        "sources": headers,
+        "trained_tokens": settings.steps * settings.batch * settings.length,
+    }
+    write_bytes(out / "epochs.json", json.dumps(record, indent=1).encode("utf-8"))
+    report("epochs: " + ", ".join(f"{name} {count:.2f}" for name, count in sampler.epochs().items()))
+    losses = held_out_losses(held, length=settings.length, windows=_HELD_OUT_WINDOWS, batch=settings.batch)
+    return sampler, losses
+
+
+def _task(recipe: Recipe) -> tuple[Batches, Callable[[nn.Module], dict[str, float]]]:
+    task = recipe.task
+    assert task is not None
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        values: dict[str, float] = {}
+        for length in task.evaluate_lengths:
+            # seed: fresh every time would hide progress; fixed, and apart from training's
+            result = induction.evaluate(
+                model, length, task.evaluate_sequences, vocabulary=recipe.model.d_vocab, seed=recipe.seed + 1_000_003
+            )
+            values |= {f"errors_{length}": float(result.errors), f"loss_{length}": result.loss}
+        return values
+
+    return induction_batches(recipe), evaluate

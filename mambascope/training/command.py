@@ -1,0 +1,163 @@
+"""What ``python -m mambascope.zoo`` does: list, prepare, train, export and evaluate the models with a recipe."""
+
+import argparse
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mambascope import zoo
+from mambascope.errors import ConfigError, InputError, MambascopeError
+from mambascope.training.recipe import Recipe, load_recipe
+
+__all__ = ["main", "recipe_for"]
+
+
+def recipe_for(name: str, changes: Sequence[str] = ()) -> Recipe:
+    """A zoo recipe by name, or a ``.toml`` file, with ``section.key=value`` changes (values as in TOML)."""
+    path = Path(name) if name.endswith(".toml") else zoo.recipe_path(name)
+    recipe = load_recipe(path)
+    if not changes:
+        return recipe
+    values = recipe.to_dict()
+    for change in changes:
+        key, equals, text = change.partition("=")
+        *sections, last = key.strip().split(".")
+        table: Any = values
+        for section in sections:
+            table = table.get(section) if isinstance(table, dict) else None
+        if not equals or not isinstance(table, dict):
+            raise ConfigError(f"--set wants section.key=value, for example train.steps=1000; got {change!r}")
+        try:
+            table[last] = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            table[last] = text.strip()
+    return Recipe.from_dict(values, where=f"{path} with --set")
+
+
+def _list(_: argparse.Namespace) -> None:
+    from mambascope.loading import list_models
+
+    shipped = {info.name: info for info in list_models() if info.embedded}
+    for name in sorted({*zoo.names(), *shipped}):
+        info = shipped.get(name)
+        text = (
+            f"{info.size:>6}  {info.licence}"
+            if info
+            else "not shipped; made by: python -m mambascope.zoo train " + name
+        )
+        print(f"{name:<16}{text}")
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from mambascope.training.build import prepare_text
+
+    recipe = recipe_for(arguments.model, arguments.set)
+    if recipe.text is None:
+        raise InputError(f"{recipe.name} is trained on a generated task; there is no text to prepare")
+    prepare_text(recipe.text, arguments.data, arguments.out)
+    print(f"prepared in {arguments.out}; train with --data {arguments.out}")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from mambascope.training.build import train_recipe
+    from mambascope.training.export import export_model
+
+    recipe = recipe_for(arguments.model, arguments.set)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _, result = train_recipe(
+        recipe, arguments.out, data=arguments.data, device=device, resume=arguments.resume, minutes=arguments.minutes
+    )
+    if result.finished:
+        folder = export_model(arguments.out, arguments.out / "model")
+        print(f"finished; the model is in {folder}. Measure it with: evaluate {recipe.name} --folder {folder}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from mambascope.training.export import export_model
+
+    print(f"wrote {export_model(arguments.out, arguments.to)}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from mambascope.training.export import evaluate_induction, evaluate_text
+
+    folder = arguments.folder or zoo.model_folder(arguments.model)
+    task = zoo.task_of(folder)
+    if task is None:
+        values = evaluate_text(folder, arguments.data, device=arguments.device, write=not arguments.dry)
+    elif task == "induction":
+        values = evaluate_induction(
+            folder,
+            arguments.lengths,
+            arguments.sequences,
+            seed=arguments.seed,
+            device=arguments.device,
+            write=not arguments.dry,
+        )
+    else:
+        raise InputError(f"{folder} was trained on the task {task!r}, which has no evaluation here")
+    print(
+        "written to the card" if not arguments.dry else "not written (--dry)", "of", folder, f"({len(values)} values)"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m mambascope.zoo", description="The models that ship with mambascope.")
+    commands = parser.add_subparsers(required=True, metavar="list|prepare|train|export|evaluate")
+
+    def command(name: str, run: Any, about: str) -> argparse.ArgumentParser:
+        child = commands.add_parser(name, help=about, description=about)
+        child.set_defaults(run=run)
+        return child
+
+    command("list", _list, "models with a recipe, and which of them ship")
+    prepare = command("prepare", _prepare, "learn the tokenizer and encode the text, once")
+    train = command("train", _train, "train a recipe; stops and resumes exactly")
+    for child in (prepare, train):
+        child.add_argument("model", help="a zoo model, or a recipe file (.toml)")
+        child.add_argument(
+            "--data",
+            type=Path,
+            nargs="+",
+            default=[],
+            help="folders with the recipe's text files, or one made by prepare",
+        )
+        child.add_argument("--out", type=Path, required=True, help="where everything is written")
+        child.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="SECTION.KEY=VALUE",
+            help="change the recipe, e.g. train.steps=1000",
+        )
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    train.add_argument("--device", help="cuda, cpu, …; the GPU if there is one")
+    train.add_argument("--minutes", type=float, help="stop at a checkpoint after this time")
+    export = command("export", _export, "write the newest checkpoint as a model folder with its card")
+    export.add_argument("--out", type=Path, required=True, help="the training's folder")
+    export.add_argument("--to", type=Path, required=True, help="the model folder to write")
+    evaluate = command("evaluate", _evaluate, "measure a model and write the result into its card")
+    evaluate.add_argument("model", help="a zoo model")
+    evaluate.add_argument("--folder", type=Path, help="another model folder than the shipped one")
+    evaluate.add_argument("--data", type=Path, nargs="+", default=[], help="folders that hold wikitext-2/valid.txt.xz")
+    evaluate.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384])
+    evaluate.add_argument("--sequences", type=int, nargs="+", default=[1000], help="one number, or one a length")
+    evaluate.add_argument("--seed", type=int, default=1)
+    evaluate.add_argument("--device", help="cuda, cpu, …; the GPU if there is one")
+    evaluate.add_argument("--dry", action="store_true", help="print only, leave the card alone")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; errors of ours are one line on standard error and exit status 1."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        parsed.run(parsed)
+    except MambascopeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

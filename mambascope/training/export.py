@@ -1,0 +1,182 @@
+"""From a training folder to a model folder with its card, and the measurements that go into the card."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mambascope.analyses.tasks import induction
+from mambascope.errors import InputError, LoadError
+from mambascope.training.build import build_model
+from mambascope.training.checkpoint import latest_checkpoint, load_checkpoint
+from mambascope.training.data import SEPARATOR, find_file, read_text, sha256
+from mambascope.training.evaluate import bits_per_byte
+from mambascope.training.machine import machine
+from mambascope.training.recipe import Recipe
+from mambascope.zoo.card import add_evaluation, write_card
+
+__all__ = ["evaluate_induction", "evaluate_text", "export_model"]
+
+HELD_OUT = "wikitext-2/valid.txt.xz"
+
+
+def export_model(out: str | Path, to: str | Path) -> Path:
+    """Write the newest checkpoint of a training as a model folder (config, safetensors, tokenizer, card).
+
+    Weights are stored as the recipe's ``store`` says; A_log and D stay float32. Raises LoadError where there is no
+    checkpoint.
+    """
+    from mambascope.loading import save_model
+    from mambascope.loading.tokenizer import Tokenizer
+
+    out, to = Path(out), Path(to)
+    newest = latest_checkpoint(out)
+    if newest is None:
+        raise LoadError(f"{out} holds no checkpoint; train into it first")
+    record = json.loads((newest / "progress.json").read_text(encoding="utf-8"))
+    recipe = Recipe.from_dict(record["recipe"], where=str(newest))
+    model = build_model(recipe)
+    progress = load_checkpoint(newest, model)
+    if recipe.text is not None:
+        special = None if recipe.model.bos_token_id is None else SEPARATOR
+        model.tokenizer = Tokenizer.from_file(out / "tokenizer.json", bos_token=special, eos_token=special)
+    dtype = torch.bfloat16 if recipe.store == "bf16" else torch.float32
+    save_model(model, to, dtype=dtype)
+    write_card(to, _card(recipe, progress, out, model))
+    return to
+
+
+def _card(recipe: Recipe, progress: dict[str, Any], out: Path, model: torch.nn.Module) -> dict[str, Any]:
+    last, machine = progress["rows"][-1], progress.get("machine", {})
+    training = {
+        "steps": progress["step"],
+        "steps_of_the_recipe": recipe.train.steps,
+        "tokens_seen": last["tokens"],
+        "seconds": progress["seconds"],
+        "tokens_per_second": last["tokens"] / max(progress["seconds"], 1e-9),
+        "last_training_loss_in_nats": last["loss"],
+        **machine,
+    }
+    if progress["evaluations"]:
+        training["last_held_out_losses_in_nats"] = ", ".join(
+            f"{key} {value:.4f}" for key, value in progress["evaluations"][-1].items() if key != "step"
+        )
+    card = {
+        "name": recipe.name,
+        "summary": recipe.description,
+        "licence": recipe.licence,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "stored_as": recipe.store,
+        "evaluations": {},
+        "training": training,
+        "loss_curve": _thin(progress["rows"]),
+        "recipe": recipe.to_dict(),
+    }
+    if recipe.text is not None:
+        seen = json.loads((out / "epochs.json").read_text(encoding="utf-8"))
+        card["sources"] = [
+            {
+                "name": source.name,
+                "text": source.origin,
+                "licence": source.licence,
+                "tokens": seen["sources"][source.name]["tokens"],
+                "epochs": round(seen["epochs"][source.name], 2),
+                "sha256_of_the_file": seen["sources"][source.name]["source_sha256"],
+            }
+            for source in recipe.text.sources
+        ]
+    return card
+
+
+def _thin(rows: list[dict[str, float]], most: int = 100) -> list[list[float]]:
+    """The loss curve as at most ``most`` pairs of tokens seen and the mean loss since the pair before."""
+    size = -(-len(rows) // most)
+    groups = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return [[group[-1]["tokens"], round(sum(row["loss"] for row in group) / len(group), 5)] for group in groups]
+
+
+def _open(folder: Path, device: str | None) -> Any:
+    from mambascope.loading import load
+
+    return load(Path(folder).resolve(), device=device)
+
+
+def evaluate_text(
+    folder: str | Path,
+    data: Sequence[str | Path],
+    *,
+    device: str | None = None,
+    write: bool = True,
+    reset_every: int = 4096,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Bits per byte of WikiText-2's validation text under a model folder's stored weights, in float32.
+
+    Twice: with the state carried through the whole text (the number that counts), and with a fresh start every
+    ``reset_every`` tokens. Written into the card. Raises LoadError where the text is not below a folder of ``data``.
+    """
+    folder, path = Path(folder), find_file(HELD_OUT, [Path(d) for d in data])
+    model, text = _open(folder, device), read_text(path)
+    if model.tokenizer is None:
+        raise InputError(f"{folder} has no tokenizer; bits per byte needs one")
+    tokenizer = model.tokenizer.backend
+    report(f"{HELD_OUT}: {len(text.encode('utf-8')):,} bytes, state carried through the whole text")
+    carried = bits_per_byte(model, tokenizer, text, report=report)
+    reset = bits_per_byte(model, tokenizer, text, reset_every=reset_every)
+    values = {
+        "bits_per_byte": carried.bits_per_byte,
+        f"bits_per_byte_with_a_fresh_start_every_{reset_every}_tokens": reset.bits_per_byte,
+        "nats_per_token": carried.nats_per_token,
+        "perplexity_per_word": carried.word_perplexity,
+        "tokens": carried.tokens,
+        "utf8_bytes": carried.utf8_bytes,
+        "context": "one stream from the separator, state carried on; every token scored once",
+        "text_sha256": sha256(path),
+        "command": f"python -m mambascope.zoo evaluate {folder.name} --data …",
+        **machine(model.device),
+    }
+    report(f"bits per byte {carried.bits_per_byte:.4f}  (fresh start every {reset_every}: {reset.bits_per_byte:.4f})")
+    report(f"nats per token {carried.nats_per_token:.4f}  perplexity per word {carried.word_perplexity:.2f}")
+    if write:
+        add_evaluation(folder, "WikiText-2 validation", values)
+    return values
+
+
+def evaluate_induction(
+    folder: str | Path,
+    lengths: Sequence[int],
+    counts: Sequence[int],
+    *,
+    seed: int = 1,
+    device: str | None = None,
+    write: bool = True,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Errors on fresh induction sequences of each length (``counts``: one number, or one a length); into the card."""
+    if len(counts) not in (1, len(lengths)):
+        raise InputError(f"--sequences wants one number or {len(lengths)} (one a length), got {len(counts)}")
+    model = _open(Path(folder), device)
+    rows: list[dict[str, Any]] = []
+    for index, length in enumerate(lengths):
+        count = counts[index] if len(counts) > 1 else counts[0]
+        result = induction.evaluate(model, length, count, vocabulary=model.cfg.d_vocab, seed=seed)
+        low, _ = result.interval
+        row = {
+            "length": length,
+            "sequences": count,
+            "errors": result.errors,
+            "accuracy_at_least": low,
+            "loss_in_nats": result.loss,
+        }
+        rows.append(row)
+        report(
+            f"length {length:>9,}: {result.errors} errors in {count:,}  "
+            f"(accuracy >= {low:.4f} at 95 %, loss {result.loss:.2e})"
+        )
+    command = f"python -m mambascope.zoo evaluate {Path(folder).name} --lengths … --sequences … --seed {seed}"
+    values = {"seed": seed, "command": command, **machine(model.device), "rows": rows}
+    if write:
+        add_evaluation(Path(folder), "Induction heads", values)
+    return values

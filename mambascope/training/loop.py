@@ -1,0 +1,230 @@
+"""The trainer: short, exact, resumable.
+
+For each step s: batch(s) -> loss -> gradient -> clip -> optimizer at lr(s). Everything that depends on chance is
+a function of (seed, s), so a run that was killed and resumed has the same losses as one that was not,
+on a CPU to the bit. Losses are read back once every ``log_every`` steps; a checkpoint is only written after
+all losses and gradient norms up to it were seen to be finite.
+"""
+
+import csv
+import io
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mambascope.errors import InputError, MambascopeError
+from mambascope.storage import write_bytes
+from mambascope.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from mambascope.training.files import only_writer
+from mambascope.training.machine import machine
+from mambascope.training.recipe import TrainSettings, same_recipe
+from mambascope.training.sampler import Batch, Batches
+
+__all__ = ["TrainResult", "TrainingError", "answer_loss", "learning_rate", "make_optimizer", "train"]
+
+IGNORED = -100
+
+
+class TrainingError(MambascopeError, RuntimeError):
+    """A training that cannot go on; its folder keeps the last good checkpoint."""
+
+
+@dataclass
+class TrainResult:
+    """Where a training stands: steps done, whether that is all of them, loss rows and evaluation rows."""
+
+    step: int
+    finished: bool
+    rows: list[dict[str, float]] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+
+
+def answer_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
+    """Mean cross-entropy in nats over the scored targets: all positions of a text, or only a task's answers.
+
+    loss = mean over targets != -100 of -log softmax(logits)[target], in float32.
+    """
+    keep, length = batch.targets.shape[1], batch.tokens.shape[1]
+    logits = model(batch.tokens, return_type="logits", logits_to_keep=None if keep == length else keep)  # B K V
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED)
+
+
+def learning_rate(settings: TrainSettings, step: int) -> float:
+    """lr at a step (0-based): linear warmup to ``lr``, then constant or half a cosine down to ``lr_floor * lr``."""
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / settings.warmup
+    if settings.schedule == "constant":
+        return settings.lr
+    progress = (step - settings.warmup) / max(settings.steps - settings.warmup, 1)
+    return settings.lr * (settings.lr_floor + (1 - settings.lr_floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
+    """Adam or AdamW as the recipe says. Weight decay acts on matrices only: not on vectors, and not on ``A_log``,
+    whose zero is no neutral value."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim >= 2 and not name.endswith("A_log")
+        (decayed if matrix else free).append(parameter)
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+    on_cuda = all(parameter.is_cuda for parameter in model.parameters())
+    return kind(groups, lr=settings.lr, betas=settings.betas, fused=on_cuda or None)
+
+
+def train(
+    model: nn.Module,
+    batches: Batches,
+    settings: TrainSettings,
+    out: str | Path,
+    *,
+    recipe: dict[str, Any],
+    resume: bool = False,
+    minutes: float | None = None,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    loss: Callable[[nn.Module, Batch], Tensor] = answer_loss,
+    report: Callable[[str], None] = print,
+) -> TrainResult:
+    """Train ``model`` in place on its own device, with checkpoints, ``curve.csv`` and ``curve.json`` in ``out``.
+
+    ``recipe`` is kept beside the checkpoints and compared on resume. ``minutes`` stops early, at a checkpoint from
+    which ``resume`` goes on. ``evaluate`` is called without gradients every ``evaluate_every`` steps and at the end.
+    Raises InputError (another recipe or trainer owns ``out``, or it holds a run and ``resume`` is
+    off) and TrainingError (a loss or gradient that is not finite: the step is named, the last good checkpoint stays).
+    """
+    out = Path(out)
+    with only_writer(out):
+        run = _Run(model, batches, settings, out, recipe, loss, report)
+        run.begin(resume)
+        deadline = math.inf if minutes is None else time.perf_counter() + 60 * minutes
+        while run.result.step < settings.steps:
+            run.interval()
+            step, last = run.result.step, run.result.step == settings.steps
+            late = time.perf_counter() > deadline
+            if evaluate is not None and (last or step % settings.evaluate_every == 0):
+                run.evaluate(evaluate)
+            if last or late or step % settings.checkpoint_every == 0:
+                run.checkpoint()
+            if late and not last:
+                report(f"stopped after {minutes:g} minutes at step {step:,}; go on with --resume")
+                break
+        run.result.finished = run.result.step == settings.steps
+        return run.result
+
+
+class _Run:
+    """The parts of one training, so that :func:`train` reads as its algorithm."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Batches,
+        settings: TrainSettings,
+        out: Path,
+        recipe: dict[str, Any],
+        loss: Callable[[nn.Module, Batch], Tensor],
+        report: Callable[[str], None],
+    ) -> None:
+        self.model, self.batches, self.settings, self.out = model, batches, settings, out
+        self.recipe, self.loss, self.report = recipe, loss, report
+        self.device = next(model.parameters()).device
+        self.optimizer = make_optimizer(model, settings)
+        self.result = TrainResult(0, False)
+        self.autocast = self.device.type == "cuda" and settings.precision == "bf16"
+        self.seconds = 0.0
+
+    def begin(self, resume: bool) -> None:
+        newest = latest_checkpoint(self.out)
+        if newest is not None and not resume:
+            raise InputError(
+                f"{self.out} already holds a training ({newest.name}); go on with --resume or give another --out"
+            )
+        if newest is not None:
+            progress = load_checkpoint(newest, self.model, self.optimizer)
+            same_recipe(progress["recipe"], self.recipe)
+            self.seconds = progress["seconds"]
+            self.result = TrainResult(progress["step"], False, progress["rows"], progress["evaluations"])
+            self.report(f"resumed at step {self.result.step:,} of {self.settings.steps:,}")
+        elif resume:
+            self.report(f"{self.out} holds no checkpoint yet: starting at step 0")
+        arithmetic = "bfloat16 autocast" if self.autocast else "float32"
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        self.report(f"{count:,} parameters on {self.device}, {arithmetic}; {self.settings.steps:,} steps")
+
+    def interval(self) -> None:
+        """Steps up to the next log line; then one line, one row, and the check that all was finite."""
+        settings, started = self.settings, time.perf_counter()
+        first = self.result.step
+        last = min((first // settings.log_every + 1) * settings.log_every, settings.steps)
+        self.model.train()
+        pairs = [self.step(step) for step in range(first, last)]
+        losses, norms = (torch.stack(values).double().cpu() for values in zip(*pairs, strict=True))
+        for index in range(last - first):
+            if not (torch.isfinite(losses[index]) and torch.isfinite(norms[index])):
+                newest = latest_checkpoint(self.out)
+                raise TrainingError(
+                    f"step {first + index}: loss {losses[index].item()}, gradient norm {norms[index].item()}; stopped. "
+                    f"The last good checkpoint is {newest.name if newest else 'none yet'}; "
+                    "lower train.lr or look at that batch"
+                )
+        elapsed = time.perf_counter() - started
+        self.seconds += elapsed
+        rate = (last - first) * settings.batch * settings.length / elapsed
+        self.result.step = last
+        row = {
+            "step": last,
+            "tokens": last * settings.batch * settings.length,
+            "loss": losses.mean().item(),
+            "lr": learning_rate(settings, last - 1),
+            "grad_norm": norms.mean().item(),
+            "tokens_per_second": round(rate, 1),
+            "seconds": round(self.seconds, 3),
+        }
+        self.result.rows.append(row)
+        left = (settings.steps - last) * settings.batch * settings.length / rate
+        self.report(
+            f"step {last:,}/{settings.steps:,}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+            f"norm {row['grad_norm']:.2f}  {rate:,.0f} tokens/s  {self.seconds:.0f} s, {left:.0f} s left"
+        )
+
+    def step(self, step: int) -> tuple[Tensor, Tensor]:
+        """One optimizer step; returns loss and gradient norm, still on the device."""
+        batch = self.batches(step)
+        batch = Batch(batch.tokens.to(self.device, non_blocking=True), batch.targets.to(self.device, non_blocking=True))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.settings, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            loss = self.loss(self.model, batch)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip or math.inf)
+        self.optimizer.step()
+        return loss.detach(), norm.detach()
+
+    def evaluate(self, evaluate: Callable[[nn.Module], dict[str, float]]) -> None:
+        self.model.eval()
+        with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            values = evaluate(self.model)
+        self.result.evaluations.append({"step": self.result.step, **values})
+        self.report(f"  step {self.result.step:,}: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+
+    def checkpoint(self) -> None:
+        result = self.result
+        curve = {"rows": result.rows, "evaluations": result.evaluations}
+        progress = {"recipe": self.recipe, "seconds": self.seconds, "machine": machine(self.device), **curve}
+        save_checkpoint(self.out, result.step, self.model, self.optimizer, progress)
+        table = io.StringIO()
+        writer = csv.DictWriter(table, list(result.rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(result.rows)
+        write_bytes(self.out / "curve.csv", table.getvalue().encode())
+        write_bytes(self.out / "curve.json", json.dumps(curve).encode())

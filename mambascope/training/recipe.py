@@ -1,0 +1,233 @@
+"""One TOML file a model: shape, data or task, and how it is trained. Unknown keys are named, with the nearest known."""
+
+import dataclasses
+import json
+import math
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from mambascope.config import MambaConfig
+from mambascope.errors import ConfigError, InputError, LoadError, nearest
+
+__all__ = ["Recipe", "Source", "TaskData", "TextData", "TrainSettings", "load_recipe", "same_recipe"]
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One text file: its name below a data folder, its share of the rows (a number, or start and end of training),
+    which of its documents, and where it comes from."""
+
+    name: str
+    file: str
+    share: tuple[float, float]
+    licence: str
+    origin: str
+    documents: tuple[int, int | None] = (0, None)
+    tokenizer_characters: int = 0  # how much of it the tokenizer learns from; 0: all
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Text sources; the last ``held_out`` part of each is never trained on. ``hold``: the part of
+    training in which shares stay at their start values."""
+
+    sources: tuple[Source, ...]
+    vocabulary: int = 8192
+    held_out: float = 0.01
+    hold: float = 0.0
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A generated task: its name below ``mambascope.analyses.tasks`` and the lengths that evaluation looks at."""
+
+    name: Literal["induction"]
+    evaluate_lengths: tuple[int, ...] = (256, 1024, 4096)
+    evaluate_sequences: int = 200
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to train. ``batch`` rows of ``length`` tokens for ``steps`` steps; ``lr`` is the peak of a linear warmup
+    (``warmup`` steps) followed by a constant or by half a cosine down to ``lr_floor * lr``. ``clip`` bounds the
+    gradient's norm (0: none). ``precision`` "bf16" is autocast on CUDA; a CPU trains in float32 either way."""
+
+    steps: int
+    batch: int
+    length: int
+    lr: float
+    optimizer: Literal["adam", "adamw"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup: int = 0
+    lr_floor: float = 0.0
+    clip: float = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    log_every: int = 20
+    checkpoint_every: int = 500
+    evaluate_every: int = 500
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "batch", "length", "log_every", "checkpoint_every", "evaluate_every"):
+            if getattr(self, field) < 1:
+                raise ConfigError(f"train.{field} must be at least 1, got {getattr(self, field)}")
+        for field in ("lr", "weight_decay", "lr_floor", "clip", "warmup"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ConfigError(f"train.{field} must be a number >= 0, got {getattr(self, field)}")
+        if self.warmup >= self.steps:
+            raise ConfigError(f"train.warmup = {self.warmup} leaves nothing of train.steps = {self.steps}")
+        if self.schedule == "constant" and self.lr_floor:
+            raise ConfigError("train.lr_floor belongs to schedule = 'cosine'; this recipe says 'constant'")
+        for field in ("checkpoint_every", "evaluate_every"):
+            if getattr(self, field) % self.log_every:
+                raise ConfigError(
+                    f"train.{field} = {getattr(self, field)} must be a multiple of log_every = {self.log_every}"
+                )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a model's weights, apart from device and library versions."""
+
+    name: str
+    description: str
+    licence: str
+    seed: int
+    model: MambaConfig
+    train: TrainSettings
+    text: TextData | None = None
+    task: TaskData | None = None
+    store: Literal["fp32", "bf16"] = "fp32"  # dtype of the shipped weights
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.task is None):
+            raise ConfigError(f"recipe {self.name!r} must have exactly one of [text] and [task]")
+        if self.text is not None and self.text.vocabulary != self.model.d_vocab:
+            raise ConfigError(f"text.vocabulary = {self.text.vocabulary} but model.d_vocab = {self.model.d_vocab}")
+        if self.text is not None and not 0 <= self.text.held_out < 0.5:
+            raise ConfigError(f"text.held_out must be in 0 … 0.5, got {self.text.held_out}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "recipe") -> "Recipe":
+        """Build and check a recipe; ConfigError names the section and the key."""
+        values = dict(values)
+        known = {field.name for field in dataclasses.fields(cls)}
+        _refuse_unknown(values, known, where)
+        try:
+            values["model"] = MambaConfig.from_dict({"name": values.get("name", "mamba"), **values.get("model", {})})
+        except ConfigError as error:
+            raise ConfigError(f"{where}, [model]: {error}") from None
+        values["train"] = _build(TrainSettings, values.get("train", {}), f"{where}, [train]")
+        if values.get("text") is not None:
+            text = dict(values["text"])
+            sources = [dict(source) for source in text.get("sources", ())]
+            for source in sources:
+                if isinstance(source.get("share"), (int, float)):
+                    source["share"] = (source["share"], source["share"])
+                if isinstance(source.get("documents"), list) and len(source["documents"]) == 1:
+                    source["documents"] = (source["documents"][0], None)
+            text["sources"] = tuple(
+                _build(Source, source, f"{where}, [[text.sources]] {source.get('name', '?')!r}") for source in sources
+            )
+            values["text"] = _build(TextData, text, f"{where}, [text]")
+        if values.get("task") is not None:
+            values["task"] = _build(TaskData, values["task"], f"{where}, [task]")
+        return _build(cls, values, where)
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a TOML recipe. Raises LoadError (missing, no TOML) or ConfigError (wrong keys or values)."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            values = tomllib.load(file)
+    except OSError as error:
+        raise LoadError(f"cannot read recipe {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise LoadError(f"{path} is not a TOML file: {error}") from None
+    return Recipe.from_dict(values, where=str(path))
+
+
+_FREE = {"train.log_every", "train.checkpoint_every", "train.evaluate_every", "description", "licence", "store"}
+"""Keys that a resumed run may change: no weight depends on them."""
+
+
+def same_recipe(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raise InputError with every differing key, if two recipes (as dictionaries) would train different weights."""
+    a, b = _flat(old), _flat(new)
+    differ = [
+        f"{key}: {a.get(key, 'absent')} before, {b.get(key, 'absent')} now"
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key) and key not in _FREE
+    ]
+    if differ:
+        raise InputError("this folder was trained with another recipe; " + "; ".join(differ) + ". Give another --out")
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    return {k: v for key, item in items for k, v in _flat(item, f"{prefix}.{key}" if prefix else str(key)).items()}
+
+
+def _refuse_unknown(values: dict[str, Any], known: set[str], where: str) -> None:
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown key {key!r}{nearest(key, known)}; known: {', '.join(sorted(known))}")
+
+
+def _build(kind: type[_T], values: Any, where: str) -> _T:
+    """``kind(**values)`` with unknown, missing and wrongly typed keys named."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} must be a table, got {type(values).__name__}")
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+    _refuse_unknown(values, set(fields), where)
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{where} lacks {', '.join(missing)}")
+    return kind(**{name: _value(fields[name].type, value, f"{where}: {name}") for name, value in values.items()})
+
+
+def _value(annotation: Any, value: Any, where: str) -> Any:
+    """Check a TOML value against a field's annotation; lists become tuples, whole numbers floats."""
+    from types import NoneType, UnionType
+    from typing import Union, get_args, get_origin
+
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin in (Union, UnionType):
+        if value is None and NoneType in inner:
+            return None
+        return _value(next(kind for kind in inner if kind is not NoneType), value, where)
+    if origin is Literal:
+        if value not in inner:
+            raise ConfigError(f"{where} must be one of {', '.join(map(repr, inner))}, got {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where} must be a list, got {value!r}")
+        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
+        if len(kinds) != len(value):
+            raise ConfigError(f"{where} must have {len(kinds)} entries, got {value!r}")
+        return tuple(_value(kind, item, where) for kind, item in zip(kinds, value, strict=True))
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, annotation) or (isinstance(value, bool) and annotation is not bool):
+        raise ConfigError(f"{where} must be {annotation.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,97 @@
+"""Which tokens a training step sees: a pure function of (seed, step), so that a resumed run needs no generator state.
+
+Each row of a batch comes from one source, drawn with the sources' shares at that step (they may move
+linearly over the run). Within a source, rows are windows without replacement: an epoch cuts the text into
+windows at a random phase and visits them in a random order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from mambascope.errors import InputError
+
+__all__ = ["Batch", "Batches", "TextStream", "WindowSampler"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs ``tokens`` B L and the targets of the last positions, B K with K <= L; a target of -100 is not scored."""
+
+    tokens: Int64[Tensor, "B L"]
+    targets: Int64[Tensor, "B K"]
+
+
+class Batches(Protocol):
+    """Where the trainer gets its batches: the same step gives the same batch, in any order of asking."""
+
+    def __call__(self, step: int) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class TextStream:
+    """One source of text: its token ids and its share of the rows at the start and the end of training."""
+
+    name: str
+    ids: np.ndarray
+    share: tuple[float, float]
+
+
+class WindowSampler:
+    """Batches of next-token windows from several sources; see the module's text.
+
+    ``length`` is in tokens, ``steps`` the whole length of training (it fixes how shares move). Shares move
+    only over the last ``1 - hold`` part of the steps. Raises InputError where a source is shorter than two windows
+    or the shares are not a distribution.
+    """
+
+    def __init__(
+        self, streams: Sequence[TextStream], *, batch: int, length: int, steps: int, seed: int, hold: float = 0.0
+    ) -> None:
+        for stream in streams:
+            if len(stream.ids) < 2 * length + 1:
+                raise InputError(
+                    f"source {stream.name!r} has {len(stream.ids):,} tokens, fewer than two windows of {length}; "
+                    "give more text or a shorter length"
+                )
+        ends = np.array([stream.share for stream in streams], np.float64)  # sources, 2
+        if len(streams) == 0 or (ends < 0).any() or not np.allclose(ends.sum(0), 1.0, atol=1e-6):
+            raise InputError(f"the shares of the sources must be >= 0 and add up to 1, got sums {ends.sum(0).tolist()}")
+        self.streams, self.batch, self.length, self.seed = list(streams), batch, length, seed
+        progress = np.arange(steps) / max(steps - 1, 1)
+        move = np.clip((progress - hold) / max(1 - hold, 1e-9), 0, 1)[:, None]
+        shares = (1 - move) * ends[:, 0] + move * ends[:, 1]
+        counts = np.random.default_rng([seed, 0]).multinomial(batch, shares / shares.sum(1, keepdims=True))
+        self._counts = counts  # steps, sources
+        self._before = np.cumsum(counts, 0) - counts
+        self._orders: dict[int, tuple[int, int, np.ndarray]] = {}
+
+    def __call__(self, step: int) -> Batch:
+        rows = []
+        for index, stream in enumerate(self.streams):
+            first = int(self._before[step, index])
+            for k in range(first, first + int(self._counts[step, index])):
+                start = self._start(index, k)
+                rows.append(stream.ids[start : start + self.length + 1])
+        window = torch.from_numpy(np.stack(rows).astype(np.int64))  # B L+1
+        return Batch(window[:, :-1].contiguous(), window[:, 1:].contiguous())
+
+    def _start(self, index: int, k: int) -> int:
+        """Where the k-th window ever drawn from a source begins."""
+        count = (len(self.streams[index].ids) - 1) // self.length - 1  # windows an epoch, at every phase
+        epoch, position = divmod(k, count)
+        if index not in self._orders or self._orders[index][0] != epoch:
+            rng = np.random.default_rng([self.seed, 1 + index, epoch])
+            self._orders[index] = (epoch, int(rng.integers(self.length)), rng.permutation(count))
+        _, phase, order = self._orders[index]
+        return phase + int(order[position]) * self.length
+
+    def epochs(self, steps: int | None = None) -> dict[str, float]:
+        """How often each source's text is seen in the first ``steps`` steps (all by default)."""
+        seen = self._counts[:steps].sum(0) * self.length
+        return {s.name: float(n / len(s.ids)) for s, n in zip(self.streams, seen, strict=True)}

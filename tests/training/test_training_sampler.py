@@ -1,0 +1,60 @@
+"""Batches are a function of (seed, step); windows tile each source once an epoch; shares are kept."""
+
+import numpy as np
+import pytest
+import torch
+
+from mambascope.errors import InputError
+from mambascope.training.sampler import TextStream, WindowSampler
+
+
+def _sampler(seed=3, steps=200, shares=((0.75, 0.25), (0.25, 0.75)), hold=0.0):
+    streams = [
+        TextStream("a", np.arange(0, 1001, dtype=np.uint16), shares[0]),
+        TextStream("b", np.arange(2000, 4000, dtype=np.uint16), shares[1]),
+    ]
+    return WindowSampler(streams, batch=8, length=10, steps=steps, seed=seed, hold=hold)
+
+
+def test_targets_are_the_next_tokens_and_windows_stay_in_their_source():
+    batch = _sampler()(5)
+    assert batch.tokens.shape == batch.targets.shape == (8, 10) and batch.tokens.dtype == torch.int64
+    assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1])
+    assert torch.equal(batch.tokens + 1, batch.targets), "consecutive within one source"
+
+
+def test_any_order_of_asking_gives_the_same_batches():
+    straight = [_sampler()(step).tokens for step in range(60)]
+    other = _sampler()
+    for step in (59, 3, 30, 0, 59):
+        assert torch.equal(other(step).tokens, straight[step])
+    assert not torch.equal(_sampler(seed=4)(0).tokens, straight[0])
+
+
+def test_an_epoch_visits_every_window_once():
+    sampler = _sampler(shares=((1.0, 1.0), (0.0, 0.0)))
+    per_epoch = 99
+    starts = [int(row[0]) for step in range(50) for row in sampler(step).tokens]
+    first, second = starts[:per_epoch], starts[per_epoch : 2 * per_epoch]
+    assert len(set(first)) == len(set(second)) == per_epoch
+    assert len({s % 10 for s in first}) == 1 and sorted(first) != first
+    assert first != second
+
+
+def test_shares_move_from_start_to_end():
+    sampler = _sampler(steps=1000, hold=0.5)
+    part = [
+        np.mean([bool(row[0] < 2000) for step in steps for row in sampler(step).tokens])
+        for steps in (range(200, 500), range(950, 1000))
+    ]
+    assert abs(part[0] - 0.75) < 0.05 and abs(part[1] - 0.25) < 0.12
+    seen = sampler.epochs()
+    assert seen["a"] == pytest.approx(8 * 10 * 1000 * 0.625 / 1001, rel=0.05)
+
+
+def test_bad_sources():
+    short = TextStream("short", np.zeros(20, np.uint16), (1.0, 1.0))
+    with pytest.raises(InputError, match="'short' has 20 tokens"):
+        WindowSampler([short], batch=1, length=10, steps=5, seed=0)
+    with pytest.raises(InputError, match=r"add up to 1, got sums \[0.75"):
+        _sampler(shares=((0.5, 0.5), (0.25, 0.5)))

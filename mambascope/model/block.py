@@ -34,7 +34,7 @@ class Block(nn.Module):
 
     def forward(self, resid: Tensor, run: Run, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
         """The residual stream ``B L M`` after the block, and the mixer's state after the last real token."""
-        resid = run.emit(self.hook_resid_pre, resid.to(self.residual_dtype), fork=True)
+        resid = run.emit(self.hook_resid_pre, resid, fork=True)
         mixer_in = run.emit(self.hook_mixer_in, resid, fork=True)
         out, state = self.mixer(self.norm(mixer_in, run), run, state)
         out = run.emit(self.hook_mixer_out, out)

@@ -255,7 +255,8 @@ class HookedMamba(TextMethods, GenerateMethods, HookedRootModule):
         if state is not None:
             self.check_state(state, entry.batch)
         run = self._new_run(entry, state)
-        with self._clock_at(entry, state):
+        # A hook may call the model again: that inner pass has its own clock and is not recorded.
+        with self._clock_at(entry, state), self._recording(None):
             return self._forward(
                 entry, run, state, first, last, return_type, loss_per_token, logits_to_keep, stop_at_layer, return_state
             )
@@ -303,9 +304,11 @@ class HookedMamba(TextMethods, GenerateMethods, HookedRootModule):
         return run.emit(self.hook_embed, self.embed(tokens))
 
     def _block(self, layer: int, resid: Tensor, run: Run, state: MambaState | None) -> tuple[Tensor, MambaState]:
+        block = cast(Block, self.blocks[layer])
+        resid = resid.to(block.residual_dtype)
         if run.recorder is not None:
             run.recorder.begin_block(layer, resid, state)
-        return cast(Block, self.blocks[layer])(resid, run, state)
+        return block(resid, run, state)
 
     def _kept(self, normed: Tensor, begin: int, end: int, entry: "_Entry", keep: int | None) -> Tensor:
         if keep is None:
@@ -364,7 +367,8 @@ class HookedMamba(TextMethods, GenerateMethods, HookedRootModule):
         backend, why = ops.resolve_backend(self.backend, self.device, self.dtype, needs_grad)
         run = Run(backend, why, self._clock, True, self._recorder, entry.padding)
         if self._recorder is not None:
-            self._recorder.begin(entry.tokens, entry.padding, entry.bos, backend)
+            shape = (entry.batch, entry.length)
+            self._recorder.begin(entry.tokens, entry.padding, entry.bos, backend, shape)
         return run
 
     @contextmanager
@@ -435,7 +439,21 @@ class HookedMamba(TextMethods, GenerateMethods, HookedRootModule):
         finally:
             self._clock.absolute = before
 
-    # ---- what the cache asks for ------------------------------------------------------------------
+    # ---- what the cache asks for (mambascope.hooks.model_protocol.Scope) ----------------------------
+
+    def decay(self, layer: int) -> Tensor:
+        """A = -exp(A_log) of a layer, ``D N``."""
+        with torch.no_grad():
+            return cast(Block, self.blocks[layer]).mixer.decay()
+
+    def norm_weight(self, layer: int) -> Tensor:
+        """The weight of the norm before block ``layer``; ``n_layers`` means the final norm."""
+        norm = self.ln_final if layer == self.cfg.n_layers else cast(Block, self.blocks[layer]).norm
+        return norm.weight.detach()
+
+    def state_from_tensors(self, tensors: dict[str, Tensor]) -> MambaState:
+        """The inverse of ``MambaState.tensors``."""
+        return MambaState(tensors["ssm"], tensors["conv"])
 
     def replay(
         self, layer: int, resid: Tensor, state: MambaState | None, padding: Padding | None, backend: str, recorder: Recorder

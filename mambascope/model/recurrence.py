@@ -15,16 +15,13 @@ from torch import Tensor
 
 from mambascope import ops
 from mambascope.errors import InputError
+from mambascope.hooks.recorder import BOUNDARY
 from mambascope.hooks.run import Anchors, Run
 from mambascope.hooks.sites import SitePoint
 from mambascope.hooks.state_point import StatePoint
 from mambascope.memory import require_bytes
 
-__all__ = ["BOUNDARY", "Inputs", "Points", "anchors_of", "read_out", "run_recurrence"]
-
-BOUNDARY = 64
-"""Tokens between two stored states: 1.5 KB a token and layer at 130m size."""
-
+__all__ = ["Inputs", "Points", "anchors_of", "read_out", "run_recurrence"]
 
 @dataclass
 class Inputs:

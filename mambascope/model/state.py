@@ -32,6 +32,10 @@ class MambaState:
     def map(self, fn: Callable[[Tensor], Tensor]) -> "MambaState":
         return MambaState(fn(self.ssm), fn(self.conv))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, for files."""
+        return {"ssm": self.ssm, "conv": self.conv}
+
 
 @dataclass
 class State:

@@ -1,0 +1,441 @@
+"""MambaCache: everything a forward pass computed, readable; what was not stored is computed on first read."""
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformer_lens import ActivationCache
+
+from mambascope.errors import CacheError, UnknownNameError
+from mambascope.hooks.lazy import LazyActivation, states_between
+from mambascope.hooks.model_protocol import Scope
+from mambascope.hooks.points import LAZY, hook_names, resolve_name, tail_of
+from mambascope.hooks.recorder import BlockRecord, CacheRecorder, Recording, select_names, versions_of
+from mambascope.hooks.residual import ResidualMethods
+from mambascope.hooks.run import Anchors, compute_dtype
+from mambascope.hooks.sites import Padding
+from mambascope.storage import read_tensors, write_tensors
+
+__all__ = ["CacheRecorder", "MambaCache", "load_cache", "select_names"]
+
+_REPLAYS = 2
+"""Blocks whose recomputed activations are kept: 67 KB a token each at 130m size."""
+
+
+class _Replay:
+    """A recorder that keeps everything one block computes, for the cache to read."""
+
+    boundaries = None
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    def begin(self, *_: Any) -> None:
+        """Part of the Recorder protocol; a replay starts at a block."""
+
+    def begin_block(self, *_: Any) -> None:
+        """Part of the Recorder protocol; there is only one block."""
+
+    def wants(self, name: str) -> bool:
+        return tail_of(name)[1] not in LAZY
+
+    def take(self, name: str, value: Tensor) -> None:
+        self.values[name] = value
+
+    def take_anchors(self, name: str, anchors: Anchors) -> None:
+        """Part of the Recorder protocol; the recording has the anchors already."""
+
+
+class _Readable(Mapping[str, Any]):
+    """The cache as the mapping that TransformerLens' base class expects in ``cache_dict``."""
+
+    def __init__(self, cache: "MambaCache") -> None:
+        self._cache = cache
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self:
+            raise KeyError(name)
+        return self._cache.read(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._cache.visible or name in self._cache.recording.gradients
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._cache.recording.names
+        yield from self._cache.recording.gradients
+
+    def __len__(self) -> int:
+        return len(self._cache.recording.names) + len(self._cache.recording.gradients)
+
+
+class MambaCache(ResidualMethods, ActivationCache):
+    """What ``run_with_cache`` returns; TransformerLens' ActivationCache for Mamba.
+
+    ``cache["blocks.3.mixer.hook_delta"]``, ``cache["delta", 3]`` and ``cache["delta3"]`` are the same tensor.
+    Stored are each block's input and its state every 64 tokens; any other activation of a block is
+    recomputed from them on first read, by the same path and to the same bits, without the user's hooks.
+    A block that carried hooks stored what it computed. ``hook_h``, ``hook_A_bar``, ``hook_B_bar`` and
+    ``hook_write`` come as windows (:class:`~mambascope.hooks.lazy.LazyActivation`). If the weights have
+    changed since, a read that needs them is refused.
+    """
+
+    model: Any
+
+    def __init__(self, recording: Recording, model: Scope, has_batch_dim: bool = True) -> None:
+        self.recording = recording
+        self.visible = frozenset(recording.names)
+        self._device: torch.device | None = None
+        self._replays: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
+        super().__init__(cast(Any, _Readable(self)), model, has_batch_dim)
+
+    # ---- reading
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.cache_dict[self._name(key)]
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            return self._name(key) in self.cache_dict
+        except (UnknownNameError, CacheError):
+            return False
+
+    def _name(self, key: Any) -> str:
+        if isinstance(key, str):
+            name = key
+        elif isinstance(key, tuple) and len(key) in (2, 3) and isinstance(key[0], str):
+            layer = key[1]
+            if layer is None:
+                name = f"ln_final.hook_{key[0]}" if key[0] in ("scale", "normalized") else f"hook_{key[0]}"
+            else:
+                n = self.model.cfg.n_layers
+                if not -n <= layer < n:
+                    raise UnknownNameError(f"layer {layer} is outside the model's {n} blocks")
+                level = f"{key[2]}." if len(key) == 3 and key[2] else ""
+                name = f"blocks.{layer % n}.{level}hook_{key[0]}"
+        else:
+            raise UnknownNameError(f"a cache is read by name or by (name, layer), got {key!r}")
+        if name in self.cache_dict:
+            return name
+        grad = name.endswith("_grad")
+        full = resolve_name(name.removesuffix("_grad"), hook_names(self.model.cfg.n_layers))
+        full += "_grad" if grad else ""
+        if full not in self.cache_dict:
+            why = "run with incl_bwd=True to keep gradients" if grad else "name it in names_filter"
+            raise CacheError(f"{full} was not cached; {why}")
+        return full
+
+    def read(self, name: str) -> Any:
+        """The activation of a full name: a tensor, or a LazyActivation for the ``B L D N`` ones."""
+        if name in self.recording.gradients:
+            return self._squeezed(self.recording.gradients[name])
+        layer, tail = tail_of(name)
+        if layer is None:
+            return self._squeezed(self.recording.top[name])
+        if tail in LAZY:
+            return LazyActivation(self, name)
+        return self._squeezed(self._block_value(layer, name))
+
+    def _squeezed(self, value: Tensor) -> Tensor:
+        return value if self.has_batch_dim else value[0]
+
+    def _block_value(self, layer: int, name: str) -> Tensor:
+        record = self.recording.blocks[layer]
+        if name in record.stored:
+            return record.stored[name]
+        if record.x is not None and name == f"blocks.{layer}.hook_resid_pre":
+            return record.x
+        after = self.recording.blocks.get(layer + 1)
+        if name == f"blocks.{layer}.hook_resid_post" and after is not None and after.x is not None:
+            return after.x
+        return self._replay(record)[name]
+
+    def _replay(self, record: BlockRecord) -> dict[str, Tensor]:
+        layer = record.layer
+        if layer not in self._replays:
+            if record.x is None:
+                raise CacheError(f"block {layer} kept no input to recompute from")
+            self._check_fresh(layer)
+            self._replays[layer] = self._run_again(record, record.x, record.state, self.recording.padding)
+            while len(self._replays) > _REPLAYS:
+                self._replays.popitem(last=False)
+        self._replays.move_to_end(layer)
+        return self._replays[layer]
+
+    def _run_again(self, record: BlockRecord, x: Tensor, state: Any, padding: Padding | None) -> dict[str, Tensor]:
+        device = self.model.device
+        if x.device != device:
+            x, state = x.to(device), None if state is None else state.map(lambda t: t.to(device))
+            padding = None if padding is None else _padding_to(padding, device)
+        replay = _Replay()
+        self.model.replay(record.layer, x, state, padding, self.recording.backend, replay)
+        return {name: value.to(self.device) for name, value in replay.values.items()}
+
+    def _check_fresh(self, layer: int) -> None:
+        """CacheError if a weight of this block was changed, trained or moved since the recording."""
+        now = versions_of(self.model)
+        prefix = f"blocks.{layer}."
+        for name, version in self.recording.versions.items():
+            if name.startswith(prefix) and now.get(name) != version:
+                raise CacheError(
+                    f"{name} has changed since this cache was recorded, so what was not stored cannot be recomputed; "
+                    "run the model again"
+                )
+
+    # ---- windows of the state
+
+    @property
+    def device(self) -> torch.device:
+        return self._device if self._device is not None else self.model.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return compute_dtype(self.model.dtype)
+
+    def lazy_window(self, name: str, rows: slice, start: int, stop: int, channels: slice) -> Tensor:
+        """Steps [start, stop) of a lazy activation for some rows and channels, ``B W D N``."""
+        layer, tail = tail_of(name)
+        record = self.recording.blocks[cast(int, layer)]
+        if name in record.exposed:
+            return record.exposed[name][rows, start:stop, channels]
+        anchors = record.anchors
+        if anchors is None:
+            raise CacheError(f"{name}: no states were recorded")
+        if record.exposed and tail == "mixer.hook_h":  # every step is an anchor
+            return anchors.states[rows, start + 1 : stop + 1, channels]
+        if anchors.aligned:
+            return self._aligned_window(record, name, rows, start, stop, channels)
+        first = max(c for c in anchors.columns if c <= start) + 1 if tail == "mixer.hook_h" else start
+        first = min(first, start)
+        u, delta, B = (v[rows] for v in self._scan_inputs(record, first, stop))
+        A = self.model.decay(record.layer).to(delta.device)[channels]
+        u, delta = u[:, :, channels], delta[:, :, channels]
+        if tail == "mixer.hook_h":
+            states = Anchors(anchors.columns, anchors.states[rows][:, :, channels])
+            backend = self.recording.backend if delta.device == self.model.device else "auto"
+            return states_between((u, delta, A, B), states, first, start, stop, backend)
+        return _exposed_value(tail, u, delta, A, B)
+
+    def _scan_inputs(self, record: BlockRecord, first: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """u, delta, B for columns [first, stop): stored, replayed, or from that window of the block's input."""
+        layer = record.layer
+        names = [f"blocks.{layer}.mixer.hook_{n}" for n in ("u_write", "delta", "B")]
+        ready = record.stored if all(n in record.stored for n in names) else self._replays.get(layer)
+        if ready is None and record.x is not None and self.recording.padding is None:
+            self._check_fresh(layer)
+            warm = max(0, first - (self.model.cfg.d_conv - 1))  # the conv looks back K-1 tokens
+            state = record.state if warm == 0 else None
+            ready = self._run_again(record, record.x[:, warm:stop], state, None)
+            return cast(tuple[Tensor, Tensor, Tensor], tuple(ready[n][:, first - warm :] for n in names))
+        if ready is None:
+            ready = self._replay(record)
+        self._check_fresh(layer)  # A is read from the model
+        return cast(tuple[Tensor, Tensor, Tensor], tuple(ready[n][:, first:stop] for n in names))
+
+    def _aligned_window(
+        self, record: BlockRecord, name: str, rows: slice, start: int, stop: int, channels: slice
+    ) -> Tensor:
+        """Left-padded rows whose h was hooked: their states are kept by token, not by column."""
+        padding, anchors = self.recording.padding, record.anchors
+        assert padding is not None and anchors is not None
+        length = self.recording.shape[1]
+        u, delta, B = self._scan_inputs(record, 0, length)
+        A = self.model.decay(record.layer).to(delta.device)
+        if tail_of(name)[1] != "mixer.hook_h":
+            value = _exposed_value(tail_of(name)[1], u, delta, A, B)
+            return value[rows, start:stop, channels]
+        real = (torch.arange(length, device=delta.device) < padding.lengths[:, None])[..., None]
+        inputs = (padding.align(u), padding.align(delta) * real, A, padding.align(B))
+        h = states_between(inputs, anchors, 0, 0, length, self.recording.backend)
+        pad = torch.arange(length, device=delta.device) < padding.left[:, None]  # nothing was read yet
+        h = torch.where(pad[..., None, None], anchors.states[:, :1], padding.unalign(h))
+        return h[rows, start:stop, channels]
+
+    # ---- the base class' methods that would touch every tensor
+
+    def __repr__(self) -> str:
+        batch, length = self.recording.shape
+        return f"MambaCache({len(self)} readable activations of {batch} x {length} tokens, {self.nbytes / 1e6:.1f} MB stored)"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now, without what reads recompute."""
+        total = 0
+
+        def count(t: Tensor) -> Tensor:
+            nonlocal total
+            total += t.numel() * t.element_size()
+            return t
+
+        self.recording.map(count)
+        return total
+
+    def _batch_size(self) -> int:
+        return self.recording.shape[0]
+
+    def _with(self, fn: Callable[[Tensor], Tensor], has_batch_dim: bool | None = None) -> "MambaCache":
+        other = MambaCache(
+            self.recording.map(fn), self.model, self.has_batch_dim if has_batch_dim is None else has_batch_dim
+        )
+        other._device = self._device
+        return other
+
+    def to(self, device: Any) -> "MambaCache":  # type: ignore[override]
+        """Move what is stored; recomputation still runs where the model is, its results move too."""
+        self.recording = self.recording.map(lambda t: t.to(device))
+        self._device = torch.empty(0, device=device).device
+        self._replays.clear()
+        return self
+
+    def remove_batch_dim(self, batch_size: int | None = None) -> "MambaCache":  # type: ignore[override]
+        """Drop the batch axis of a cache of one row."""
+        if self.has_batch_dim and self._batch_size() != 1:
+            raise CacheError(f"cannot remove the batch dimension of {self._batch_size()} rows")
+        self.has_batch_dim = False
+        return self
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> "MambaCache":  # type: ignore[override]
+        """Some rows of the batch, or one (an int, which drops the batch axis)."""
+        index = batch_slice.slice if hasattr(batch_slice, "slice") else batch_slice
+        if not self.has_batch_dim:
+            if index is None or index == slice(None):
+                return self
+            raise CacheError("this cache has no batch dimension to slice")
+        if index is None:
+            return self._with(lambda t: t)
+        if isinstance(index, int):
+            n = self._batch_size()
+            if not -n <= index < n:
+                raise CacheError(f"row {index} is outside the batch of {n}")
+            return self._with(lambda t: t[index % n : index % n + 1], has_batch_dim=False)
+        rows = index if isinstance(index, slice) else torch.as_tensor(index)
+        return self._with(lambda t: t[rows])
+
+    def at_positions(self, pos_slice: Any) -> "MambaCache":
+        """Only some positions of every stored activation (``run_with_cache(pos_slice=)``)."""
+        from transformer_lens.utilities import Slice
+
+        cut = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
+        names = [name for name in self.recording.names if tail_of(name)[1] not in LAZY]
+        kept = {name: cut.apply(self.read(name), dim=1) for name in names}
+        gradients = {name: cut.apply(value, dim=1) for name, value in self.recording.gradients.items()}
+        old = self.recording
+        blocks = {
+            i: BlockRecord(i, edited=True, stored={n: v for n, v in kept.items() if tail_of(n)[0] == i}) for i in old.blocks
+        }
+        top = {n: v for n, v in kept.items() if tail_of(n)[0] is None}
+        new = Recording(
+            names, old.backend, old.tokens, old.padding, old.bos, old.shape, top, blocks, gradients, old.versions
+        )
+        return MambaCache(new, self.model, self.has_batch_dim)
+
+    # ---- files
+
+    def save(self, path: str | Path) -> None:
+        """Write what is stored, tokens, model name and weight hash as one safetensors file (atomic)."""
+        rec = self.recording
+        tensors: dict[str, Tensor] = {f"top/{n}": v for n, v in rec.top.items()}
+        tensors |= {f"grad/{n}": v for n, v in rec.gradients.items()}
+        if rec.tokens is not None:
+            tensors["tokens"] = rec.tokens
+        if rec.padding is not None:
+            tensors["mask"] = rec.padding.mask
+        about: dict[str, Any] = {}
+        for i, block in rec.blocks.items():
+            about[str(i)] = {"edited": block.edited}
+            tensors |= {f"block/{i}/stored/{n}": v for n, v in block.stored.items()}
+            tensors |= {f"block/{i}/exposed/{n}": v for n, v in block.exposed.items()}
+            if block.x is not None:
+                tensors[f"block/{i}/x"] = block.x
+            if block.state is not None:
+                tensors |= {f"block/{i}/state/{n}": v for n, v in block.state.tensors().items()}
+            if block.anchors is not None:
+                tensors[f"block/{i}/anchors"] = block.anchors.states
+                about[str(i)] |= {"columns": block.anchors.columns, "aligned": block.anchors.aligned}
+        write_tensors(
+            path,
+            tensors,
+            {
+                "kind": "cache",
+                "model": self.model.cfg.name,
+                "weights": self.model.weight_hash(),
+                "backend": rec.backend,
+                "shape": json.dumps(list(rec.shape)),
+                "names": json.dumps(rec.names),
+                "bos": json.dumps(rec.bos),
+                "batch": json.dumps(self.has_batch_dim),
+                "blocks": json.dumps(about),
+            },
+        )
+
+
+def _padding_to(padding: Padding, device: torch.device) -> Padding:
+    return Padding(padding.mask.to(device), padding.left.to(device), padding.lengths.to(device))
+
+
+def _exposed_value(tail: str, u: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    if tail == "mixer.hook_A_bar":
+        return torch.exp(delta[..., None] * A)
+    B_bar = delta[..., None] * B[:, :, None, :].to(delta.dtype)
+    return B_bar if tail == "mixer.hook_B_bar" else B_bar * u[..., None].to(delta.dtype)
+
+
+def load_cache(path: str | Path, model: Scope) -> MambaCache:
+    """Read what :meth:`MambaCache.save` wrote; CacheError if it was recorded with other weights.
+
+    Recomputation works as before; on a machine that lacks the backend of the recording it runs on the model's.
+    """
+    from mambascope.model.inputs import padding_of
+
+    tensors, meta = read_tensors(path, kind="cache", error=CacheError)
+    if meta.get("weights") != model.weight_hash():
+        raise CacheError(f"{path} was recorded with other weights (model {meta.get('model')!r}) than {model.cfg.name!r}")
+    try:
+        shape = tuple(int(n) for n in json.loads(meta["shape"]))
+        names, about = list(json.loads(meta["names"])), dict(json.loads(meta["blocks"]))
+        batch, bos = bool(json.loads(meta["batch"])), bool(json.loads(meta["bos"]))
+        tensors = {name: value.to(model.device) for name, value in tensors.items()}
+        blocks = {int(i): _block_from(int(i), facts, tensors, model) for i, facts in about.items()}
+    except (KeyError, ValueError, TypeError, AttributeError) as cause:
+        raise CacheError(f"{path} is damaged: {cause!r}") from None
+    top = {n.removeprefix("top/"): v for n, v in tensors.items() if n.startswith("top/")}
+    gradients = {n.removeprefix("grad/"): v for n, v in tensors.items() if n.startswith("grad/")}
+    mask = tensors.get("mask")
+    padding = None if mask is None else padding_of(mask, (mask.shape[0], mask.shape[1]), model.device)
+    recording = Recording(
+        names,
+        meta["backend"],
+        tensors.get("tokens"),
+        padding,
+        bos,
+        (shape[0], shape[1]),
+        top,
+        blocks,
+        gradients,
+        versions_of(model),
+    )
+    return MambaCache(recording, model, batch)
+
+
+def _block_from(layer: int, facts: dict[str, Any], tensors: dict[str, Tensor], model: Scope) -> BlockRecord:
+    prefix = f"block/{layer}/"
+    mine = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+
+    def part(kind: str) -> dict[str, Tensor]:
+        return {n.removeprefix(f"{kind}/"): v for n, v in mine.items() if n.startswith(f"{kind}/")}
+
+    state, anchors = part("state"), None
+    if "anchors" in mine:
+        anchors = Anchors([int(c) for c in facts["columns"]], mine["anchors"], bool(facts["aligned"]))
+    return BlockRecord(
+        layer,
+        mine.get("x"),
+        model.state_from_tensors(state) if state else None,
+        bool(facts["edited"]),
+        part("stored"),
+        part("exposed"),
+        anchors,
+    )

@@ -1,0 +1,180 @@
+"""Windows of the ``B L D N`` activations (h, A_bar, B_bar, write), computed when they are indexed."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mambascope import ops
+from mambascope.errors import CacheError
+from mambascope.hooks.points import tail_of
+from mambascope.hooks.run import Anchors
+from mambascope.memory import require_bytes
+
+if TYPE_CHECKING:
+    from mambascope.hooks.cache import MambaCache
+
+__all__ = ["LazyActivation"]
+
+
+class LazyActivation:
+    """Looks like a tensor ``B L D N``; ``lazy[:, 100:110]`` computes that window only.
+
+    A window of h starts from the nearest stored state before it (every 64 tokens), so its cost is
+    O((64 + window) * D * N). ``lazy.full()`` and any torch function take all of it, if it fits in memory.
+    The values carry no gradient.
+    """
+
+    def __init__(self, cache: "MambaCache", name: str) -> None:
+        self._cache = cache
+        self.name = name
+        self._layer, self._tail = tail_of(name)
+
+    @property
+    def shape(self) -> torch.Size:
+        cfg = self._cache.model.cfg
+        batch, length = self._cache.recording.shape
+        full = torch.Size((batch, length, cfg.d_inner, cfg.d_state))
+        return full if self._cache.has_batch_dim else full[1:]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._cache.compute_dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._cache.device
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __repr__(self) -> str:
+        return f"LazyActivation({self.name}, shape={tuple(self.shape)}; index it to compute a window)"
+
+    def full(self) -> Tensor:
+        """All of it, ``B L D N``; CacheError with size, limit and way out if that does not fit."""
+        return self[:]
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        def plain(x: Any) -> Any:
+            if isinstance(x, LazyActivation):
+                return x.full()
+            return type(x)(plain(v) for v in x) if isinstance(x, (list, tuple)) else x
+
+        return func(*plain(args), **{k: plain(v) for k, v in (kwargs or {}).items()})
+
+    def __getitem__(self, key: Any) -> Tensor:
+        keys = list(key) if isinstance(key, tuple) else [key]
+        if any(isinstance(k, Tensor) and k.dtype == torch.bool for k in keys) or None in keys:
+            raise CacheError(f"{self.name}: index with integers, slices or integer tensors, one for each axis")
+        if Ellipsis in keys:
+            at = keys.index(Ellipsis)
+            keys[at : at + 1] = [slice(None)] * (self.ndim - len(keys) + 1)
+        if len(keys) > self.ndim:
+            raise CacheError(f"{self.name} has {self.ndim} axes, got {len(keys)} indices")
+        keys += [slice(None)] * (self.ndim - len(keys))
+        if not self._cache.has_batch_dim:
+            keys = [0, *keys]
+        full = self._cache.recording.shape + (self._cache.model.cfg.d_inner, self._cache.model.cfg.d_state)
+        for axis, (k, size) in enumerate(zip(keys, full, strict=True)):
+            if isinstance(k, int) and not -size <= k < size:
+                raise CacheError(f"{self.name}: index {k} is out of range on axis {axis} of size {size}")
+        start, stop, time = _window(keys[1], full[1])
+        rows, keys[0] = _narrow(keys[0], full[0])
+        channels, keys[2] = _narrow(keys[2], full[2])
+        self._check_memory(rows, stop - start, channels)
+        window = self._cache.lazy_window(self.name, rows, start, stop, channels)
+        return window[keys[0], time, keys[2], keys[3]] if _at_most_one_list(keys) else _orthogonal(window, keys, time)
+
+    def _check_memory(self, rows: slice, steps: int, channels: slice) -> None:
+        cfg = self._cache.model.cfg
+        n_rows = len(range(self._cache.recording.shape[0])[rows])
+        n_channels = len(range(cfg.d_inner)[channels])
+        need = 2 * n_rows * steps * n_channels * cfg.d_state * torch.empty((), dtype=self.dtype).element_size()
+        way_out = "index a window of positions, [:, a:b], or some channels, [:, :, c]"
+        require_bytes(need, self.device, f"{steps:,} steps of {self.name}", way_out, CacheError)
+
+
+def _window(key: Any, length: int) -> tuple[int, int, Any]:
+    """The steps [start, stop) that a time index touches, and the index inside that window."""
+    if isinstance(key, int):
+        key = key % length
+        return key, key + 1, 0
+    if isinstance(key, slice):
+        hit = range(length)[key]
+        if not hit:
+            return 0, 0, slice(None)
+        low, high = min(hit[0], hit[-1]), max(hit[0], hit[-1])
+        if hit.step < 0:
+            raise CacheError("a window of positions runs forward; flip the result instead")
+        return low, high + 1, slice(None, None, hit.step)
+    index = torch.as_tensor(key)
+    index = torch.where(index < 0, index + length, index)
+    if index.numel() == 0 or int(index.min()) < 0 or int(index.max()) >= length:
+        raise CacheError(f"positions {key!r} are empty or outside the {length} tokens")
+    low = int(index.min())
+    return low, int(index.max()) + 1, index - low
+
+
+def _narrow(key: Any, size: int) -> tuple[slice, Any]:
+    """Cut an axis to one slice before computing, and the index that is left for afterwards."""
+    if isinstance(key, int):
+        key = key % size
+        return slice(key, key + 1), 0
+    if isinstance(key, slice) and (key.step is None or key.step > 0):
+        return key, slice(None)
+    return slice(None), key
+
+
+def _at_most_one_list(keys: list[Any]) -> bool:
+    return sum(not isinstance(k, (int, slice)) for k in keys) == 0
+
+
+def _orthogonal(window: Tensor, keys: list[Any], time: Any) -> Tensor:
+    """Index each axis on its own (as xarray does), so that two lists select a rectangle."""
+    keys = [keys[0], time, keys[2], keys[3]]
+    for axis in (3, 2, 1, 0):
+        key = keys[axis]
+        if isinstance(key, (int, slice)):
+            window = window[(slice(None),) * axis + (key,)]
+        else:
+            window = window.index_select(axis, torch.as_tensor(key, device=window.device).reshape(-1))
+    return window
+
+
+def states_between(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor], anchors: Anchors, first: int, start: int, stop: int, backend: str
+) -> Tensor:
+    """h for steps [start, stop), ``B W D N``, from u, delta, A, B whose column 0 is step ``first``.
+
+    Runs from each anchor to the next: a state that a hook edited is itself an anchor, so what is returned is
+    what happened.
+    """
+    u, delta, A, B = inputs
+    out = torch.empty(u.shape[0], stop - start, *A.shape, dtype=delta.dtype, device=delta.device)
+    columns = anchors.columns
+    begin = max(i for i, c in enumerate(columns) if c <= start)
+    for i in range(begin, len(columns)):
+        c = columns[i]
+        if c >= stop:
+            break
+        if c >= start:
+            out[:, c - start] = anchors.states[:, i]
+        end = min(columns[i + 1] if i + 1 < len(columns) else stop, stop)  # steps (c, end)
+        if end > max(c + 1, start):
+            cut = slice(c + 1 - first, end - first)
+            h = ops.state_window(u[:, cut], delta[:, cut], A, B[:, cut], anchors.states[:, i], backend=backend)
+            low = max(start, c + 1)
+            out[:, low - start : end - start] = h[:, low - (c + 1) :]
+    return out

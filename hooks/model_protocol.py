@@ -1,0 +1,52 @@
+"""What the hooks need to know of a model: a small protocol, so that they depend on no mixer."""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mambascope.config import MambaConfig
+from mambascope.hooks.run import Recorder
+from mambascope.hooks.sites import Padding
+
+__all__ = ["Scope"]
+
+
+class Scope(Protocol):
+    """A model that can be recorded and whose blocks can be run again."""
+
+    cfg: MambaConfig
+    blocks: Any
+    model_id: str
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def W_U(self) -> Tensor: ...
+
+    def weight_hash(self) -> str: ...
+
+    def decay(self, layer: int) -> Tensor:
+        """A = -exp(A_log) of a layer, ``D N``."""
+        ...
+
+    def replay(
+        self, layer: int, resid: Tensor, state: Any, padding: Padding | None, backend: str, recorder: Recorder
+    ) -> None:
+        """Run one block again, without hooks, for ``recorder`` to watch."""
+        ...
+
+    def norm_weight(self, layer: int) -> Tensor:
+        """The weight of the norm before block ``layer``; ``n_layers`` means the final norm."""
+        ...
+
+    def accumulated_bias(self, layer: int) -> Tensor: ...
+
+    def tokens_to_residual_directions(self, tokens: Any) -> Tensor: ...
+
+    def state_from_tensors(self, tensors: dict[str, Tensor]) -> Any:
+        """A mixer state from the tensors that its own ``tensors()`` gave."""
+        ...
+
+

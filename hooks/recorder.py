@@ -1,0 +1,222 @@
+"""What a forward pass leaves behind for the cache: little stored, everything readable."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from mambascope.errors import CacheError, HookError
+from mambascope.hooks.points import LAZY, resolve_name, spec_of, tail_of
+from mambascope.hooks.run import Anchors
+from mambascope.hooks.sites import Padding, SitePoint
+from mambascope.memory import require_bytes
+
+if TYPE_CHECKING:
+    from mambascope.hooks.model_protocol import Scope
+
+__all__ = ["BOUNDARY", "BlockRecord", "CacheRecorder", "Recording", "select_names"]
+
+BOUNDARY = 64
+"""Tokens between two stored states: 1.5 KB a token and layer at 130m size."""
+
+_INPUTS_OF_H = ("mixer.hook_delta", "mixer.hook_B", "mixer.hook_u_write")
+
+
+def select_names(names_filter: Any, names: list[str]) -> list[str]:
+    """The hook points that a ``names_filter`` means: None (all), a name, a list of names, or a function.
+
+    Short forms are understood. A name that is unknown, or a filter that matches nothing, is an error.
+    """
+    if names_filter is None:
+        return list(names)
+    if isinstance(names_filter, str):
+        return [resolve_name(names_filter, names)]
+    if callable(names_filter):
+        found = [name for name in names if names_filter(name)]
+    elif isinstance(names_filter, (list, tuple, set)):
+        wanted = {resolve_name(name, names) for name in names_filter}
+        found = [name for name in names if name in wanted]
+    else:
+        raise HookError(f"names_filter must be a name, a list of names or a function, got {type(names_filter).__name__}")
+    if not found:
+        raise HookError("names_filter matches no hook point; mambascope.HOOK_POINTS lists them")
+    return found
+
+
+@dataclass
+class BlockRecord:
+    """One block's part of a recording.
+
+    ``x`` is the residual entering the block and ``state`` the mixer's state then: enough to run the block
+    again. ``edited`` blocks had hooks on them; they are never run again, ``stored`` holds all that was asked.
+    """
+
+    layer: int
+    x: Tensor | None = None
+    state: Any = None
+    edited: bool = False
+    stored: dict[str, Tensor] = field(default_factory=dict)
+    exposed: dict[str, Tensor] = field(default_factory=dict)
+    anchors: Anchors | None = None
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "BlockRecord":
+        """The same record with every tensor replaced (moved, or some rows of the batch taken)."""
+        return replace(
+            self,
+            x=None if self.x is None else fn(self.x),
+            state=None if self.state is None else self.state.map(fn),
+            stored={name: fn(value) for name, value in self.stored.items()},
+            exposed={name: fn(value) for name, value in self.exposed.items()},
+            anchors=None if self.anchors is None else self.anchors.map(fn),
+        )
+
+
+@dataclass
+class Recording:
+    """All that one forward pass left behind."""
+
+    names: list[str]
+    backend: str
+    tokens: Tensor | None
+    padding: Padding | None
+    bos: bool
+    shape: tuple[int, int]
+    top: dict[str, Tensor]
+    blocks: dict[int, BlockRecord]
+    gradients: dict[str, Tensor]
+    versions: dict[str, tuple[int, int]]
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Recording":
+        padding = self.padding
+        if padding is not None:
+            padding = Padding(fn(padding.mask), fn(padding.left), fn(padding.lengths))
+        tokens = None if self.tokens is None else fn(self.tokens)
+        top = {name: fn(value) for name, value in self.top.items()}
+        blocks = {i: block.map(fn) for i, block in self.blocks.items()}
+        gradients = {name: fn(value) for name, value in self.gradients.items()}
+        like = tokens if tokens is not None else next(iter(top.values()), None)
+        batch = self.shape[0] if like is None or like.ndim < 2 else like.shape[0]
+        return replace(
+            self,
+            tokens=tokens,
+            padding=padding,
+            top=top,
+            blocks=blocks,
+            gradients=gradients,
+            shape=(batch, self.shape[1]),
+        )
+
+
+def versions_of(model: "Scope") -> dict[str, tuple[int, int]]:
+    """A fingerprint of every parameter: where it lies and how often it was changed in place."""
+    return {
+        name: (p.data_ptr(), -1 if p.is_inference() else p._version)
+        for name, p in cast(torch.nn.Module, model).named_parameters()
+    }
+
+
+class CacheRecorder:
+    """Watches one forward pass and keeps what the cache will need (see mambascope.hooks.run.Recorder)."""
+
+    def __init__(self, model: "Scope", names: list[str], *, everything: bool, eager: bool) -> None:
+        self._model = model
+        self._names = names
+        self._everything = everything
+        self._eager_all = eager
+        self._explicit = not everything
+        self._lazy_layers = {tail_of(n)[0] for n in names if tail_of(n)[1] in LAZY}
+        self._wanted: set[str] = set() if everything and not eager else {n for n in names if tail_of(n)[1] not in LAZY}
+        self._visible = set(names)
+        self.boundaries: int | None = BOUNDARY if self._lazy_layers else None
+        self._recording: Recording | None = None
+        last = model.cfg.n_layers - 1
+        for name in (n for n in names if everything and (tail_of(n)[0] is None or n == f"blocks.{last}.hook_resid_post")):
+            self._wanted.add(name)
+
+    def gradient_names(self) -> list[str]:
+        """The names whose gradients ``incl_bwd`` keeps: all but the lazy ones."""
+        return [name for name in self._names if tail_of(name)[1] not in LAZY]
+
+    # ---- called by the forward pass
+
+    def begin(self, tokens: Tensor | None, padding: Padding | None, bos: bool, backend: str, shape: tuple[int, int]) -> None:
+        versions = versions_of(self._model)
+        self._recording = Recording([], backend, tokens, padding, bos, shape, {}, {}, {}, versions)
+        if self._eager_all:
+            self._check_size(self._wanted)
+
+    def _check_size(self, names: set[str]) -> None:
+        cfg, (batch, length) = self._model.cfg, self.recording.shape
+        widths = {"M": cfg.d_model, "D": cfg.d_inner, "N": cfg.d_state, "R": cfg.dt_rank, "1": 1}
+        need = 4 * batch * length * sum(widths[spec_of(name).shape.split()[-1]] for name in names)
+        way_out = "name fewer activations in names_filter, or take a shorter text"
+        require_bytes(need, self._model.device, f"storing {len(names)} activations", way_out, CacheError)
+
+    def begin_block(self, layer: int, resid: Tensor, state: Any) -> None:
+        edited = any(
+            point.live for point in self._model.blocks[layer].modules() if isinstance(point, SitePoint)
+        )
+        record = BlockRecord(layer, edited=edited)
+        self.recording.blocks[layer] = record
+        if edited:
+            here = {n for n in self._names if tail_of(n)[0] == layer and tail_of(n)[1] not in LAZY}
+            if layer in self._lazy_layers:  # h is recomputed from these, not from the block's input
+                here |= {f"blocks.{layer}.{tail}" for tail in _INPUTS_OF_H}
+            self._check_size(here)
+            self._wanted |= here
+        if not edited and (self._everything or layer in self._lazy_layers):
+            record.x = resid.detach()
+            record.state = None if state is None else state.map(torch.detach)
+
+    def wants(self, name: str) -> bool:
+        return name in self._wanted
+
+    def take(self, name: str, value: Tensor) -> None:
+        if name not in self._wanted:
+            return
+        layer, _ = tail_of(name)
+        place = self.recording.top if layer is None else self.recording.blocks[layer].stored
+        place[name] = value.detach()
+
+    def take_anchors(self, name: str, anchors: Anchors) -> None:
+        layer, tail = tail_of(name)
+        if layer not in self._lazy_layers or layer is None:
+            return
+        record = self.recording.blocks[layer]
+        kept = anchors.map(torch.detach)
+        if tail == "mixer.hook_h":
+            record.anchors = kept
+        else:
+            record.exposed[name] = kept.states
+
+    def take_gradient(self, grad: Tensor, hook: Any) -> None:
+        self.recording.gradients[f"{hook.name}_grad"] = grad.detach()
+
+    # ---- afterwards
+
+    @property
+    def recording(self) -> Recording:
+        if self._recording is None:
+            raise CacheError("no forward pass was recorded")
+        return self._recording
+
+    def finish(self) -> Recording:
+        """The recording; CacheError if a name asked for by name was never reached."""
+        recording = self.recording
+        reached = [n for n in self._names if self._reached(n)]
+        missing = [n for n in self._names if n not in set(reached)]
+        if missing and self._explicit and not reached:
+            raise CacheError(f"{missing[0]} was not reached: the run stopped before it (stop_at_layer, return_type)")
+        recording.names = reached
+        return recording
+
+    def _reached(self, name: str) -> bool:
+        layer, tail = tail_of(name)
+        if layer is None:
+            return name in self.recording.top
+        if layer not in self.recording.blocks:
+            return False
+        record = self.recording.blocks[layer]
+        return tail in LAZY or record.x is not None or name in record.stored

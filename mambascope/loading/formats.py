@@ -78,7 +78,7 @@ def read_config(values: dict[str, Any], where: str, name: str) -> MambaConfig:
     fields = Fields(values, where)
     _refuse_foreign(fields)
     model_type = fields.raw("model_type")
-    if "hidden_size" in fields and model_type in _ARCHITECTURES:
+    if "hidden_size" in fields and isinstance(model_type, str) and model_type in _ARCHITECTURES:
         return _transformers(fields, model_type, name)
     if "d_model" in fields and model_type in (None, "mamba"):
         return _authors(fields, name)

@@ -34,13 +34,15 @@ def fetch_file(
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
+    if optional and _known_absent(repo, name, revision):
+        return None  # without asking: a hub that is gone would cost half a minute of retries
     try:
         return Path(hf_hub_download(repo, name, revision=revision, local_files_only=local_files_only))
     except LocalEntryNotFoundError as error:
         # Offline, a file that the repository lacks and one that was never downloaded look the same.
         if not optional:
             raise _unreachable(repo, name, revision, local_files_only, error) from error
-        if not (local_files_only or constants.HF_HUB_OFFLINE or _known_absent(repo, name, revision)):
+        if not (local_files_only or constants.HF_HUB_OFFLINE):
             warnings.warn(f"the hub cannot be reached to ask {repo!r} for {name!r}; going on without it", stacklevel=2)
         return None
     except EntryNotFoundError as error:
@@ -111,8 +113,9 @@ def _unreachable(repo: str, name: str, revision: str | None, local_only: bool, e
     what = f"{name!r} of {_at(repo, revision)} is not in the local hub cache"
     if local_only:
         return LoadError(f"{what}, and local_files_only=True forbids a download; load it once without that")
+    cause = str(error.__cause__ or error).splitlines()[0]
     return LoadError(
-        f"{what}, and the hub cannot be reached ({error.__cause__ or error}). Connect once to download it, or copy "
+        f"{what}, and the hub cannot be reached ({cause}). Connect once to download it, or copy "
         f"the model's folder here and give its path (there is no folder {repo!r}), or use an embedded model of "
         "mambascope.list_models()"
     )

@@ -52,7 +52,7 @@ class PickleFile:
                 f"{self._shown!r} is refused: {_reason(error)}. A pickle can run code, so only plain tensors are "
                 "accepted and nothing of it was run; ask its author for safetensors"
             ) from None
-        except Exception as error:  # noqa: BLE001  (torch reports a broken archive by many error types)
+        except Exception as error:
             raise LoadError(
                 f"{self._shown!r} is truncated or corrupt: {type(error).__name__}: {_reason(error)}; download it again"
             ) from None

@@ -1,0 +1,332 @@
+"""The portable GPU backend: plain Triton, no inline assembly, no atomics; any GPU that Triton knows.
+
+Row strides are free, the last axis is dense. Arithmetic is IEEE float32 whatever the inputs' dtype; the exponential
+is the hardware's (2 ulp). Two runs give the same bits; so do the fused form and the same steps apart. A different cut
+in time, or a different plan, agrees within rounding only.
+"""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from mambascope.errors import BackendError
+from mambascope.ops.scan.triton_backward import adjoint_kernel, backward_kernel
+from mambascope.ops.scan.triton_forward import carry_kernel, forward_kernel
+from mambascope.ops.scan.triton_math import INTERPRETED
+from mambascope.ops.scan.triton_table import BackwardPlan, ForwardPlan, backward_plan, forward_plan, padded
+
+__all__ = ["backward_plan_of", "forward_plan_of", "scan_backward", "scan_forward", "supports"]
+
+MAX_STATE = 256
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_MAX_SCRATCH = 1 << 30  # bytes of partial sums and replayed states; above it the backward takes the rows in slices
+_ENDS, _OUTPUTS, _STATES = 0, 1, 2  # modes of forward_kernel
+# Nothing is contracted where the fused form must round like its steps apart; gradients make no such promise.
+_EXACT = {"num_warps": 1, "enable_fp_fusion": False}
+_FREE = {"num_warps": 1}
+
+
+def supports(device: torch.device, dtype: torch.dtype, N: int, K: int) -> str:
+    """'' if the kernels can take it, else the reason in words."""
+    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
+        return f"the Triton kernels run on CUDA tensors, these are on {device} (TRITON_INTERPRET is not set)"
+    if device.type == "cuda" and INTERPRETED:
+        return "TRITON_INTERPRET is set: kernels are interpreted, on CPU tensors"
+    if dtype not in _DTYPES:
+        return f"the Triton kernels take float32, bfloat16 and float16, got {dtype}"
+    if N > MAX_STATE:
+        return f"the Triton kernels hold at most N = {MAX_STATE} states a channel, got {N}"
+    return ""
+
+
+_processors: dict[torch.device, int] = {}
+
+
+def _processor_count(device: torch.device) -> int:
+    """Multiprocessors of the GPU; the interpreter's plans are those of a GPU with four."""
+    if device.type != "cuda":
+        return 4
+    if device not in _processors:
+        _processors[device] = torch.cuda.get_device_properties(device).multi_processor_count
+    return _processors[device]
+
+
+def forward_plan_of(u: Tensor, A: Tensor, boundaries: int | None) -> ForwardPlan:
+    """What `scan_forward` would choose."""
+    batch, length, channels = u.shape
+    return forward_plan(batch, length, channels, A.shape[1], _processor_count(u.device), boundaries)
+
+
+def backward_plan_of(u: Tensor, A: Tensor, boundaries: int) -> BackwardPlan:
+    """What `scan_backward` would choose."""
+    batch, length, channels = u.shape
+    return backward_plan(batch, length, channels, A.shape[1], _processor_count(u.device), boundaries)
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    """The tensor itself if its last axis is dense, else a copy."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _whole(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _strides(*tensors: Tensor | None) -> list[int]:
+    """Strides of rows and of steps."""
+    return [0 if x is None else x.stride(axis) for x in tensors for axis in (0, 1)]
+
+
+class _Operands(NamedTuple):
+    """A scan's operands as the kernels take them."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    h0: Tensor | None
+    lengths: Tensor | None
+
+    @classmethod
+    def of(cls, *tensors: Any) -> "_Operands":
+        raw = cls(*tensors)
+        reason = supports(raw.u.device, raw.u.dtype, raw.A.shape[1], 1)
+        if reason:
+            raise BackendError(f"backend 'triton' cannot run: {reason}; use backend='torch' or 'auto'")
+        strided = ("u", "delta", "B", "C", "z")
+        made = [_dense(x) if name in strided else _whole(x) for name, x in zip(cls._fields, raw, strict=True)]
+        return cls(*made)  # type: ignore[arg-type]
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """B, L, D, N."""
+        batch, length, channels = self.u.shape
+        return batch, length, channels, self.A.shape[1]
+
+    def rows(self, part: slice) -> "_Operands":
+        """Some rows of the batch."""
+        shared = ("A", "D", "dt_bias")
+        cut = [x if x is None or k in shared else x[part] for k, x in zip(self._fields, self, strict=True)]
+        return type(self)(*cut)  # type: ignore[arg-type]
+
+    def flags(self, block: int, dt_softplus: bool) -> dict[str, Any]:
+        """Compile-time constants that every kernel wants."""
+        return {
+            "N": self.A.shape[1],
+            "NP": padded(self.A.shape[1]),
+            "BD": block,
+            "SOFTPLUS": dt_softplus,
+            "HAS_BIAS": self.dt_bias is not None,
+            "HAS_LENGTHS": self.lengths is not None,
+        }
+
+    def new(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.u.device)
+
+
+def _launch(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
+    """Launch on the tensors' own device, which need not be the current one."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[(programs,)](*args, **options)
+    else:
+        kernel[(programs,)](*args, **options)
+
+
+class _Chunks(NamedTuple):
+    """Scratch of a scan in chunks: start states of all, end states and sums of delta of all but the last."""
+
+    starts: Tensor | None
+    ends: Tensor | None
+    sums: Tensor | None
+
+    @classmethod
+    def of(cls, x: _Operands, n_chunks: int) -> "_Chunks":
+        batch, _, channels, states = x.sizes
+        starts = x.new(batch, n_chunks, channels, states)
+        return cls(starts, x.new(batch, n_chunks - 1, channels, states), x.new(batch, n_chunks - 1, channels))
+
+    def carry(self, A: Tensor, first: Tensor | None) -> None:
+        """Fill ``starts`` from ``ends``, ``sums`` and what enters the first chunk."""
+        assert self.starts is not None
+        batch, n_chunks, channels, states = self.starts.shape
+        pointers = (A, first, *self, channels, n_chunks)
+        programs = triton.cdiv(channels * states, 128) * batch
+        flags = {"N": states, "BLOCK": 128, "HAS_FIRST": first is not None, "num_warps": 4, "enable_fp_fusion": False}
+        _launch(carry_kernel, programs, A.device, *pointers, **flags)
+
+
+def _walk(x: _Operands, mode: int, plan: tuple[int, int, int, int], outputs: Any, **flags: Any) -> None:
+    """One launch of the forward kernel; plan: steps a chunk, chunks, steps between boundary states, their number."""
+    batch, length, channels, _ = x.sizes
+    programs = batch * -(-channels // flags["BD"]) * (plan[1] - (mode == _ENDS))
+    on = {"HAS_D": False, "HAS_Z": False, "HAS_H0": False, "HAS_STARTS": False, "BOUNDARIES": False} | flags
+    arguments = (*x, *outputs, *_strides(x.u, x.delta, x.B, x.C, x.z), length, channels, *plan)
+    _launch(forward_kernel, programs, x.u.device, *arguments, MODE=mode, **on, **_EXACT)
+
+
+def scan_forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    h0: Tensor | None,
+    lengths: Tensor | None,
+    *,
+    dt_softplus: bool,
+    boundaries: int | None,
+    plan: ForwardPlan | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``y B L D``, ``h_last B D N``, ``h_boundary B ceil(L/boundaries) D N`` or None; see ``ops.selective_scan``.
+
+    Time O(B L D N), in one pass or in chunks of time as the table says; ``plan`` overrides it (tests, measurements).
+    y has u's dtype with z, float32 without. Raises `BackendError` where `supports` gives a reason.
+    """
+    x = _Operands.of(u, delta, A, B, C, D, z, dt_bias, h0, lengths)
+    batch, length, channels, states = x.sizes
+    y = torch.empty(u.shape, dtype=torch.float32 if z is None else u.dtype, device=u.device)
+    n_bound = -(-length // boundaries) if boundaries else 0
+    bound = x.new(batch, n_bound, channels, states) if boundaries else None
+    if batch == 0 or length == 0:
+        h_last = x.new(batch, channels, states).zero_() if h0 is None else h0.to(torch.float32, copy=True)
+        return y, h_last, bound
+    h_last = x.new(batch, channels, states)
+    plan = plan or forward_plan_of(u, A, boundaries)
+    flags = x.flags(plan.block, dt_softplus)
+    chunks = _Chunks(None, None, None)
+    if plan.n_chunks > 1:
+        chunks = _Chunks.of(x, plan.n_chunks)
+        _walk(x, _ENDS, (plan.chunk, plan.n_chunks, plan.chunk, 0), (y, h_last, bound, *chunks), **flags)
+        chunks.carry(x.A, x.h0)
+    on = {
+        "HAS_D": D is not None,
+        "HAS_Z": z is not None,
+        "HAS_H0": h0 is not None and plan.n_chunks == 1,
+        "HAS_STARTS": plan.n_chunks > 1,
+        "BOUNDARIES": boundaries is not None,
+    }
+    steps = (plan.chunk, plan.n_chunks, boundaries or plan.chunk, n_bound)
+    _walk(x, _OUTPUTS, steps, (y, h_last, bound, *chunks), **flags, **on)
+    return y, h_last, bound
+
+
+def scan_backward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    h0: Tensor | None,
+    lengths: Tensor | None,
+    h_boundary: Tensor,
+    dy: Tensor,
+    dh_last: Tensor | None,
+    dh_boundary: Tensor | None,
+    *,
+    dt_softplus: bool,
+    boundaries: int,
+    plan: BackwardPlan | None = None,
+) -> dict[str, Tensor | None]:
+    """Gradients of everything: du, ddelta, dA, dB, dC, dD, dz, ddt_bias, dh0 (``B D N``, float32).
+
+    ``h_boundary`` are the forward's states at interval ``boundaries``. Intervals up to 64 steps are walked as they are,
+    wider ones are filled in first. Time O(B L D N). Scratch, mostly the partial sums of dB and dC, is at most about
+    1 GiB (or one row's): beyond that, rows are taken in slices. Every sum has a fixed order: two calls, the same bits.
+    """
+    x = _Operands.of(u, delta, A, B, C, D, z, dt_bias, h0, lengths)
+    batch, length, channels, states = x.sizes
+    plan = plan or backward_plan_of(u, A, boundaries)
+    by_row = {"du": x.u, "ddelta": x.delta, "dB": x.B, "dC": x.C, "dz": x.z}
+    out: dict[str, Any] = {
+        name: None if like is None else torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        for name, like in by_row.items()
+    }
+    out["dh0"] = x.new(batch, channels, states)
+    summed = {"dA": x.A, "dD": x.D, "ddt_bias": x.dt_bias}
+    out |= {name: None if like is None else x.new(*like.shape).zero_() for name, like in summed.items()}
+    arriving = (_whole(h_boundary), _dense(dy), _whole(dh_last), _whole(dh_boundary))
+    if batch == 0 or length == 0:
+        out["dh0"].zero_()
+        if dh_last is not None:
+            out["dh0"] += dh_last
+        return out
+    rows = max(1, min(batch, _MAX_SCRATCH // _scratch_of_row(x, plan, boundaries)))
+    for begin in range(0, batch, rows):
+        part = slice(begin, min(batch, begin + rows))
+        views = {k: v if v is None or k in summed else v[part] for k, v in out.items()}
+        some = [None if t is None else t[part] for t in arriving]
+        _backward_rows(x.rows(part), some, views, plan, dt_softplus, boundaries)
+    return out
+
+
+def _scratch_of_row(x: _Operands, plan: BackwardPlan, boundaries: int) -> int:
+    """Bytes that the backward of one row wants beyond its results."""
+    _, length, channels, states = x.sizes
+    partial = 2 * -(-channels // plan.block) * length * states
+    chunks = plan.n_chunks * channels * padded(states) * (3 + -(-plan.segment // 4))
+    refined = plan.n_segments * channels * states if plan.segment < boundaries else 0
+    return 4 * (partial + chunks + refined)
+
+
+def _backward_rows(
+    x: _Operands,
+    arriving: list[Tensor | None],
+    out: dict[str, Any],
+    plan: BackwardPlan,
+    dt_softplus: bool,
+    boundaries: int,
+) -> None:
+    """One slice of rows: writes the gradients that have rows, adds to those that have none."""
+    entering, dy, dh_last, dh_boundary = arriving
+    batch, length, channels, states = x.sizes
+    n_bound = -(-length // boundaries)
+    blocks = -(-channels // plan.block)
+    flags = x.flags(plan.block, dt_softplus)
+    if plan.segment < boundaries:
+        fine = x.new(batch, plan.n_segments, channels, states)
+        steps = (boundaries, n_bound, plan.segment, plan.n_segments)
+        outputs = (x.u, None, fine, entering, None, None)
+        _walk(x, _STATES, steps, outputs, **flags, HAS_STARTS=True, BOUNDARIES=True)
+        entering = fine
+    sizes = (length, channels, plan.chunk, plan.n_chunks, boundaries, plan.segment, plan.n_segments, n_bound)
+    flags |= {"HAS_Z": x.z is not None, "HAS_DBOUND": dh_boundary is not None}
+    starts = dh_last
+    if plan.n_chunks > 1:
+        chunks = _Chunks.of(x, plan.n_chunks)
+        pointers = (x.delta, x.A, x.C, x.z, x.dt_bias, x.lengths, dy, dh_boundary, chunks.ends, chunks.sums)
+        programs = blocks * batch * (plan.n_chunks - 1)
+        strides = _strides(x.delta, x.C, x.z, dy)
+        _launch(adjoint_kernel, programs, x.u.device, *pointers, *strides, *sizes, **flags, **_FREE)
+        chunks.carry(x.A, dh_last)
+        starts = chunks.starts
+    programs = blocks * batch * plan.n_chunks
+    partial = x.new(2, blocks, batch, length, states)
+    dA = x.new(batch * plan.n_chunks, channels, states)
+    dD = None if x.D is None else x.new(batch * plan.n_chunks, channels)
+    ddt_bias = None if x.dt_bias is None else x.new(batch * plan.n_chunks, channels)
+    scratch = x.new(programs, -(-plan.segment // 4), plan.block * padded(states))
+    pointers = (x.u, x.delta, x.A, x.B, x.C, x.D, x.z, x.dt_bias, x.lengths, entering, dy, dh_boundary, starts)
+    results = (out["du"], out["ddelta"], out["dz"], partial[0], partial[1], dA, dD, ddt_bias, out["dh0"], scratch)
+    strides = _strides(x.u, x.delta, x.B, x.C, x.z, dy)
+    flags |= {"HAS_D": x.D is not None, "HAS_STARTS": starts is not None}
+    _launch(backward_kernel, programs, x.u.device, *pointers, *results, *strides, *sizes, batch, **flags, **_FREE)
+    out["dB"].copy_(partial[0].sum(0))
+    out["dC"].copy_(partial[1].sum(0))
+    for name, parts in (("dA", dA), ("dD", dD), ("ddt_bias", ddt_bias)):
+        if parts is not None:
+            out[name] += parts.sum(0)

@@ -1,0 +1,66 @@
+"""Arithmetic that all Triton kernels share, so that a fused kernel and the same steps apart give the same bits.
+
+Kernels are launched with ``enable_fp_fusion=False``: the compiler contracts nothing, and a fused multiply-add stands
+only where ``tl.fma`` is written. Both forms call these functions, hence round alike.
+"""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+import os
+from typing import Any
+
+import triton
+import triton.language as tl
+
+__all__ = ["INTERPRETED", "LOG2E", "exp", "sigmoid", "silu", "softplus", "steps"]
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+"""Whether Triton's interpreter runs the kernels (on CPU tensors); fixed when this module is imported."""
+
+
+def _interpreted_steps(first: Any, last: Any) -> range:
+    """``range`` whose ends may be the interpreter's tensors, which numpy ≥ 2.4 no longer turns into integers."""
+
+    def whole(x: Any) -> int:
+        return x if isinstance(x, int) else int(x.handle.data.reshape(-1)[0])
+
+    return range(whole(first), whole(last))
+
+
+steps: Any = _interpreted_steps if INTERPRETED else tl.range
+"""Loop counter of the kernels."""
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exp(x):
+    """e^x for float32: one hardware exponential (2 ulp, denormal results flushed to 0)."""
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + exp(-x))
+
+
+@triton.jit
+def silu(x):
+    return x * sigmoid(x)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x) as max(x, 0) + log1p(e^-|x|), with log1p(e) = 2 artanh(e / (2 + e)).
+
+    The argument of artanh lies in [0, 1/3], where an even polynomial of degree 8 (Chebyshev fit, error 1.6e-8) holds:
+    small steps keep their relative precision, which ``log(1 + e)`` loses.
+    """
+    e = exp(-tl.abs(x))
+    r = e / (2.0 + e)
+    s = r * r
+    p = tl.fma(s, 0.13433775305747986, 0.14116977155208588)
+    p = tl.fma(s, p, 0.2000383585691452)
+    p = tl.fma(s, p, 0.33333319425582886)
+    p = tl.fma(s, p, 1.0)
+    return tl.maximum(x, 0.0) + 2.0 * r * p

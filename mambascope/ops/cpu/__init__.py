@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from mambascope.ops.cpu.backward import scan_backward
     from mambascope.ops.cpu.conv import conv_backward, conv_forward
     from mambascope.ops.cpu.elementwise import gate_forward, silu_forward, softplus_forward
     from mambascope.ops.cpu.norm import norm_forward
     from mambascope.ops.cpu.scan import scan_forward, state_window
-    from mambascope.ops.cpu.backward import scan_backward
 
 __all__ = [
     "conv_backward",

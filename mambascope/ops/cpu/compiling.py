@@ -50,7 +50,7 @@ class Kernel:
             raise BackendError(
                 f"numba could not compile the cpu kernel {self.name!r}: {error}; use backend='torch'"
             ) from error
-        self.address: int = self._compiled.address
+        self.address = int(self._compiled.address or 0)
         self.call = _PROTOTYPE(self.address)
 
 

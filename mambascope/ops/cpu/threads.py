@@ -104,7 +104,7 @@ def _parallel(kernel: Any, address: int, threads: int) -> None:
 @cache
 def _openmp() -> Any:
     "`GOMP_parallel(function, data, threads, flags)` as torch's own library resolves it, or None"
-    for library in sorted(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*")):
+    for library in sorted(Path(torch.__file__ or "").parent.glob("lib/libtorch_cpu.*")):
         try:
             function = ctypes.CDLL(str(library)).GOMP_parallel
         except (OSError, AttributeError):

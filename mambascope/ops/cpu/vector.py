@@ -11,16 +11,16 @@ Addresses are plain int64 byte addresses. Constants of the polynomials: minimax 
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections import namedtuple
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.core.typing import signature
-from numba.core.typing.templates import ConcreteTemplate, infer_global
+from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 from mambascope.ops.cpu.threads import Arguments
@@ -160,12 +160,14 @@ def _lane_intrinsic(result: types.Type, *args: types.Type) -> Callable[[Callable
             value = emit(Emitter(builder), *values)
             return context.get_dummy_value() if result is types.void else value
 
-        names = ", ".join(f"a{i}" for i in range(len(args)))  # numba reads the arity from the function's own signature
-        scope: dict[str, Any] = {"answer": (signature(result, *args), generate)}
-        exec(f"def {emit.__name__}(context, {names}):\n    return answer", scope)
-        function = scope[emit.__name__]
-        function.__module__, function.__doc__ = __name__, emit.__doc__
-        return intrinsic(function)
+        def define(context: Any, *_types: Any) -> Any:
+            return signature(result, *args), generate
+
+        define.__name__, define.__doc__ = emit.__name__, emit.__doc__
+        define.__signature__ = inspect.Signature(  # numba reads the arity here
+            [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("context", *"xyzw"[: len(args)])]
+        )
+        return intrinsic(define)
 
     return decorate
 
@@ -180,7 +182,7 @@ def store(e: Emitter, address: Any, value: Any) -> None:
     e.store(address, value)
 
 
-def _part(e: Emitter, lanes: Any, whole: Callable[[], None], part: Callable[[Any, Any], None]) -> None:
+def _part(e: Emitter, lanes: Any, whole: Callable[[], Any], part: Callable[[Any, Any], None]) -> None:
     "`whole` for 16 lanes, else `part` through a 64-byte buffer: no byte outside the row is touched"
     buffer = cgutils.alloca_once(e.b, VECTOR)
     count = e.b.mul(lanes, ir.Constant(INT64, 4))
@@ -302,7 +304,7 @@ def transpose(e: Emitter, source: Any, source_step: Any, target: Any, target_ste
 
 
 @intrinsic
-def address_of(context: Any, array: types.Array) -> Any:
+def _address_of(context: Any, array: types.Array) -> Any:
     "the address of an array's first element; the array must be kept alive by `keep`"
 
     def generate(context: Any, builder: Any, sign: Any, values: Any) -> Any:
@@ -313,13 +315,17 @@ def address_of(context: Any, array: types.Array) -> Any:
 
 
 @intrinsic
-def keep(context: Any, array: types.Array) -> Any:
+def _keep(context: Any, array: types.Array) -> Any:
     "does nothing, after everything that uses the array's memory by address: numba frees an array at its last mention"
 
     def generate(context: Any, _builder: Any, _signature: Any, _values: Any) -> Any:
         return context.get_dummy_value()
 
     return signature(types.void, array), generate
+
+
+address_of: Any = _address_of
+keep: Any = _keep
 
 
 def reader(arguments: Arguments) -> Any:
@@ -340,7 +346,7 @@ def reader(arguments: Arguments) -> Any:
 
 def _operator(symbol: Callable[..., Any], emit: Callable[[ir.IRBuilder, Any, Any], Any]) -> None:
     class Template(ConcreteTemplate):
-        cases = [signature(Lanes, Lanes, Lanes)]
+        cases: ClassVar = [signature(Lanes, Lanes, Lanes)]
 
     infer_global(symbol)(Template)
 

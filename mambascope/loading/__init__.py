@@ -102,7 +102,7 @@ def _locate(
     """The folder of a model, the name to call it by, and its line in the registry if it has one."""
     from mambascope.loading.hub import fetch_model, is_hub_id
 
-    text = os.fspath(name)
+    text = os.fspath(name) if isinstance(name, (str, os.PathLike)) else None
     if not isinstance(text, str) or not text or "\0" in text:
         raise InputError(f"a model's name is a text or a path, got {name!r}")
     info = registry.find(text) if isinstance(name, str) else None
@@ -151,10 +151,12 @@ def _tokenizer(
     if asked is None and not (info is not None and info.tokenizer):
         return Tokenizer.from_folder(folder.path)
     if asked is None:
-        assert info is not None and info.tokenizer is not None
+        assert info is not None
+        assert info.tokenizer is not None
         path = fetch_file(info.tokenizer, "tokenizer.json", revision=None, local_files_only=local_files_only)
         assert path is not None
-        return Tokenizer.from_file(path, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+        end = "<|endoftext|>"  # begins and ends a text of the Pile
+        return Tokenizer.from_file(path, bos_token=end, eos_token=end)
     if not isinstance(asked, (str, os.PathLike)):
         raise InputError(f"tokenizer={asked!r}: expected a folder, a tokenizer.json, a hub id, a Tokenizer, or False")
     path = _existing(os.fspath(asked))
@@ -173,8 +175,10 @@ def _fit_to_tokenizer(cfg: "MambaConfig", tokenizer: "Tokenizer", own: bool) -> 
             "texts that need the others will be refused",
             stacklevel=3,
         )
+    if own:  # our own config says it all
+        return cfg
     changes: dict[str, Any] = {}
-    if cfg.n_tokens == cfg.d_vocab and tokenizer.vocab_size < cfg.d_vocab and not own:
+    if cfg.n_tokens == cfg.d_vocab and tokenizer.vocab_size < cfg.d_vocab:
         changes["n_tokens"] = tokenizer.vocab_size
     limit = changes.get("n_tokens", cfg.n_tokens)
     for field in ("bos_token_id", "eos_token_id"):
@@ -186,7 +190,7 @@ def _fit_to_tokenizer(cfg: "MambaConfig", tokenizer: "Tokenizer", own: bool) -> 
                 f"{field}={getattr(cfg, field)} of {cfg.name!r} is not in its tokenizer of {limit} tokens; "
                 "config and tokenizer belong to different models"
             )
-    if not own and tokenizer.adds_bos and changes.get("bos_token_id", cfg.bos_token_id) is not None:
+    if tokenizer.adds_bos and changes.get("bos_token_id", cfg.bos_token_id) is not None:
         changes["prepend_bos"] = True
     return dataclasses.replace(cfg, **changes)
 

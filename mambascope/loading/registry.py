@@ -83,10 +83,7 @@ def _zoo() -> Path | None:
 def embedded_folder(name: str) -> Path | None:
     """The folder of an embedded model, or None if none has this name."""
     zoo = _zoo()
-    if zoo is None or name in ("", ".", "..") or Path(name).name != name:
-        return None
-    folder = zoo / name
-    return folder if (folder / "config.json").is_file() else None
+    return next((path.parent for path in zoo.glob("*/config.json") if path.parent.name == name), None) if zoo else None
 
 
 def _embedded() -> dict[str, ModelInfo]:

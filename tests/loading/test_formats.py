@@ -39,10 +39,16 @@ def test_official_config_in_both_formats() -> None:
     for cfg in (theirs, authors):
         assert (cfg.d_model, cfg.n_layers, cfg.d_vocab, cfg.d_inner) == (768, 24, 50280, 1536)
         assert (cfg.d_state, cfg.d_conv, cfg.dt_rank, cfg.norm_eps) == (16, 4, 48, 1e-5)
-        assert cfg.tie_embeddings and cfg.residual_in_fp32 and cfg.conv_bias and not cfg.proj_bias
-        assert cfg.mixer_norm_eps is None and not cfg.prepend_bos and cfg.name == "test"
+        assert cfg.tie_embeddings
+        assert cfg.residual_in_fp32
+        assert cfg.conv_bias
+        assert not cfg.proj_bias
+        assert cfg.mixer_norm_eps is None
+        assert not cfg.prepend_bos
+        assert cfg.name == "test"
     assert authors.n_tokens == 50277  # the other three rows are padding
-    assert theirs.initializer_range == 0.1 and authors.initializer_range == 0.02
+    assert theirs.initializer_range == 0.1
+    assert authors.initializer_range == 0.02
 
 
 def test_every_option_of_transformers_is_honoured() -> None:
@@ -84,7 +90,8 @@ def test_authors_vocabulary_is_padded_to_eight_by_default() -> None:
 def test_falcon_mamba_and_its_contradicting_expand() -> None:
     values = transformers_config(MambaConfig(d_model=8, n_layers=1, d_vocab=40, d_inner=16, mixer_norm_eps=1e-3))
     cfg = read(values | {"expand": 16})
-    assert cfg.mixer_norm_eps == 1e-3 and cfg.d_inner == 16  # as falcon-mamba-7b: intermediate_size wins
+    assert cfg.mixer_norm_eps == 1e-3
+    assert cfg.d_inner == 16
     del values["mixer_rms_eps"]
     assert read(values).mixer_norm_eps == 1e-6  # transformers' default
 
@@ -92,9 +99,9 @@ def test_falcon_mamba_and_its_contradicting_expand() -> None:
 def test_ours_round_trips_and_checks_its_version() -> None:
     ours = {"format": "mambascope", "format_version": 1, "tokenizer": None, **TINY.to_dict()}
     assert read(ours) == TINY
-    with pytest.raises(ConfigError, match="format_version is 2.*reads 1 to 1"):
+    with pytest.raises(ConfigError, match=r"format_version is 2.*reads 1 to 1"):
         read(ours | {"format_version": 2})
-    with pytest.raises(ConfigError, match="unknown field 'd_stat'.*'d_state'"):
+    with pytest.raises(ConfigError, match=r"unknown field 'd_stat'.*'d_state'"):
         read(ours | {"d_stat": 3})
 
 
@@ -141,7 +148,7 @@ def test_ours_round_trips_and_checks_its_version() -> None:
     ],
 )
 def test_refused_by_name(change: dict[str, Any], named: str) -> None:
-    with pytest.raises(ConfigError, match=f"(?s){named}"):
+    with pytest.raises(ConfigError, match=rf"(?s){named}"):
         read(transformers_config(TINY, **change))
 
 
@@ -165,12 +172,12 @@ def test_refused_by_name(change: dict[str, Any], named: str) -> None:
     ],
 )
 def test_authors_format_refused_by_name(change: dict[str, Any], named: str) -> None:
-    with pytest.raises(ConfigError, match=f"(?s){named}"):
+    with pytest.raises(ConfigError, match=rf"(?s){named}"):
         read(authors_config(TINY, **change))
 
 
 def test_unknown_options_and_extra_eos_are_said_aloud() -> None:
-    with pytest.warns(UserWarning, match="have no effect: flux, zeal"):
+    with pytest.warns(UserWarning, match=r"have no effect: flux, zeal"):
         read_config(transformers_config(TINY, zeal=1, flux=2), "config.json", "test")
     with pytest.warns(UserWarning, match=r"eos_token_id lists \[3, 4\]; only 3 is used"):
         cfg = read_config(transformers_config(TINY, eos_token_id=[3, 4]), "config.json", "test")

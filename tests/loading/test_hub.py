@@ -66,8 +66,10 @@ def test_the_second_time_nothing_is_downloaded(hub: FakeHub) -> None:
     write_checkpoint(hub.folder("me/tiny"))
     first = fetch("me/tiny")
     hub.asked.clear()
-    assert fetch("me/tiny", local_files_only=True) == first and hub.asked == []
-    assert fetch("me/tiny") == first and hub.files("GET") == []
+    assert fetch("me/tiny", local_files_only=True) == first
+    assert hub.asked == []
+    assert fetch("me/tiny") == first
+    assert hub.files("GET") == []
     assert not any("tokenizer_config" in name for name in hub.files("HEAD")), "a known absence is asked for again"
     # A hub that is gone is no trouble for what is already here, weights and tokenizer included.
     hub.status = 503
@@ -86,16 +88,18 @@ def test_all_files_come_from_one_commit(hub: FakeHub, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", spy)
     fetch("me/tiny")
-    assert asked[0] is None and set(asked[1:]) == {hub.commit("me/tiny", "main")}
+    assert asked[0] is None
+    assert set(asked[1:]) == {hub.commit("me/tiny", "main")}
 
 
 def test_revisions(hub: FakeHub) -> None:
     write_checkpoint(hub.folder("me/tiny", "main"), seed=0)
     write_checkpoint(hub.folder("me/tiny", "v1"), seed=1)
     main, old = fetch("me/tiny"), fetch("me/tiny", revision="v1")
-    assert main != old and old.name == hub.commit("me/tiny", "v1")
+    assert main != old
+    assert old.name == hub.commit("me/tiny", "v1")
     assert fetch("me/tiny", revision=old.name, local_files_only=True) == old
-    with pytest.raises(LoadError, match="'me/tiny' has no revision 'v2'; give a branch, tag or commit"):
+    with pytest.raises(LoadError, match=r"'me/tiny' has no revision 'v2'; give a branch, tag or commit"):
         fetch("me/tiny", revision="v2")
 
 
@@ -108,35 +112,35 @@ def test_the_token_is_taken_from_its_own_environment(hub: FakeHub, monkeypatch: 
 
 def test_unknown_repository_and_missing_files(hub: FakeHub) -> None:
     with pytest.raises(
-        LoadError, match="no folder 'me/none' here, and the hub has no repository of that name.*auth login"
+        LoadError, match=r"no folder 'me/none' here, and the hub has no repository of that name.*auth login"
     ):
         fetch("me/none")
     hub.folder("me/empty")
-    with pytest.raises(LoadError, match="'me/empty' has no file 'config.json'"):
+    with pytest.raises(LoadError, match=r"'me/empty' has no file 'config.json'"):
         fetch("me/empty")
     write_json(hub.folder("me/empty") / "config.json", {})
-    with pytest.raises(LoadError, match="'me/empty' has no weights.*model.safetensors, .*pytorch_model.bin"):
+    with pytest.raises(LoadError, match=r"'me/empty' has no weights.*model.safetensors, .*pytorch_model.bin"):
         fetch("me/empty")
 
 
 def test_unreachable_hub(hub: FakeHub) -> None:
     hub.status = 503
     with pytest.raises(
-        LoadError, match="'config.json' of 'me/tiny' is not in the local hub cache.*cannot be reached.*give its path"
+        LoadError, match=r"'config.json' of 'me/tiny' is not in the local hub cache.*cannot be reached.*give its path"
     ):
         fetch("me/tiny")
     hub.close()
-    with pytest.raises(LoadError, match="cannot be reached"):
+    with pytest.raises(LoadError, match=r"cannot be reached"):
         fetch("me/tiny")
 
 
 def test_local_files_only_and_offline_switch(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     write_checkpoint(hub.folder("me/tiny"))
-    with pytest.raises(LoadError, match="local_files_only=True forbids a download"):
+    with pytest.raises(LoadError, match=r"local_files_only=True forbids a download"):
         fetch("me/tiny", local_files_only=True)
     assert hub.asked == []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(LoadError, match="not in the local hub cache"):
+    with pytest.raises(LoadError, match=r"not in the local hub cache"):
         fetch("me/tiny")
     assert hub.asked == []
 
@@ -144,7 +148,7 @@ def test_local_files_only_and_offline_switch(hub: FakeHub, monkeypatch: pytest.M
 def test_other_failures_are_explained(hub: FakeHub) -> None:
     write_checkpoint(hub.folder("me/tiny"))
     hub.status, hub.broken_methods = 418, ("GET",)
-    with pytest.raises(LoadError, match="(?s)'config.json' of 'me/tiny' could not be downloaded: .*418.*try again"):
+    with pytest.raises(LoadError, match=r"(?s)'config.json' of 'me/tiny' could not be downloaded: .*418.*try again"):
         fetch("me/tiny")
 
 
@@ -153,7 +157,7 @@ def test_an_index_that_names_a_path_downloads_nothing_more(hub: FakeHub) -> None
     write_checkpoint(folder)
     (folder / "model.safetensors").unlink()
     write_json(folder / "model.safetensors.index.json", {"weight_map": {"x": "../../secret.safetensors"}})
-    with pytest.raises(LoadError, match="'../../secret.safetensors' is not a plain file name"):
+    with pytest.raises(LoadError, match=r"'../../secret.safetensors' is not a plain file name"):
         fetch("me/evil")
     assert not any("secret" in name for _, name in hub.asked)
 
@@ -171,7 +175,7 @@ def test_optional_files_that_cannot_be_asked_for_are_said_aloud(hub: FakeHub) ->
     config = fetch_file("me/tiny", "config.json", revision=None, local_files_only=False)
     assert config is not None
     hub.status = 503
-    with pytest.warns(UserWarning, match="cannot be reached to ask 'me/tiny' for 'tokenizer_config.json'"):
+    with pytest.warns(UserWarning, match=r"cannot be reached to ask 'me/tiny' for 'tokenizer_config.json'"):
         found = fetch_file(
             "me/tiny", "tokenizer_config.json", revision=config.parent.name, local_files_only=False, optional=True
         )

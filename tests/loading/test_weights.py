@@ -121,7 +121,7 @@ def test_a_head_that_differs_is_refused_where_the_config_ties_it(tmp_path: Path)
     theirs = {to_theirs(name): t for name, t in weights.items()}
     write_safetensors(tmp_path, theirs | {"lm_head.weight": weights["embed.weight"] + 1e-6})
     with pytest.raises(
-        LoadError, match="'lm_head.weight' and 'backbone.embeddings.weight' differ.*tie_word_embeddings"
+        LoadError, match=r"'lm_head.weight' and 'backbone.embeddings.weight' differ.*tie_word_embeddings"
     ):
         stream(tmp_path)
     write_safetensors(tmp_path, theirs | {"lm_head.weight": weights["embed.weight"][:5].clone()})
@@ -133,7 +133,7 @@ def test_an_untied_head_must_be_there(tmp_path: Path) -> None:
     weights = random_weights(UNTIED)
     del weights["unembed.weight"]
     write_safetensors(tmp_path, {to_theirs(name): t for name, t in weights.items()})
-    with pytest.raises(LoadError, match="lacks the tensor 'unembed.weight'"):
+    with pytest.raises(LoadError, match=r"lacks the tensor 'unembed.weight'"):
         stream(tmp_path, UNTIED)
 
 
@@ -159,7 +159,7 @@ def test_a_config_that_lies_is_named_before_anything_is_allocated(
     tmp_path: Path, change: dict[str, Any], named: str
 ) -> None:
     write_safetensors(tmp_path, {to_theirs(name): t for name, t in random_weights(TINY).items()})
-    with pytest.raises(LoadError, match=f"(?s){named}"):
+    with pytest.raises(LoadError, match=rf"(?s){named}"):
         stream(tmp_path, dataclasses.replace(TINY, **change))
 
 
@@ -175,19 +175,21 @@ def edited(tmp_path: Path, **changes: Tensor | None) -> Path:
 
 def test_missing_and_unexpected_tensors_are_named(tmp_path: Path) -> None:
     gone = {"backbone.layers.1.mixer.D": None}
-    with pytest.raises(LoadError, match="lacks the tensor 'blocks.1.mixer.D'"):
+    with pytest.raises(LoadError, match=r"lacks the tensor 'blocks.1.mixer.D'"):
         stream(edited(tmp_path, **gone))
-    with pytest.raises(LoadError, match="lacks the tensor 'blocks.1.mixer.D'.*unexpected 'backbone.layers.1.mixer.DD'"):
+    with pytest.raises(
+        LoadError, match=r"lacks the tensor 'blocks.1.mixer.D'.*unexpected 'backbone.layers.1.mixer.DD'"
+    ):
         stream(edited(tmp_path, **gone, **{"backbone.layers.1.mixer.DD": torch.ones(10)}))
-    with pytest.raises(LoadError, match="holds the tensor 'backbone.layers.0.norm.bias', unknown to its config"):
+    with pytest.raises(LoadError, match=r"holds the tensor 'backbone.layers.0.norm.bias', unknown to its config"):
         stream(edited(tmp_path, **{"backbone.layers.0.norm.bias": torch.ones(6)}))
-    with pytest.raises(LoadError, match="holds the tensor 'score.weight'"):
+    with pytest.raises(LoadError, match=r"holds the tensor 'score.weight'"):
         stream(edited(tmp_path, **{"score.weight": torch.ones(6)}))
 
 
 def test_two_names_for_one_parameter(tmp_path: Path) -> None:
     with pytest.raises(
-        LoadError, match="'backbone.embedding.weight'.*'backbone.embeddings.weight'.*both 'embed.weight'"
+        LoadError, match=r"'backbone.embedding.weight'.*'backbone.embeddings.weight'.*both 'embed.weight'"
     ):
         stream(edited(tmp_path, **{"backbone.embedding.weight": torch.ones(300, 6)}))
 
@@ -198,7 +200,7 @@ def test_stored_types_that_are_no_floats_are_named(tmp_path: Path) -> None:
         (torch.ones(20, 6, dtype=torch.int8), "I8"),
         (torch.ones(20, 6).to(torch.float8_e4m3fn), "F8"),
     ):
-        with pytest.raises(LoadError, match=f"'{name}'.*stored as {stored}.*quantised"):
+        with pytest.raises(LoadError, match=rf"'{name}'.*stored as {stored}.*quantised"):
             stream(edited(tmp_path, **{name: tensor}))
 
 
@@ -207,7 +209,7 @@ def test_not_finite_weights_are_warned_of_with_their_name(tmp_path: Path) -> Non
     weights["blocks.1.mixer.D"][3] = float("nan")
     weights["embed.weight"][2, 1] = float("inf")
     write_safetensors(tmp_path, {to_theirs(name): t for name, t in weights.items()})
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="NaN or infinite") as caught:
         got = dict(stream_weights(ModelFolder(tmp_path), TINY, lambda _: torch.float32, CPU))
     texts = sorted(str(w.message) for w in caught)
     assert len(texts) == 2
@@ -222,7 +224,7 @@ def test_overflow_in_the_cast_is_told_apart(tmp_path: Path) -> None:
     weights = random_weights(TINY)
     weights["embed.weight"][2, 1] = 1e6
     write_safetensors(tmp_path, weights)
-    with pytest.warns(UserWarning, match="1 of 1800 values of 'embed.weight'.*too large for float16; load with"):
+    with pytest.warns(UserWarning, match=r"1 of 1800 values of 'embed.weight'.*too large for float16; load with"):
         list(stream_weights(ModelFolder(tmp_path), TINY, lambda name: keep_fp32(name, torch.float16), CPU))
 
 
@@ -234,12 +236,12 @@ def test_missing_shard(tmp_path: Path, write: Any) -> None:
     write(tmp_path, {to_theirs(name): t for name, t in random_weights(TINY).items()}, 3)
     gone = next(iter(sorted(tmp_path.glob("*-00002-of-*"))))
     gone.unlink()
-    with pytest.raises(LoadError, match=f"the shard '{gone.name}' named by .*index.json' is missing"):
+    with pytest.raises(LoadError, match=rf"the shard '{gone.name}' named by .*index.json' is missing"):
         stream(tmp_path)
 
 
 def test_folder_without_weights(tmp_path: Path) -> None:
-    with pytest.raises(LoadError, match="has no weights: none of model.safetensors, .*pytorch_model.bin.index.json"):
+    with pytest.raises(LoadError, match=r"has no weights: none of model.safetensors, .*pytorch_model.bin.index.json"):
         stream(tmp_path)
 
 
@@ -279,7 +281,8 @@ def test_our_reader_equals_safetensors_own(tmp_path: Path) -> None:
         assert set(ours.entries) == set(tensors)
         for name, want in load_file(path).items():
             got = ours.read(name, want.dtype, CPU)
-            assert got.shape == want.shape and torch.equal(got, want), name
+            assert got.shape == want.shape, name
+            assert torch.equal(got, want), name
 
 
 PEAK = """
@@ -314,5 +317,5 @@ def test_peak_memory_is_the_weights_and_one_shard(tmp_path: Path, write: Any) ->
 
 def test_stored_dtype_needs_an_embedding(tmp_path: Path) -> None:
     write_safetensors(tmp_path, {"x": torch.ones(1)})
-    with pytest.raises(LoadError, match="holds no embedding"):
+    with pytest.raises(LoadError, match=r"holds no embedding"):
         stored_dtype(ModelFolder(tmp_path))

@@ -51,7 +51,7 @@ def find_file(name: str, folders: Iterable[Path]) -> Path:
         if path.is_file():
             return path
     raise LoadError(
-        f"data file {name!r} was not found; tried {', '.join(map(str, tried)) or 'nothing, for lack of a data folder'}. "
+        f"data file {name!r} was not found; tried {', '.join(map(str, tried)) or 'nothing, without a data folder'}. "
         "Pass its folder with --data."
     )
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.nn import functional as F
 
 from mambascope.errors import InputError
 from mambascope.training.data import SEPARATOR, encode

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mambascope.errors import InputError, MambascopeError
 from mambascope.storage import write_bytes

@@ -62,7 +62,7 @@ def markdown(card: dict[str, Any]) -> str:
         lines += [f"- {key.replace('_', ' ')}: {_number(value)}" for key, value in values.items()]
         lines += ([""] if rows else []) + (_table(rows) if rows else []) + [""]
     if card.get("sources"):
-        lines += ["## Training text", ""] + _table(card["sources"]) + [""]
+        lines += ["## Training text", "", *_table(card["sources"]), ""]
     lines += ["## Training", ""]
     lines += [f"- {key.replace('_', ' ')}: {_number(value)}" for key, value in card["training"].items()]
     lines += ["", "## Recipe", "", "```json", json.dumps(recipe["model"]), json.dumps(recipe["train"]), "```", ""]

@@ -21,14 +21,18 @@ def guesser(tokens, return_type, logits_to_keep):
 
 def test_sequences_have_one_special_token_before_the_last():
     tokens, answers = induction.sequences(4000, 12, seed=5)
-    assert tokens.shape == (4000, 12) and answers.shape == (4000,) and tokens.dtype == torch.int64
+    assert tokens.shape == (4000, 12)
+    assert answers.shape == (4000,)
+    assert tokens.dtype == torch.int64
     special = tokens == induction.special_token(16)
-    assert special[:, -1].all() and (special[:, :-1].sum(1) == 1).all()
+    assert special[:, -1].all()
+    assert (special[:, :-1].sum(1) == 1).all()
     position = special[:, :-1].int().argmax(1)
     assert torch.equal(tokens[torch.arange(4000), position + 1], answers)
     assert set(position.tolist()) == set(range(10)), "every place, but never right before the end"
     counts = np.bincount(answers.numpy(), minlength=16)
-    assert counts[15] == 0 and abs(counts[:15] - 4000 / 15).max() < 6 * (4000 / 15) ** 0.5
+    assert counts[15] == 0
+    assert abs(counts[:15] - 4000 / 15).max() < 6 * (4000 / 15) ** 0.5
     assert abs(np.bincount(position.numpy()) - 400).max() < 6 * 20
 
 
@@ -40,7 +44,8 @@ def test_seeds():
 
 def test_the_shortest_sequence():
     tokens, answers = induction.sequences(50, 3)
-    assert (tokens[:, 0] == 15).all() and torch.equal(tokens[:, 1], answers)
+    assert (tokens[:, 0] == 15).all()
+    assert torch.equal(tokens[:, 1], answers)
 
 
 @pytest.mark.parametrize(
@@ -54,13 +59,16 @@ def test_impossible_tasks(changes, message):
 
 def test_evaluation_tells_a_solver_from_a_guesser():
     solved = induction.evaluate(solver, 64, 1000, tokens_at_once=1000)
-    assert (solved.errors, solved.sequences, solved.accuracy) == (0, 1000, 1.0) and solved.loss < 1e-6
+    assert (solved.errors, solved.sequences, solved.accuracy) == (0, 1000, 1.0)
+    assert solved.loss < 1e-6
     guessed = induction.evaluate(guesser, 64, 1000)
     low, high = guessed.interval
-    assert low < induction.chance_accuracy(16) < high and high - low < 0.05
+    assert low < induction.chance_accuracy(16) < high
+    assert high - low < 0.05
     assert guessed.loss == pytest.approx(np.log(15), rel=0.1)
 
 
 def test_the_interval_by_hand():
     low, high = induction.InductionResult(64, 1000, 0, 0.0).interval
-    assert high == 1.0 and low == pytest.approx(1000 / (1000 + 1.959964**2), rel=1e-9)
+    assert high == 1.0
+    assert low == pytest.approx(1000 / (1000 + 1.959964**2), rel=1e-9)

@@ -60,7 +60,8 @@ def test_token_file_round_trip(tmp_path, tokenizer):
     documents = ["First document.\n", "Second: naïve café.\n"]
     file = data.write_tokens(tmp_path / "x.u16", tokenizer, documents, "abc")
     assert len(file) == len(file.ids) == file.header.tokens
-    assert file.header.documents == 2 and file.header.source_sha256 == "abc"
+    assert file.header.documents == 2
+    assert file.header.source_sha256 == "abc"
     assert file.header.utf8_bytes == sum(len(d.encode()) for d in documents)
     ends = np.flatnonzero(file.ids == 0)
     assert ends[-1] == len(file) - 1
@@ -89,7 +90,7 @@ def test_damaged_files_are_named(tmp_path, tokenizer):
     (tmp_path / "empty.txt").write_bytes(b"")
     with pytest.raises(LoadError, match="holds no text"):
         data.read_text(tmp_path / "empty.txt")
-    with pytest.raises(LoadError, match="'a/b.txt' was not found; tried"):
+    with pytest.raises(LoadError, match=r"'a/b.txt' was not found; tried"):
         data.find_file("a/b.txt", [tmp_path])
 
 

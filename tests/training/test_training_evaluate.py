@@ -43,7 +43,8 @@ def test_resetting_the_context_changes_the_number(tiny, tokenizer):
     model = tiny(vocabulary=270)
     carried = bits_per_byte(model, tokenizer, TEXT, piece=16)
     reset = bits_per_byte(model, tokenizer, TEXT, piece=16, reset_every=16)
-    assert carried.tokens == reset.tokens and carried.nats != reset.nats
+    assert carried.tokens == reset.tokens
+    assert carried.nats != reset.nats
     with pytest.raises(InputError, match="multiple of piece"):
         bits_per_byte(model, tokenizer, TEXT, piece=16, reset_every=40)
 

@@ -46,9 +46,11 @@ def test_it_learns_and_writes_its_curve(tiny, tmp_path):
         tiny(), counting, settings(steps=200, lr=3e-2), tmp_path, recipe={"a": 1}, report=lines.append,
         evaluate=lambda model: {"loss": answer_loss(model, counting(999)).item()},
     )  # fmt: skip
-    assert result.finished and result.step == 200
+    assert result.finished
+    assert result.step == 200
     assert result.rows[0]["loss"] > 2.0 > 0.7 > result.rows[-1]["loss"]
-    assert result.evaluations[-1]["step"] == 200 and result.evaluations[-1]["loss"] < 0.7
+    assert result.evaluations[-1]["step"] == 200
+    assert result.evaluations[-1]["loss"] < 0.7
     with (tmp_path / "curve.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["loss"]) for row in rows] == [row["loss"] for row in result.rows]
@@ -62,7 +64,8 @@ def test_resume_equals_one_run_to_the_bit(tiny, tmp_path):
     whole, part, again = tiny(), tiny(), tiny(seed=9)
     straight = train(whole, counting, settings(), tmp_path / "a", recipe={}, report=quiet)
     stopped = train(part, counting, settings(), tmp_path / "b", recipe={}, report=quiet, minutes=0.0)
-    assert stopped.step == 4 and not stopped.finished
+    assert stopped.step == 4
+    assert not stopped.finished
     resumed = train(again, counting, settings(), tmp_path / "b", recipe={}, report=quiet, resume=True)
     assert same(whole, again)
     assert [row["loss"] for row in resumed.rows] == [row["loss"] for row in straight.rows]
@@ -103,7 +106,8 @@ def test_kill_nine_loses_at_most_one_interval(tiny, tmp_path):
     reached = settings(steps=100_000, log_every=8)
     model = tiny()
     result = train(model, counting, reached, tmp_path, recipe={}, report=quiet, resume=True, minutes=0.0)
-    assert result.step == step + 8 and [row["step"] for row in result.rows][:3] == [4, 8, 12]
+    assert result.step == step + 8
+    assert [row["step"] for row in result.rows][:3] == [4, 8, 12]
 
 
 def test_an_unfinished_checkpoint_is_never_taken(tiny, tmp_path):
@@ -131,9 +135,9 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tiny, tmp_path):
 
 def test_who_may_write(tiny, tmp_path):
     train(tiny(), counting, settings(steps=8), tmp_path, recipe={"train": {"lr": 1}}, report=quiet)
-    with pytest.raises(InputError, match="already holds a training .step-00000008.; go on with --resume"):
+    with pytest.raises(InputError, match=r"already holds a training .step-00000008.; go on with --resume"):
         train(tiny(), counting, settings(), tmp_path, recipe={}, report=quiet)
-    with pytest.raises(InputError, match="another recipe; train.lr: 1 before, 2 now"):
+    with pytest.raises(InputError, match=r"another recipe; train.lr: 1 before, 2 now"):
         train(tiny(), counting, settings(), tmp_path, recipe={"train": {"lr": 2}}, report=quiet, resume=True)
     fcntl = pytest.importorskip("fcntl")
     with (tmp_path / ".lock").open("w") as lock:
@@ -151,7 +155,7 @@ def test_a_checkpoint_of_another_model_or_a_damaged_one_is_named(tiny, tmp_path)
     with pytest.raises(LoadError, match="belongs to another model"):
         load_checkpoint(folder, torch.nn.Linear(2, 2))
     (folder / "weights.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00nonsense")
-    with pytest.raises(LoadError, match="weights.safetensors cannot be read"):
+    with pytest.raises(LoadError, match=r"weights.safetensors cannot be read"):
         load_checkpoint(folder, tiny())
 
 
@@ -167,8 +171,10 @@ def test_the_schedule_by_hand():
 def test_decay_spares_vectors(tiny):
     model = tiny()
     decayed, free = make_optimizer(model, settings()).param_groups
-    assert decayed["weight_decay"] == 0.1 and free["weight_decay"] == 0.0
-    assert {p.ndim for p in free["params"]} == {1} and {p.ndim for p in decayed["params"]} == {2}
+    assert decayed["weight_decay"] == 0.1
+    assert free["weight_decay"] == 0.0
+    assert {p.ndim for p in free["params"]} == {1}
+    assert {p.ndim for p in decayed["params"]} == {2}
 
 
 def test_masked_targets_are_not_scored(tiny):
@@ -182,5 +188,6 @@ def test_masked_targets_are_not_scored(tiny):
 def test_minutes_is_a_budget_not_a_limit_on_the_result(tiny, tmp_path):
     started = time.perf_counter()
     result = train(tiny(), counting, settings(steps=10**6), tmp_path, recipe={}, report=quiet, minutes=0.01)
-    assert 0 < result.step < 10**6 and time.perf_counter() - started < 20
+    assert 0 < result.step < 10**6
+    assert time.perf_counter() - started < 20
     assert latest_checkpoint(tmp_path).name == f"step-{result.step:08d}"  # pyright: ignore[reportOptionalMemberAccess]

@@ -20,11 +20,14 @@ def test_shipped_recipes():
     mini, induction = (load_recipe(zoo.recipe_path(name)) for name in ("lm-mini", "induction-2l"))
     size = 2 * count_parameters(mini.model) + 2 * mini.model.n_layers * mini.model.d_inner * (mini.model.d_state + 1)
     assert size < 15.5 * 2**20, "A_log and D stay float32; the tokenizer needs room too"
-    assert mini.text is not None and mini.text.sources[0].share == (0.05, 0.20)
+    assert mini.text is not None
+    assert mini.text.sources[0].share == (0.05, 0.20)
     for end in (0, 1):
         assert sum(source.share[end] for source in mini.text.sources) == pytest.approx(1)
     assert (induction.train.optimizer, induction.train.batch, induction.train.length) == ("adam", 8, 256)
-    assert induction.train.weight_decay == 0 and induction.train.lr == 1e-3 and induction.model.d_vocab == 16
+    assert induction.train.weight_decay == 0
+    assert induction.train.lr == 1e-3
+    assert induction.model.d_vocab == 16
     assert Recipe.from_dict(mini.to_dict()) == mini
 
 

@@ -18,7 +18,8 @@ def _sampler(seed=3, steps=200, shares=((0.75, 0.25), (0.25, 0.75)), hold=0.0):
 
 def test_targets_are_the_next_tokens_and_windows_stay_in_their_source():
     batch = _sampler()(5)
-    assert batch.tokens.shape == batch.targets.shape == (8, 10) and batch.tokens.dtype == torch.int64
+    assert batch.tokens.shape == batch.targets.shape == (8, 10)
+    assert batch.tokens.dtype == torch.int64
     assert torch.equal(batch.tokens[:, 1:], batch.targets[:, :-1])
     assert torch.equal(batch.tokens + 1, batch.targets), "consecutive within one source"
 
@@ -37,7 +38,8 @@ def test_an_epoch_visits_every_window_once():
     starts = [int(row[0]) for step in range(50) for row in sampler(step).tokens]
     first, second = starts[:per_epoch], starts[per_epoch : 2 * per_epoch]
     assert len(set(first)) == len(set(second)) == per_epoch
-    assert len({s % 10 for s in first}) == 1 and sorted(first) != first
+    assert len({s % 10 for s in first}) == 1
+    assert sorted(first) != first
     assert first != second
 
 
@@ -47,7 +49,8 @@ def test_shares_move_from_start_to_end():
         np.mean([bool(row[0] < 2000) for step in steps for row in sampler(step).tokens])
         for steps in (range(200, 500), range(950, 1000))
     ]
-    assert abs(part[0] - 0.75) < 0.05 and abs(part[1] - 0.25) < 0.12
+    assert abs(part[0] - 0.75) < 0.05
+    assert abs(part[1] - 0.25) < 0.12
     seen = sampler.epochs()
     assert seen["a"] == pytest.approx(8 * 10 * 1000 * 0.625 / 1001, rel=0.05)
 

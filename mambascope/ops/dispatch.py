@@ -27,8 +27,12 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 KERNEL_BACKENDS = {"cpu": ("cpu",), "triton": ("cuda", "cpu")}
 """The backends made of kernels, and the devices of their operators (Triton's interpreter takes CPU tensors)."""
 
-_HOME = {"cpu": "mambascope.ops.cpu", "triton": "mambascope.ops.scan.triton"}
-_NEEDS = {"cpu": "numba", "triton": "triton"}
+_HOME = {
+    "cpu": "mambascope.ops.cpu",
+    "triton": "mambascope.ops.scan.triton",
+    "torch": "mambascope.ops.scan.chunked",  # its scan only
+}
+_NEEDS = {"cpu": "numba", "triton": "triton", "torch": "torch"}
 _modules: dict[str, Any] = {}
 _decisions: dict[tuple[str, torch.device, torch.dtype, int, int], tuple[str, str]] = {}
 _noticed: set[str] = set()
@@ -45,15 +49,14 @@ def _load(name: str) -> Any:
         else:
             home = _HOME[name]
             # Only a missing kernel module is a reason; an error inside it is a fault and surfaces.
-            parent, _, leaf = home.rpartition(".")
             module = importlib.import_module(home) if importlib.util.find_spec(home) else None
-            found = module if hasattr(module, "supports") else f"{parent} has no {leaf} kernels in this installation"
+            found = module if hasattr(module, "supports") else f"this installation has no module {home}"
         _modules[name] = found
     return found
 
 
 def kernels(name: str) -> Any:
-    """The kernel module of ``cpu`` or ``triton``; `BackendError` if it cannot be loaded."""
+    """The kernel module of ``cpu`` or ``triton`` (``torch``: the scan alone); `BackendError` if it cannot be loaded."""
     found = _load(name)
     if isinstance(found, str):
         raise BackendError(f"backend {name!r} cannot run: {found}; use backend='auto' or 'torch'")
@@ -77,7 +80,7 @@ def _decide(backend: str, device: torch.device, dtype: torch.dtype, d_state: int
         raise BackendError(f"dtype {dtype} is not supported: the operators take floating-point tensors")
     if backend in ("reference", "torch"):
         return backend, "asked for"
-    if backend in _HOME:
+    if backend in KERNEL_BACKENDS:
         reason = _why_not(backend, device, dtype, d_state, d_conv)
         if reason:
             raise BackendError(f"backend {backend!r} cannot run: {reason}; use backend='torch' or 'auto'")
@@ -133,6 +136,16 @@ def resolve_backend(
     return found
 
 
+# What torch.compiler.assume_constant_result sets, without its import of the whole compiler: a trace takes the decision
+# as it is, and does not look into imports and caches.
+resolve_backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _transformed() -> bool:
+    stack = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore[reportAttributeAccessIssue]
+    return stack is not None or forward_ad._current_level >= 0
+
+
 def choose(backend: str, *tensors: Tensor | None, d_state: int = 16, d_conv: int = 4) -> str:
     """The backend's name for a call with these tensors; the first says the device and, float64 aside, the dtype.
 
@@ -147,7 +160,7 @@ def choose(backend: str, *tensors: Tensor | None, d_state: int = 16, d_conv: int
             dtype = torch.float64
     if backend == "reference":
         return backend
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if not torch.compiler.is_compiling() and _transformed():
         if backend != "auto":
             raise BackendError(
                 f"backend {backend!r} cannot run inside torch.func transforms or forward-mode differentiation; "

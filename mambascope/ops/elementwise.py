@@ -1,14 +1,14 @@
 """Softplus, SiLU and the gate: the elementwise pieces that the fused kernels contain.
 
-On a CPU the torch formulas are written with ``exp`` and ``log1p`` rather than with ``F.softplus`` and ``F.silu``: the
+On a CPU the torch formulas are written with ``exp`` and ``log1p`` rather than with torch's own softplus and SiLU: the
 latter round an element differently in the vector body and in the scalar tail of a loop, so a value would depend on
 where in the tensor it stands, and a text cut in two would not give the bits of the whole. Each branch of the formulas
 is analytic and equals the function, so derivatives of any order are right, also at 0.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from mambascope.errors import InputError
 from mambascope.ops import operators
@@ -28,7 +28,7 @@ def softplus_formula(x: Tensor) -> Tensor:
     """log(1 + exp x) in the compute dtype."""
     x = x.to(compute_dtype(x))
     if x.device.type != "cpu":
-        return F.softplus(x)
+        return functional.softplus(x)
     positive, e = _decay(x)
     return torch.where(positive, x, 0.0) + torch.log1p(e)
 
@@ -37,7 +37,7 @@ def silu_formula(x: Tensor) -> Tensor:
     """x · sigmoid(x) in the compute dtype."""
     x = x.to(compute_dtype(x))
     if x.device.type != "cpu":
-        return F.silu(x)
+        return functional.silu(x)
     positive, e = _decay(x)
     return x * (torch.where(positive, 1.0, e) / (1.0 + e))
 

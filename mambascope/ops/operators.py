@@ -57,6 +57,13 @@ def call(operator: str, backend: str, *args: Any) -> Any:
     return getattr(torch.ops.mambascope, f"{operator}_{backend}")(*args)
 
 
+def _preferred_interval(backend: str) -> int:
+    return getattr(kernels(backend), "REPLAY_INTERVAL", REPLAY_INTERVAL)
+
+
+_preferred_interval._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch.resolve_backend
+
+
 def replay_interval(boundaries: int | None, preferred: int) -> int:
     """Spacing of the states kept for backward: a divisor of ``boundaries`` near the preferred one."""
     if boundaries is None:
@@ -73,7 +80,7 @@ def scan(
     """The scan operator; ``inputs`` are u, delta, A, B, C, D, z, dt_bias, h0, lengths."""
     interval = boundaries or 0
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        interval = replay_interval(boundaries, getattr(kernels(backend), "REPLAY_INTERVAL", REPLAY_INTERVAL))
+        interval = replay_interval(boundaries, _preferred_interval(backend))
     y, h_last, h_boundary = call("selective_scan", backend, *inputs, dt_softplus, interval)
     if boundaries is None:
         return y, h_last, None
@@ -81,6 +88,7 @@ def scan(
 
 
 def _filled(x: Tensor | None, like: Tensor) -> Tensor:
+    """x, or an empty tensor where there is none."""
     return like.new_empty(0) if x is None else x.contiguous()
 
 
@@ -154,8 +162,9 @@ class _Fakes:
     def selective_scan(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
         u, _, A, _, _, _, z, _, _, _, _, boundaries = args
         batch, length, channels = u.shape
-        y = u.new_empty(u.shape, dtype=torch.float32 if z is None else u.dtype)
-        h_last = u.new_empty((batch, channels, A.shape[1]), dtype=torch.float32)
+        wide = compute_dtype(*args[:9])
+        y = u.new_empty(u.shape, dtype=wide if z is None else u.dtype)
+        h_last = u.new_empty((batch, channels, A.shape[1]), dtype=wide)
         if not boundaries:
             return y, h_last, h_last.new_empty(0)
         return y, h_last, h_last.new_empty(batch, (length + boundaries - 1) // boundaries, channels, A.shape[1])
@@ -209,7 +218,7 @@ def _scan_autograd(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]
         ctx.save_for_backward(*tensors, output[2])
         ctx.set_materialize_grads(False)
 
-    def backward(ctx: Any, dy: Tensor | None, dh_last: Tensor | None, dh_boundary: Tensor | None) -> Any:
+    def backward(ctx: Any, dy: Any, dh_last: Tensor | None, dh_boundary: Tensor | None) -> Any:
         *inputs, h_boundary = ctx.saved_tensors
         if ctx.boundaries < 1:
             raise BackendError(
@@ -218,7 +227,7 @@ def _scan_autograd(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]
             )
         if dy is None:
             u, z = inputs[0], inputs[6]
-            dy = u.new_zeros(u.shape, dtype=torch.float32 if z is None else u.dtype)
+            dy = u.new_zeros(u.shape, dtype=compute_dtype(*inputs[:9]) if z is None else u.dtype)
         grads = call(
             "selective_scan_backward",
             backend,
@@ -241,7 +250,7 @@ def _conv_autograd(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
 
-    def backward(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> Any:
+    def backward(ctx: Any, dy: Any, dstate: Tensor | None) -> Any:
         inputs = ctx.saved_tensors
         dy = torch.zeros_like(inputs[0]) if dy is None else dy
         dstate = None if dstate is None else dstate.contiguous()
@@ -311,7 +320,7 @@ def _refusing(operator: str, backend: str, what: str, way: str) -> Callable[...,
     return backward
 
 
-def _register(backend: str, devices: Sequence[str]) -> None:
+def _register(backend: str, devices: str | Sequence[str], operators: Sequence[str]) -> None:
     bodies, fakes = _Kernels(backend), _Fakes()
     second = "use backend='torch' or 'reference' for second derivatives"
     formulas: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
@@ -329,9 +338,9 @@ def _register(backend: str, devices: Sequence[str]) -> None:
     for operator in ("selective_scan", "causal_conv"):
         refuse = _refusing(operator, backend, "second derivative", second)
         formulas[f"{operator}_backward"] = (_nothing, refuse)
-    for operator, schema in SCHEMAS.items():
+    for operator in operators:
         name = f"mambascope::{operator}_{backend}"
-        torch.library.define(name, schema)
+        torch.library.define(name, SCHEMAS[operator])
         torch.library.impl(name, devices)(getattr(bodies, operator))
         torch.library.register_fake(name)(getattr(fakes, operator))
         setup, backward = formulas[operator]
@@ -343,4 +352,6 @@ def _nothing(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 for _backend, _devices in KERNEL_BACKENDS.items():
-    _register(_backend, _devices)
+    _register(_backend, _devices, tuple(SCHEMAS))
+# A compiler would unroll the chunked scan's loops into thousands of nodes: it gets one operator, on every device.
+_register("torch", "default", ("selective_scan", "selective_scan_backward"))

@@ -10,7 +10,7 @@ from mambascope.ops import operators
 from mambascope.ops.checks import check_scan, check_window, compute_dtype
 from mambascope.ops.dispatch import KERNEL_BACKENDS, Backend, choose, kernels
 from mambascope.ops.elementwise import gate_formula, softplus_formula
-from mambascope.ops.scan import chunked, reference
+from mambascope.ops.scan import chunked, recurrence, reference
 
 __all__ = ["ScanOutput", "linear_scan", "selective_scan", "state_window"]
 
@@ -105,6 +105,10 @@ def _by_formulas(
             y = y + D.to(wide) * u.to(wide)
         return y if z is None else gate_formula(y, z)
 
+    if name == "torch" and torch.compiler.is_compiling():
+        inputs = (u, finish_delta(delta), A, B, C, None, None, None, h0, lengths)
+        y, h_last, h_boundary = operators.scan(name, inputs, False, boundaries)
+        return ScanOutput(finish_y(y, u, z), h_last, h_boundary)
     tensors = (u, delta, A, B, C, D, z, dt_bias, h0)
     if name == "torch" and not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)):
         finish = chunked.Finish(finish_delta, finish_y)
@@ -145,7 +149,7 @@ def state_window(
         if backend != "auto":
             raise BackendError(f"state_window has no gradient on backend {name!r}; use backend='torch' or 'auto'")
         name = "torch"
-    return (chunked if name == "torch" else reference).window(u, delta, A, B, h_start)
+    return (recurrence if name == "torch" else reference).window(u, delta, A, B, h_start)
 
 
 def linear_scan(A_bar: Tensor, write: Tensor, C: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,7 +177,7 @@ def linear_scan(A_bar: Tensor, write: Tensor, C: Tensor, h0: Tensor | None = Non
             raise InputError(f"{name} is on {x.device}, but A_bar is on {A_bar.device}; move them to one device")
     wide = compute_dtype(A_bar, write, C, h0)
     start = A_bar.new_zeros(batch, channels, states, dtype=wide) if h0 is None else h0.to(wide)
-    scan = reference if choose("auto", A_bar) == "reference" or A_bar.numel() == 0 else chunked
+    scan = reference if choose("auto", A_bar) == "reference" or A_bar.numel() == 0 else recurrence
     h = scan.recurrence(A_bar.to(wide), write.to(wide), start)
     y = (h * C.to(wide)[:, :, None, :]).sum(-1)
     return y, h[:, -1] if length else start, h

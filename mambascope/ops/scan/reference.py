@@ -68,9 +68,9 @@ def recurrence(A_bar: Tensor, write: Tensor, h0: Tensor) -> Tensor:
     return torch.stack(states, 1) if states else torch.zeros_like(write)
 
 
-def mask_delta(delta: Tensor, lengths: Tensor | None) -> Tensor:
-    """delta with exact zeros at positions t ≥ lengths[b], so that padding neither decays nor writes."""
+def mask_delta(delta: Tensor, lengths: Tensor | None, start: int = 0) -> Tensor:
+    """delta, of positions from ``start`` on, with exact zeros at t ≥ lengths[b]: padding neither decays nor writes."""
     if lengths is None:
         return delta
-    real = torch.arange(delta.shape[1], device=delta.device) < lengths[:, None]  # B L
+    real = torch.arange(start, start + delta.shape[1], device=delta.device) < lengths[:, None]  # B L
     return torch.where(real[:, :, None], delta, 0.0)

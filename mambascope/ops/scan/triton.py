@@ -13,72 +13,49 @@ import torch
 import triton
 from torch import Tensor
 
-from mambascope.errors import BackendError
 from mambascope.ops.scan.triton_backward import adjoint_kernel, backward_kernel
+from mambascope.ops.scan.triton_conv import conv_backward, conv_forward
 from mambascope.ops.scan.triton_forward import carry_kernel, forward_kernel
-from mambascope.ops.scan.triton_math import INTERPRETED
+from mambascope.ops.scan.triton_launch import check, dense, launch, processor_count, strides, supports, whole
+from mambascope.ops.scan.triton_layers import gate_forward, norm_forward, silu_forward, softplus_forward
 from mambascope.ops.scan.triton_table import BackwardPlan, ForwardPlan, backward_plan, forward_plan, padded
 
-__all__ = ["backward_plan_of", "forward_plan_of", "scan_backward", "scan_forward", "supports"]
+__all__ = [
+    "REPLAY_INTERVAL",
+    "backward_plan_of",
+    "conv_backward",
+    "conv_forward",
+    "forward_plan_of",
+    "gate_forward",
+    "norm_forward",
+    "scan_backward",
+    "scan_forward",
+    "silu_forward",
+    "softplus_forward",
+    "state_window",
+    "supports",
+]
 
-MAX_STATE = 256
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+REPLAY_INTERVAL = 32
+"""Steps between the states kept for the backward pass: 64 bytes · N a token and channel / 16."""
+
 _MAX_SCRATCH = 1 << 30  # bytes of partial sums and replayed states; above it the backward takes the rows in slices
-_ENDS, _OUTPUTS, _STATES = 0, 1, 2  # modes of forward_kernel
+_ENDS, _OUTPUTS, _STATES, _WINDOW = 0, 1, 2, 3  # modes of forward_kernel
 # Nothing is contracted where the fused form must round like its steps apart; gradients make no such promise.
 _EXACT = {"num_warps": 1, "enable_fp_fusion": False}
 _FREE = {"num_warps": 1}
 
 
-def supports(device: torch.device, dtype: torch.dtype, N: int, K: int) -> str:
-    """'' if the kernels can take it, else the reason in words."""
-    if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
-        return f"the Triton kernels run on CUDA tensors, these are on {device} (TRITON_INTERPRET is not set)"
-    if device.type == "cuda" and INTERPRETED:
-        return "TRITON_INTERPRET is set: kernels are interpreted, on CPU tensors"
-    if dtype not in _DTYPES:
-        return f"the Triton kernels take float32, bfloat16 and float16, got {dtype}"
-    if N > MAX_STATE:
-        return f"the Triton kernels hold at most N = {MAX_STATE} states a channel, got {N}"
-    return ""
-
-
-_processors: dict[torch.device, int] = {}
-
-
-def _processor_count(device: torch.device) -> int:
-    """Multiprocessors of the GPU; the interpreter's plans are those of a GPU with four."""
-    if device.type != "cuda":
-        return 4
-    if device not in _processors:
-        _processors[device] = torch.cuda.get_device_properties(device).multi_processor_count
-    return _processors[device]
-
-
 def forward_plan_of(u: Tensor, A: Tensor, boundaries: int | None) -> ForwardPlan:
     """What `scan_forward` would choose."""
     batch, length, channels = u.shape
-    return forward_plan(batch, length, channels, A.shape[1], _processor_count(u.device), boundaries)
+    return forward_plan(batch, length, channels, A.shape[1], processor_count(u.device), boundaries)
 
 
 def backward_plan_of(u: Tensor, A: Tensor, boundaries: int) -> BackwardPlan:
     """What `scan_backward` would choose."""
     batch, length, channels = u.shape
-    return backward_plan(batch, length, channels, A.shape[1], _processor_count(u.device), boundaries)
-
-
-def _dense(x: Tensor | None) -> Tensor | None:
-    """The tensor itself if its last axis is dense, else a copy."""
-    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _whole(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.contiguous()
-
-
-def _strides(*tensors: Tensor | None) -> list[int]:
-    """Strides of rows and of steps."""
-    return [0 if x is None else x.stride(axis) for x in tensors for axis in (0, 1)]
+    return backward_plan(batch, length, channels, A.shape[1], processor_count(u.device), boundaries)
 
 
 class _Operands(NamedTuple):
@@ -98,11 +75,9 @@ class _Operands(NamedTuple):
     @classmethod
     def of(cls, *tensors: Any) -> "_Operands":
         raw = cls(*tensors)
-        reason = supports(raw.u.device, raw.u.dtype, raw.A.shape[1], 1)
-        if reason:
-            raise BackendError(f"backend 'triton' cannot run: {reason}; use backend='torch' or 'auto'")
+        check(raw.u, raw.A.shape[1])
         strided = ("u", "delta", "B", "C", "z")
-        made = [_dense(x) if name in strided else _whole(x) for name, x in zip(cls._fields, raw, strict=True)]
+        made = [dense(x) if name in strided else whole(x) for name, x in zip(cls._fields, raw, strict=True)]
         return cls(*made)  # type: ignore[arg-type]
 
     @property
@@ -132,15 +107,6 @@ class _Operands(NamedTuple):
         return torch.empty(shape, dtype=torch.float32, device=self.u.device)
 
 
-def _launch(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
-    """Launch on the tensors' own device, which need not be the current one."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[(programs,)](*args, **options)
-    else:
-        kernel[(programs,)](*args, **options)
-
-
 class _Chunks(NamedTuple):
     """Scratch of a scan in chunks: start states of all, end states and sums of delta of all but the last."""
 
@@ -161,7 +127,7 @@ class _Chunks(NamedTuple):
         pointers = (A, first, *self, channels, n_chunks)
         programs = triton.cdiv(channels * states, 128) * batch
         flags = {"N": states, "BLOCK": 128, "HAS_FIRST": first is not None, "num_warps": 4, "enable_fp_fusion": False}
-        _launch(carry_kernel, programs, A.device, *pointers, **flags)
+        launch(carry_kernel, programs, A.device, *pointers, **flags)
 
 
 def _walk(x: _Operands, mode: int, plan: tuple[int, int, int, int], outputs: Any, **flags: Any) -> None:
@@ -169,8 +135,8 @@ def _walk(x: _Operands, mode: int, plan: tuple[int, int, int, int], outputs: Any
     batch, length, channels, _ = x.sizes
     programs = batch * -(-channels // flags["BD"]) * (plan[1] - (mode == _ENDS))
     on = {"HAS_D": False, "HAS_Z": False, "HAS_H0": False, "HAS_STARTS": False, "BOUNDARIES": False} | flags
-    arguments = (*x, *outputs, *_strides(x.u, x.delta, x.B, x.C, x.z), length, channels, *plan)
-    _launch(forward_kernel, programs, x.u.device, *arguments, MODE=mode, **on, **_EXACT)
+    arguments = (*x, *outputs, *strides(x.u, x.delta, x.B, x.C, x.z), length, channels, *plan)
+    launch(forward_kernel, programs, x.u.device, *arguments, MODE=mode, **on, **_EXACT)
 
 
 def scan_forward(
@@ -222,6 +188,17 @@ def scan_forward(
     return y, h_last, bound
 
 
+def state_window(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, h_start: Tensor) -> Tensor:
+    """``h B W D N`` after each of the W given steps, from ``h_start``; delta is after softplus. Time O(B W D N)."""
+    x = _Operands.of(u, delta, A, B, B, None, None, None, h_start, None)
+    batch, length, channels, states = x.sizes
+    h = x.new(batch, length, channels, states)
+    if h.numel():
+        flags = x.flags(forward_plan_of(u, A, None).block, False)
+        _walk(x, _WINDOW, (length, 1, length, length), (u, None, h, None, None, None), **flags, HAS_H0=True)
+    return h
+
+
 def scan_backward(
     u: Tensor,
     delta: Tensor,
@@ -250,7 +227,6 @@ def scan_backward(
     """
     x = _Operands.of(u, delta, A, B, C, D, z, dt_bias, h0, lengths)
     batch, length, channels, states = x.sizes
-    plan = plan or backward_plan_of(u, A, boundaries)
     by_row = {"du": x.u, "ddelta": x.delta, "dB": x.B, "dC": x.C, "dz": x.z}
     out: dict[str, Any] = {
         name: None if like is None else torch.empty(like.shape, dtype=like.dtype, device=like.device)
@@ -259,12 +235,13 @@ def scan_backward(
     out["dh0"] = x.new(batch, channels, states)
     summed = {"dA": x.A, "dD": x.D, "ddt_bias": x.dt_bias}
     out |= {name: None if like is None else x.new(*like.shape).zero_() for name, like in summed.items()}
-    arriving = (_whole(h_boundary), _dense(dy), _whole(dh_last), _whole(dh_boundary))
+    arriving = (whole(h_boundary), dense(dy), whole(dh_last), whole(dh_boundary))
     if batch == 0 or length == 0:
         out["dh0"].zero_()
         if dh_last is not None:
             out["dh0"] += dh_last
         return out
+    plan = plan or backward_plan_of(u, A, boundaries)
     rows = max(1, min(batch, _MAX_SCRATCH // _scratch_of_row(x, plan, boundaries)))
     for begin in range(0, batch, rows):
         part = slice(begin, min(batch, begin + rows))
@@ -310,8 +287,8 @@ def _backward_rows(
         chunks = _Chunks.of(x, plan.n_chunks)
         pointers = (x.delta, x.A, x.C, x.z, x.dt_bias, x.lengths, dy, dh_boundary, chunks.ends, chunks.sums)
         programs = blocks * batch * (plan.n_chunks - 1)
-        strides = _strides(x.delta, x.C, x.z, dy)
-        _launch(adjoint_kernel, programs, x.u.device, *pointers, *strides, *sizes, **flags, **_FREE)
+        rows = strides(x.delta, x.C, x.z, dy)
+        launch(adjoint_kernel, programs, x.u.device, *pointers, *rows, *sizes, **flags, **_FREE)
         chunks.carry(x.A, dh_last)
         starts = chunks.starts
     programs = blocks * batch * plan.n_chunks
@@ -322,9 +299,9 @@ def _backward_rows(
     scratch = x.new(programs, -(-plan.segment // 4), plan.block * padded(states))
     pointers = (x.u, x.delta, x.A, x.B, x.C, x.D, x.z, x.dt_bias, x.lengths, entering, dy, dh_boundary, starts)
     results = (out["du"], out["ddelta"], out["dz"], partial[0], partial[1], dA, dD, ddt_bias, out["dh0"], scratch)
-    strides = _strides(x.u, x.delta, x.B, x.C, x.z, dy)
+    rows = strides(x.u, x.delta, x.B, x.C, x.z, dy)
     flags |= {"HAS_D": x.D is not None, "HAS_STARTS": starts is not None}
-    _launch(backward_kernel, programs, x.u.device, *pointers, *results, *strides, *sizes, batch, **flags, **_FREE)
+    launch(backward_kernel, programs, x.u.device, *pointers, *results, *rows, *sizes, batch, **flags, **_FREE)
     out["dB"].copy_(partial[0].sum(0))
     out["dC"].copy_(partial[1].sum(0))
     for name, parts in (("dA", dA), ("dD", dD), ("ddt_bias", ddt_bias)):

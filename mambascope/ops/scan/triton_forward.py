@@ -20,6 +20,7 @@ __all__ = ["advance", "carry_kernel", "forward_kernel", "load_row", "steps_delta
 ENDS = tl.constexpr(0)
 OUTPUTS = tl.constexpr(1)
 STATES = tl.constexpr(2)
+WINDOW = tl.constexpr(3)
 
 
 @triton.jit
@@ -66,8 +67,8 @@ def forward_kernel(
 
     MODE ENDS: chunks 0 … n_chunks − 2 from zero; writes ``ends`` and ``sums``. MODE OUTPUTS: from the start states;
     writes y, the last state and the boundary states. MODE STATES: from the start states; writes boundary states only.
-    Grid: channel blocks × rows × chunks. ``interval`` cuts a chunk in segments, and the state entering each of them is
-    a boundary state.
+    MODE WINDOW: one chunk; writes the state after every step. Grid: channel blocks × rows × chunks. ``interval`` cuts
+    a chunk in segments, and the state entering each of them is a boundary state.
     """
     blocks = tl.cdiv(D, BD)
     pid = tl.program_id(0)
@@ -172,6 +173,16 @@ def forward_kernel(
                 tl.store(y_rows + t1.to(tl.int64) * D, y1.to(kind), mask=d_in & (t1 < end))
                 tl.store(y_rows + t2.to(tl.int64) * D, y2.to(kind), mask=d_in & (t2 < end))
                 tl.store(y_rows + t3.to(tl.int64) * D, y3.to(kind), mask=d_in & (t3 < end))
+            elif MODE == WINDOW:
+                at = bound + (long_row * L + t0) * D * N + tile
+                h = advance(h, a, dt0, u0, b0)
+                tl.store(at, h, mask=tile_in)
+                h = advance(h, a, dt1, u1, b1)
+                tl.store(at + D * N, h, mask=tile_in & (t1 < end))
+                h = advance(h, a, dt2, u2, b2)
+                tl.store(at + 2 * D * N, h, mask=tile_in & (t2 < end))
+                h = advance(h, a, dt3, u3, b3)
+                tl.store(at + 3 * D * N, h, mask=tile_in & (t3 < end))
             else:
                 h = advance(h, a, dt0, u0, b0)
                 h = advance(h, a, dt1, u1, b1)

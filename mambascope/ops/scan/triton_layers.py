@@ -1,0 +1,122 @@
+"""Triton kernels of the layers around the scan: softplus, SiLU, gate, RMSNorm. Arithmetic in float32, rounded once."""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mambascope.ops.scan.triton_launch import check, dense, launch
+from mambascope.ops.scan.triton_math import silu, softplus
+
+__all__ = ["gate_forward", "norm_forward", "silu_forward", "softplus_forward"]
+
+_BLOCK = 512
+_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+SOFTPLUS, SILU, GATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "inner"])
+def _elementwise_kernel(
+    x, z, out, rows, columns, inner, x_b, x_l, z_b, z_l,
+    KIND: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One function of x (and z) on rows ``(outer, inner)`` of ``columns`` entries. Grid: rows × column blocks."""
+    blocks = tl.cdiv(columns, BLOCK)
+    row = tl.program_id(0) // blocks
+    i = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < columns
+    outer = (row // inner).to(tl.int64)
+    step = (row % inner).to(tl.int64)
+    v = tl.load(x + outer * x_b + step * x_l + i, mask=inside, other=0.0).to(tl.float32)
+    if KIND == SOFTPLUS:
+        v = softplus(v)
+    elif KIND == SILU:
+        v = silu(v)
+    else:
+        v = v * silu(tl.load(z + outer * z_b + step * z_l + i, mask=inside, other=0.0).to(tl.float32))
+    tl.store(out + row.to(tl.int64) * columns + i, v.to(out.dtype.element_ty), mask=inside)
+
+
+def _as_rows(x: Tensor) -> tuple[Tensor, int, int, int, int, int]:
+    """x with its rows, columns, inner rows and the strides of both row axes; copied only where it has to be."""
+    if x.dim() != 3:
+        flat = x.contiguous().view(1, -1, x.shape[-1]) if x.dim() and x.numel() else x.contiguous().view(1, 1, -1)
+        return _as_rows(flat)
+    kept = dense(x)
+    assert kept is not None
+    return kept, x.shape[0] * x.shape[1], x.shape[2], x.shape[1], kept.stride(0), kept.stride(1)
+
+
+def _elementwise(kind: int, x: Tensor, z: Tensor | None, dtype: torch.dtype) -> Tensor:
+    check(x)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    x, rows, columns, inner, x_b, x_l = _as_rows(x)
+    z_b = z_l = 0
+    if z is not None:
+        z, _, _, _, z_b, z_l = _as_rows(z)
+    programs = rows * triton.cdiv(columns, _BLOCK)
+    arguments = (x, z, out, rows, columns, inner, x_b, x_l, z_b, z_l)
+    launch(_elementwise_kernel, programs, x.device, *arguments, KIND=kind, BLOCK=_BLOCK, **_OPTIONS)
+    return out
+
+
+def softplus_forward(x: Tensor) -> Tensor:
+    """log(1 + e^x), any shape; float32."""
+    return _elementwise(0, x, None, torch.float32)
+
+
+def silu_forward(x: Tensor) -> Tensor:
+    """x · sigmoid(x), any shape; in x's dtype."""
+    return _elementwise(1, x, None, x.dtype)
+
+
+def gate_forward(y: Tensor, z: Tensor) -> Tensor:
+    """y · silu(z), equal shapes; in z's dtype."""
+    return _elementwise(2, y, z, z.dtype)
+
+
+@triton.jit(do_not_specialize=["columns", "inner"])
+def _norm_kernel(
+    x, weight, out, normalized, scale, columns, inner, x_b, x_l, eps,
+    HAS_WEIGHT: tl.constexpr, EXPOSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid: rows."""
+    row = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    inside = i < columns
+    start = (row // inner).to(tl.int64) * x_b + (row % inner).to(tl.int64) * x_l
+    v = tl.load(x + start + i, mask=inside, other=0.0).to(tl.float32)
+    root = tl.sqrt_rn(tl.sum(v * v, axis=0) / columns + eps)
+    v = v / root
+    at = row.to(tl.int64) * columns + i
+    if EXPOSE:
+        tl.store(normalized + at, v, mask=inside)
+        tl.store(scale + row, root)
+    if HAS_WEIGHT:
+        v = v * tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, v.to(out.dtype.element_ty), mask=inside)
+
+
+def norm_forward(
+    x: Tensor, weight: Tensor | None, eps: float, *, expose: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``x / sqrt(mean(x²) + eps) · weight`` in weight's (or x's) dtype; with ``expose`` also the two float32 parts."""
+    check(x)
+    dtype = x.dtype if weight is None else weight.dtype
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    normalized = torch.empty(x.shape, dtype=torch.float32, device=x.device) if expose else None
+    scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device) if expose else None
+    if out.numel() == 0:
+        return out, normalized, scale
+    x, rows, columns, inner, x_b, x_l = _as_rows(x)
+    weight = None if weight is None else weight.contiguous()
+    block = triton.next_power_of_2(columns)
+    flags = {"HAS_WEIGHT": weight is not None, "EXPOSE": expose, "BLOCK": block}
+    options = {"num_warps": max(1, min(8, block // 256)), "enable_fp_fusion": False}
+    arguments = (x, weight, out, normalized, scale, columns, inner, x_b, x_l, eps)
+    launch(_norm_kernel, rows, x.device, *arguments, **flags, **options)
+    return out, normalized, scale

@@ -150,23 +150,23 @@ def test_every_way_to_give_a_tokenizer(folder: Path, tmp_path: Path) -> None:
     for way in (other, str(other), other / "tokenizer.json", Tokenizer(small_bpe(vocab_size=270))):
         assert load(folder, tokenizer=way).cfg.n_tokens == 270
     assert load(folder, tokenizer=False).cfg.n_tokens == 300
-    with pytest.raises(InputError, match="model 'tiny' has no tokenizer"):
+    with pytest.raises(InputError, match=r"model 'tiny' has no tokenizer"):
         load(folder, tokenizer=False)("text")
     with pytest.raises(LoadError, match=r"has no tokenizer\.json.*tokenizer=False"):
         load(folder)
-    with pytest.raises(LoadError, match="tokenizer='nowhere' is neither a folder"):
+    with pytest.raises(LoadError, match=r"tokenizer='nowhere' is neither a folder"):
         load(folder, tokenizer="nowhere")
-    with pytest.raises(InputError, match="tokenizer=5: expected a folder"):
+    with pytest.raises(InputError, match=r"tokenizer=5: expected a folder"):
         load(folder, tokenizer=5)
 
 
 def test_tokenizer_and_model_that_do_not_fit(folder: Path) -> None:
     wide = Tokenizer(small_bpe())
     wide.backend.add_tokens([f"<{i}>" for i in range(60)])
-    with pytest.warns(UserWarning, match="ids up to 336, but 'tiny' has 300 embeddings"):
+    with pytest.warns(UserWarning, match=r"ids up to 336, but 'tiny' has 300 embeddings"):
         ms.load(folder, tokenizer=Tokenizer(wide.backend))
     write_json(folder / "config.json", transformers_config(TINY, bos_token_id=290))
-    with pytest.raises(LoadError, match="bos_token_id=290 of 'tiny' is not in its tokenizer of 277 tokens"):
+    with pytest.raises(LoadError, match=r"bos_token_id=290 of 'tiny' is not in its tokenizer of 277 tokens"):
         load(folder)
 
 
@@ -178,10 +178,10 @@ def test_unknown_names() -> None:
     with pytest.raises(UnknownNameError, match=r"no model is called 'mamba-13m', did you mean 'mamba-130m'"):
         load("mamba-13m")
     for name in ("./nowhere", "a/b/c", "x" * 5000, "~nobody/x/y", "C:\\models"):
-        with pytest.raises(UnknownNameError, match="no model is called"):
+        with pytest.raises(UnknownNameError, match=r"no model is called"):
             load(name)
     for name in ("", "a\0b", b"x", 5):
-        with pytest.raises(InputError, match="a model's name is a text or a path"):
+        with pytest.raises(InputError, match=r"a model's name is a text or a path"):
             load(name)
     with pytest.raises(LoadError, match=r"the folder .*nowhere.* cannot be opened"):
         load(Path("nowhere"))
@@ -197,7 +197,7 @@ def test_embedded_models_load_without_a_network(folder: Path, monkeypatch: pytes
     assert torch.equal(again(IDS), model(IDS))
     assert again.cfg == model.cfg
     assert [info.name for info in ms.list_models() if info.embedded] == ["lm-test"]
-    with pytest.raises(InputError, match="revision='v1' is for hub models, but 'lm-test' is on this machine"):
+    with pytest.raises(InputError, match=r"revision='v1' is for hub models, but 'lm-test' is on this machine"):
         load("lm-test", revision="v1")
     monkeypatch.chdir(folder.parent)
     os.rename(folder, "lm-test")
@@ -207,7 +207,7 @@ def test_embedded_models_load_without_a_network(folder: Path, monkeypatch: pytes
 
 
 def test_folders_do_not_take_a_revision(folder: Path) -> None:
-    with pytest.raises(InputError, match="revision='main' is for hub models"):
+    with pytest.raises(InputError, match=r"revision='main' is for hub models"):
         load(folder, revision="main")
 
 
@@ -260,7 +260,7 @@ def test_bad_folders(folder: Path, tmp_path: Path) -> None:
     empty.mkdir()
     with pytest.raises(LoadError, match=r"has no config\.json"):
         load(empty)
-    with pytest.raises(LoadError, match="is a file; give the folder"):
+    with pytest.raises(LoadError, match=r"is a file; give the folder"):
         load(folder / "model.safetensors")
     write_json(folder / "config.json", {"model_type": "mamba2", "hidden_size": 4})
     with pytest.raises(ConfigError, match=r"config\.json of 'tiny': model_type 'mamba2' is Mamba-2"):

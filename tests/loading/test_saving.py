@@ -63,7 +63,7 @@ def test_shards_are_no_larger_than_asked(tmp_path: Path) -> None:
     assert all(path.stat().st_size <= 8000 + 4096 for path in shards)  # the header comes on top
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 4 * 2558
-    with pytest.raises(ConfigError, match="max_shard_bytes must be positive, got 0"):
+    with pytest.raises(ConfigError, match=r"max_shard_bytes must be positive, got 0"):
         save_model(make(), tmp_path, max_shard_bytes=0)
 
 
@@ -130,7 +130,7 @@ def test_a_full_disk_leaves_the_old_model_whole(tmp_path: Path, monkeypatch: pyt
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(LoadError, match="cannot make the folder"):
+    with pytest.raises(LoadError, match=r"cannot make the folder"):
         save_model(make(), tmp_path / "file" / "x")
 
 

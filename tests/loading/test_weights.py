@@ -209,7 +209,7 @@ def test_not_finite_weights_are_warned_of_with_their_name(tmp_path: Path) -> Non
     weights["blocks.1.mixer.D"][3] = float("nan")
     weights["embed.weight"][2, 1] = float("inf")
     write_safetensors(tmp_path, {to_theirs(name): t for name, t in weights.items()})
-    with pytest.warns(UserWarning, match="NaN or infinite") as caught:
+    with pytest.warns(UserWarning, match=r"NaN or infinite") as caught:
         got = dict(stream_weights(ModelFolder(tmp_path), TINY, lambda _: torch.float32, CPU))
     texts = sorted(str(w.message) for w in caught)
     assert len(texts) == 2

@@ -14,10 +14,10 @@ from mambascope.errors import CacheError, UnknownNameError
 from mambascope.hooks.lazy import LazyActivation, states_between
 from mambascope.hooks.model_protocol import Scope
 from mambascope.hooks.points import LAZY, hook_names, resolve_name, tail_of
-from mambascope.hooks.recorder import BlockRecord, CacheRecorder, Recording, select_names, versions_of
+from mambascope.hooks.recorder import BlockRecord, CacheRecorder, Recording, joined, select_names, versions_of
 from mambascope.hooks.residual import ResidualMethods
 from mambascope.hooks.run import Anchors, compute_dtype
-from mambascope.hooks.sites import Padding
+from mambascope.hooks.sites import Padding, padding_of
 from mambascope.storage import read_tensors, write_tensors
 
 __all__ = ["CacheRecorder", "MambaCache", "load_cache", "select_names"]
@@ -332,6 +332,13 @@ class MambaCache(ResidualMethods, ActivationCache):
         )
         return MambaCache(new, self.model, self.has_batch_dim)
 
+    def followed_by(self, later: "list[MambaCache]") -> "MambaCache":
+        """This cache and those of the texts that continued it, as one along the position axis.
+
+        What is recomputed from it agrees with the pieces within rounding, not to the bit.
+        """
+        return MambaCache(joined([self.recording, *(cache.recording for cache in later)]), self.model, self.has_batch_dim)
+
     # ---- files
 
     def save(self, path: str | Path) -> None:
@@ -388,8 +395,6 @@ def load_cache(path: str | Path, model: Scope) -> MambaCache:
 
     Recomputation works as before; on a machine that lacks the backend of the recording it runs on the model's.
     """
-    from mambascope.model.inputs import padding_of
-
     tensors, meta = read_tensors(path, kind="cache", error=CacheError)
     if meta.get("weights") != model.weight_hash():
         raise CacheError(f"{path} was recorded with other weights (model {meta.get('model')!r}) than {model.cfg.name!r}")

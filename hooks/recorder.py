@@ -16,7 +16,7 @@ from mambascope.memory import require_bytes
 if TYPE_CHECKING:
     from mambascope.hooks.model_protocol import Scope
 
-__all__ = ["BOUNDARY", "BlockRecord", "CacheRecorder", "Recording", "select_names"]
+__all__ = ["BOUNDARY", "BlockRecord", "CacheRecorder", "Recording", "joined", "select_names", "versions_of"]
 
 BOUNDARY = 64
 """Tokens between two stored states: 1.5 KB a token and layer at 130m size."""
@@ -117,6 +117,44 @@ def versions_of(model: "Scope") -> dict[str, tuple[int, int]]:
     }
 
 
+def joined(pieces: list[Recording]) -> Recording:
+    """Recordings of consecutive pieces of a text as one, along the position axis."""
+    first = pieces[0]
+    names = [n for n in first.names if all(n in set(piece.names) for piece in pieces[1:])]
+    tokens = None if first.tokens is None else torch.cat([cast(Tensor, piece.tokens) for piece in pieces], 1)
+    length = sum(piece.shape[1] for piece in pieces)
+    top = {n: torch.cat([piece.top[n] for piece in pieces], 1) for n in first.top if n in names}
+    blocks = {i: _joined_block([piece.blocks[i] for piece in pieces], pieces) for i in first.blocks}
+    return replace(first, names=names, tokens=tokens, top=top, blocks=blocks, shape=(first.shape[0], length))
+
+
+def _joined_block(records: list[BlockRecord], pieces: list[Recording]) -> BlockRecord:
+    first = records[0]
+
+    def cat(values: list[Any]) -> Any:
+        return None if any(v is None for v in values) else torch.cat(values, 1)
+
+    def cat_all(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        return {n: torch.cat([part[n] for part in parts], 1) for n in parts[0] if all(n in part for part in parts)}
+
+    anchors = None
+    if all(record.anchors is not None for record in records):
+        columns, states, offset = [-1], [cast(Anchors, first.anchors).states[:, :1]], 0
+        for record, piece in zip(records, pieces, strict=True):
+            mine = cast(Anchors, record.anchors)
+            columns += [c + offset for c in mine.columns[1:]]
+            states.append(mine.states[:, 1:])
+            offset += piece.shape[1]
+        anchors = Anchors(columns, torch.cat(states, 1), cast(Anchors, first.anchors).aligned)
+    return replace(
+        first,
+        x=cat([record.x for record in records]),
+        stored=cat_all([record.stored for record in records]),
+        exposed=cat_all([record.exposed for record in records]),
+        anchors=anchors,
+    )
+
+
 class CacheRecorder:
     """Watches one forward pass and keeps what the cache will need (see mambascope.hooks.run.Recorder)."""
 
@@ -124,7 +162,6 @@ class CacheRecorder:
         self._model = model
         self._names = names
         self._everything = everything
-        self._eager_all = eager
         self._explicit = not everything
         self._lazy_layers = {tail_of(n)[0] for n in names if tail_of(n)[1] in LAZY}
         self._wanted: set[str] = set() if everything and not eager else {n for n in names if tail_of(n)[1] not in LAZY}
@@ -144,8 +181,7 @@ class CacheRecorder:
     def begin(self, tokens: Tensor | None, padding: Padding | None, bos: bool, backend: str, shape: tuple[int, int]) -> None:
         versions = versions_of(self._model)
         self._recording = Recording([], backend, tokens, padding, bos, shape, {}, {}, {}, versions)
-        if self._eager_all:
-            self._check_size(self._wanted)
+        self._check_size(self._wanted)
 
     def _check_size(self, names: set[str]) -> None:
         cfg, (batch, length) = self._model.cfg, self.recording.shape

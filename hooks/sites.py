@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint, LensHandle
 
-from mambascope.errors import HookError
+from mambascope.errors import HookError, InputError
 
-__all__ = ["Clock", "Index", "Padding", "SitePoint", "parse_site"]
+__all__ = ["Clock", "Index", "Padding", "SitePoint", "padding_of", "parse_site"]
 
 Index = int | slice | None
 _SITE = re.compile(r"^(?P<name>[^\[\]]+)(\[(?P<index>[^\[\]]*)\])?$")
@@ -61,6 +61,29 @@ class Padding:
     def unalign(self, x: Tensor) -> Tensor:
         """The inverse of :meth:`align`; padded columns hold copies of real ones."""
         return _shift(x, -self.left)
+
+
+def padding_of(mask: Tensor, shape: tuple[int, int], device: torch.device) -> Padding | None:
+    """Check an attention mask: one run of ones in each row, zeros only before or after it."""
+    if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise InputError(f"attention_mask must have the tokens' shape {shape}, got {got}")
+    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        raise InputError("attention_mask must hold only 0 and 1")
+    mask = mask.to(device=device, dtype=torch.bool)
+    lengths = mask.sum(1)
+    empty = (lengths == 0).nonzero()
+    if len(empty):
+        raise InputError(f"attention_mask hides every token of row {int(empty[0])}")
+    left = mask.int().argmax(1)
+    columns = torch.arange(shape[1], device=device)
+    run = (columns >= left[:, None]) & (columns < (left + lengths)[:, None])
+    holes = (run != mask).any(1).nonzero()
+    if len(holes):
+        raise InputError(
+            f"attention_mask has a hole in row {int(holes[0])}: padding may stand before or after the real tokens only"
+        )
+    return None if bool(mask.all()) else Padding(mask, left, lengths)
 
 
 def _shift(x: Tensor, by: Tensor) -> Tensor:

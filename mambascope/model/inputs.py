@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from mambascope.errors import InputError
-from mambascope.hooks.sites import Padding
+from mambascope.hooks.sites import Padding, padding_of
 
 if TYPE_CHECKING:
     from mambascope.model.language_model import HookedMamba
 
-__all__ = ["Prepared", "check_ids", "padding_of", "prepare"]
+__all__ = ["Prepared", "check_ids", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -40,29 +40,6 @@ def check_ids(tokens: Tensor, n_tokens: int, what: str = "tokens") -> None:
         bad = low if low < 0 else high
         row, column = (int(v) for v in (tokens == bad).nonzero()[0])
         raise InputError(f"{what}[{row}, {column}] is {bad}, outside the vocabulary of {n_tokens} tokens (0…{n_tokens - 1})")
-
-
-def padding_of(mask: Tensor, shape: tuple[int, int], device: torch.device) -> Padding | None:
-    """Check an attention mask: one run of ones in each row, zeros only before or after it."""
-    if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
-        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise InputError(f"attention_mask must have the tokens' shape {shape}, got {got}")
-    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
-        raise InputError("attention_mask must hold only 0 and 1")
-    mask = mask.to(device=device, dtype=torch.bool)
-    lengths = mask.sum(1)
-    empty = (lengths == 0).nonzero()
-    if len(empty):
-        raise InputError(f"attention_mask hides every token of row {int(empty[0])}")
-    left = mask.int().argmax(1)
-    columns = torch.arange(shape[1], device=device)
-    run = (columns >= left[:, None]) & (columns < (left + lengths)[:, None])
-    holes = (run != mask).any(1).nonzero()
-    if len(holes):
-        raise InputError(
-            f"attention_mask has a hole in row {int(holes[0])}: padding may stand before or after the real tokens only"
-        )
-    return None if bool(mask.all()) else Padding(mask, left, lengths)
 
 
 def prepare(

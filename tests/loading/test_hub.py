@@ -1,7 +1,6 @@
 """Loading through the hub library, against a hub on this machine."""
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +14,6 @@ from mambascope.errors import LoadError
 from mambascope.loading import hub as hub_module
 from mambascope.loading.files import ModelFolder
 from mambascope.loading.hub import fetch_file, fetch_model, fetch_tokenizer, is_hub_id
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    server = FakeHub(tmp_path / "served")
-    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-    monkeypatch.setattr("time.sleep", lambda _: None)  # the hub library waits 23 s for a hub that is gone
-    yield server
-    server.close()
 
 
 def fetch(repo: str, tokenizer: bool = True, **options: Any) -> Path:

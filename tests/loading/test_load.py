@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from checkpoints import (
     write_safetensors,
 )
 from fake_hub import FakeHub
-from huggingface_hub import constants
 
 import mambascope as ms
 from mambascope.config import MambaConfig
@@ -209,18 +207,6 @@ def test_embedded_models_load_without_a_network(folder: Path, monkeypatch: pytes
 def test_folders_do_not_take_a_revision(folder: Path) -> None:
     with pytest.raises(InputError, match=r"revision='main' is for hub models"):
         load(folder, revision="main")
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    server = FakeHub(tmp_path / "served")
-    template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
-    yield server
-    server.close()
 
 
 def test_hub_id(hub: FakeHub) -> None:

@@ -85,7 +85,7 @@ def test_damaged_files_are_named(tmp_path, tokenizer):
     with pytest.raises(LoadError, match="not a whole xz file"):
         data.read_text(tmp_path / "cut.txt.xz")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(LoadError, match="not UTF-8 text: .* at byte 3"):
+    with pytest.raises(LoadError, match=r"not UTF-8 text: .* at byte 3"):
         data.read_text(tmp_path / "latin.txt")
     (tmp_path / "empty.txt").write_bytes(b"")
     with pytest.raises(LoadError, match="holds no text"):

@@ -87,18 +87,16 @@ train(TinyRecurrent(), counting, settings(steps=100_000), sys.argv[2], recipe={}
 
 
 def test_kill_nine_loses_at_most_one_interval(tiny, tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-c", _KILLED, str(Path(__file__).parent), str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
+    command = [sys.executable, "-c", _KILLED, str(Path(__file__).parent), str(tmp_path)]
     seen = 0
-    for line in process.stdout:
-        if line.startswith("step "):
-            seen = int(line.split()[1].split("/")[0].replace(",", ""))
-        if seen >= 100:
-            break
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("step "):
+                seen = int(line.split()[1].split("/")[0].replace(",", ""))
+            if seen >= 100:
+                break
+        os.kill(process.pid, signal.SIGKILL)
     newest = latest_checkpoint(tmp_path)
     assert newest is not None
     step = load_checkpoint(newest, tiny())["step"]

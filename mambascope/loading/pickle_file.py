@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mambascope.errors import LoadError
-from mambascope.loading.safetensors_file import Entry
+from mambascope.loading.safetensors_file import NAME_CHARS, Entry
 
 __all__ = ["PickleFile"]
 
@@ -69,7 +69,9 @@ class PickleFile:
 
     def _entry(self, name: object, value: object) -> Entry:
         if not isinstance(name, str):
-            raise LoadError(f"{self._shown!r} has a key that is no text: {name!r}")
+            raise LoadError(f"{self._shown!r} has a key that is no text: {str(name)[:80]}")
+        if len(name) > NAME_CHARS:
+            raise LoadError(f"{self._shown!r} has a tensor whose name has {len(name):,} characters")
         if not isinstance(value, Tensor):
             raise LoadError(
                 f"{self._shown!r}: {name!r} is a {type(value).__name__}, expected a tensor; "

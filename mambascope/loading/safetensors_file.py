@@ -17,10 +17,13 @@ from torch import Tensor
 from mambascope.errors import LoadError
 from mambascope.loading.files import parse_json
 
-__all__ = ["HEADER_BYTES", "Entry", "SafetensorsFile"]
+__all__ = ["HEADER_BYTES", "NAME_CHARS", "Entry", "SafetensorsFile"]
 
 HEADER_BYTES = 16 << 20
 """Largest header that is read; a model of 100,000 tensors needs about 10 MB."""
+
+NAME_CHARS = 1024
+"""Longest tensor name that is read; ours have fewer than 50 characters."""
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _BITS = {
@@ -116,6 +119,8 @@ class SafetensorsFile:
         def natural(items: Any) -> bool:
             return isinstance(items, list) and all(type(item) is int and item >= 0 for item in items)
 
+        if len(name) > NAME_CHARS:
+            raise self._bad(f"a tensor's name has {len(name):,} characters")
         if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
             raise self._bad(f"tensor {name!r} is not described by dtype, shape and data_offsets")
         stored, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from mambascope.ops.scan.triton_forward import advance, load_row, steps_delta
-from mambascope.ops.scan.triton_math import LOG2E, sigmoid, steps
+from mambascope.ops.scan.triton_math import LOG2E, sigmoid, sigmoids, steps
 
 __all__ = ["adjoint_kernel", "backward_kernel"]
 
@@ -275,11 +275,11 @@ def backward_kernel(
                 to_n = now.to(tl.int64) * N
                 if HAS_Z:
                     gate = load_row(z_rows, now, z_l, d_in, end)
-                    s = sigmoid(gate)
+                    s, rest = sigmoids(gate)
                     y = tl.sum(h * c[:, None], axis=0)
                     if HAS_D:
                         y = y + w_skip * x
-                    d_gate = g * y * s * tl.fma(gate, 1.0 - s, 1.0)
+                    d_gate = g * y * s * tl.fma(gate, rest, 1.0)
                     tl.store(dz_rows + to, d_gate.to(dz.dtype.element_ty), mask=d_in_now)
                     g = g * (gate * s)
                 q = tl.fma(c[:, None], g[None, :], cy)

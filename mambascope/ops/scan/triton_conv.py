@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mambascope.ops.scan.triton_launch import check, dense, launch, strides, whole
-from mambascope.ops.scan.triton_math import sigmoid, silu, steps
+from mambascope.ops.scan.triton_math import sigmoids, silu, steps
 
 __all__ = ["conv_backward", "conv_forward"]
 
@@ -103,8 +103,8 @@ def _conv_weight_kernel(
     if SILU:
         v = _taps(x_rows, x_l, weight, bias, state, at_state, t, d, d_in, L, K, HAS_BIAS, HAS_STATE)
         v = v.to(x.dtype.element_ty).to(tl.float32)
-        s = sigmoid(v)
-        g = g * s * tl.fma(v, 1.0 - s, 1.0)
+        s, rest = sigmoids(v)
+        g = g * s * tl.fma(v, rest, 1.0)
         tl.store(pre + (row * L + t) * D + d, g, mask=inside)
     part = row * tl.cdiv(L, BT) + t_block
     for k in tl.static_range(K):

@@ -12,7 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "LOG2E", "exp", "sigmoid", "silu", "softplus", "steps"]
+__all__ = ["INTERPRETED", "LOG2E", "exp", "sigmoid", "sigmoids", "silu", "softplus", "steps"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 """Whether Triton's interpreter runs the kernels (on CPU tensors); fixed when this module is imported."""
@@ -42,6 +42,15 @@ def exp(x):
 @triton.jit
 def sigmoid(x):
     return 1.0 / (1.0 + exp(-x))
+
+
+@triton.jit
+def sigmoids(x):
+    """sigmoid(x) and sigmoid(−x), each with full relative precision: 1 − sigmoid(x) loses it for large x."""
+    e = exp(-tl.abs(x))
+    large = 1.0 / (1.0 + e)
+    small = e * large
+    return tl.where(x >= 0.0, large, small), tl.where(x >= 0.0, small, large)
 
 
 @triton.jit

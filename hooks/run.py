@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mambascope.hooks.sites import Clock, Padding, SitePoint
+from mambascope.hooks.sites import Clock, Padding, SitePoint, Witness
 
 __all__ = ["Anchors", "PathTaken", "Recorder", "Run"]
 
@@ -102,11 +102,9 @@ class Run:
 
     def emit_checked(self, point: SitePoint, value: Tensor) -> tuple[Tensor, bool]:
         """Like :meth:`emit`; also tells whether a hook replaced the value or changed it in place."""
-        version = -1 if value.is_inference() else value._version
+        witness = Witness(value) if self.hooks and point.live else None
         out = self.emit(point, value)
-        edited = out is not value or (version >= 0 and out._version != version)
-        # An inference tensor counts no versions: with a hook on it, assume an edit.
-        return out, edited or (version < 0 and self.hooks and point.live)
+        return out, out is not value or (witness is not None and witness.changed(value))
 
     @property
     def boundaries(self) -> int | None:

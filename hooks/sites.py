@@ -16,7 +16,7 @@ from transformer_lens.hook_points import HookPoint, LensHandle
 
 from mambascope.errors import HookError, InputError
 
-__all__ = ["Clock", "Index", "Padding", "SitePoint", "padding_of", "parse_site"]
+__all__ = ["Clock", "Index", "Padding", "SitePoint", "Witness", "padding_of", "parse_site"]
 
 Index = int | slice | None
 _SITE = re.compile(r"^(?P<name>[^\[\]]+)(\[(?P<index>[^\[\]]*)\])?$")
@@ -173,16 +173,23 @@ class SitePoint(HookPoint):
 
     clock: Clock
 
-    def __init__(self) -> None:
+    def __init__(self, lazy: bool = False) -> None:
         super().__init__()
+        self.lazy = lazy
         self.clock = Clock()
         self.pos: Any = None
         self.indices: list[tuple[LensHandle, Index]] = []
 
     @property
     def live(self) -> bool:
-        """Whether any hook, of ours or of another library, sits here."""
-        return bool(self._forward_hooks or self._backward_hooks or self._forward_pre_hooks or self._backward_pre_hooks)
+        """Whether any hook, of ours or of another library, sits here.
+
+        nnsight replaces a wrapped module's ``forward`` instead of adding hooks. It wraps every module, so at
+        the lazy points (``B L D N``) that alone does not count: exposing them costs too much to do unasked.
+        """
+        if self._forward_hooks or self._backward_hooks or self._forward_pre_hooks or self._backward_pre_hooks:
+            return True
+        return not self.lazy and "forward" in self.__dict__
 
     @property
     def live_backward(self) -> bool:
@@ -234,11 +241,10 @@ class SitePoint(HookPoint):
         else:
             where = (slice(None), where)
         piece = value[where]
-        version = _version(piece)
+        witness = Witness(piece)
         answer = self._checked(fn(piece, hook=point), piece)
-        view = not isinstance(where[0], Tensor)
         if answer is None or answer is piece:
-            if view or _version(piece) == version:
+            if not isinstance(where[0], Tensor) or not witness.changed(piece):
                 return None  # nothing changed, or it was changed in place through the view
             answer = piece
         whole = value.clone()
@@ -258,6 +264,15 @@ class SitePoint(HookPoint):
         return answer
 
 
-def _version(x: Any) -> int:
-    # Inference tensors keep no version; their edits are seen only if the hook returns a new tensor.
-    return -1 if not isinstance(x, Tensor) or x.is_inference() else x._version
+class Witness:
+    """Tells whether a tensor was changed in place since."""
+
+    def __init__(self, value: Tensor) -> None:
+        # Inference tensors count no versions, so a copy has to bear witness.
+        self._copy = value.clone() if value.is_inference() else None
+        self._version = -1 if value.is_inference() else value._version
+
+    def changed(self, value: Tensor) -> bool:
+        if self._copy is not None:
+            return not torch.equal(value, self._copy)
+        return value._version != self._version

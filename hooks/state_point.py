@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambascope.hooks.sites import Index, SitePoint, _resolve
+from mambascope.hooks.sites import Index, SitePoint, Witness, _resolve
 
 __all__ = ["StatePoint"]
 
@@ -19,7 +19,7 @@ class StatePoint(SitePoint):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(lazy=True)
         self.rows: Tensor | None = None
         self._step = 0
         self._steps: dict[str, list[set[int]] | None] = {}
@@ -57,12 +57,12 @@ class StatePoint(SitePoint):
     def at(self, step: int, h: Tensor) -> tuple[Tensor, bool]:
         """Call the hooks of one step on h ``B D N``; the state to go on with, and whether it was edited."""
         self._step = step
-        version = -1 if h.is_inference() else h._version
+        witness, before = Witness(h), h.clone() if self.clock.padding is not None else h
         out = self(h)
-        edited = out is not h or (version >= 0 and out._version != version)
+        edited = out is not h or witness.changed(h)
         if edited and self.clock.padding is not None:
             alive = step < self.clock.padding.lengths  # a row that has ended keeps its state
-            out = torch.where(alive[:, None, None], out, h)
+            out = torch.where(alive[:, None, None], out, before)
         return out, edited
 
     def _call(self, fn: Callable[..., Any], value: Any, point: Any, index: Index) -> Any:

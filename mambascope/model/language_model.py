@@ -71,6 +71,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookedRootModule):
         self.backend = backend
         if device is not None or dtype is not None:
             self.to(device=device, dtype=dtype)
+        self.eval()  # nothing differs between the modes; tools that patch activations insist on this one
 
     def _init_weights(self) -> None:
         std = self.cfg.initializer_range

@@ -38,7 +38,7 @@ class MambaMixer(nn.Module):
         for name in ("x", "gate_in", "conv", "u", "u_select", "u_write", "u_skip", "dt_low", "B", "C", "delta_raw"):
             setattr(self, f"hook_{name}", SitePoint())
         for name in ("delta", "A_bar", "B_bar", "write", "y", "skip", "gated"):
-            setattr(self, f"hook_{name}", SitePoint())
+            setattr(self, f"hook_{name}", SitePoint(lazy=name in ("A_bar", "B_bar", "write")))
         self.hook_h = StatePoint()
         self._points = Points(self.hook_A_bar, self.hook_B_bar, self.hook_write, self.hook_h)
         self._A: tuple[tuple[int, int], Tensor] | None = None

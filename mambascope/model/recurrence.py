@@ -133,13 +133,16 @@ def _read(
 ) -> tuple[int, Tensor | None]:
     """Show the hooks h at their steps; stop at the first edit and return its step and state."""
     window, begin = None, -1
+    # The kernels' windows carry no gradient; an edit that depends on h must pass one on.
+    graph = torch.is_grad_enabled() and any(v.requires_grad for v in (inputs.u, inputs.delta, inputs.B, inputs.h0))
+    backend = "torch" if graph and run.backend != "reference" else run.backend
     for t in steps:
         chunk = t // interval
         if window is None or chunk * interval != begin:
             begin = chunk * interval
             stop = 1 + max(s for s in steps if s // interval == chunk)
             part = inputs.cut(begin, stop, h_boundary[:, chunk])
-            window = ops.state_window(part.u, part.delta, part.A, part.B, part.h0, backend=run.backend)
+            window = ops.state_window(part.u, part.delta, part.A, part.B, part.h0, backend=backend)
         h, edited = point.at(t, window[:, t - begin].contiguous())
         if edited:
             return t, h

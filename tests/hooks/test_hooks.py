@@ -250,3 +250,34 @@ def test_a_hook_may_run_the_model_again(model: HookedMamba, tokens: torch.Tensor
         plain, short = model(tokens), model(tokens[:, :5])
         assert torch.equal(model.run_with_hooks(tokens, fwd_hooks=[("blocks.1.hook_resid_pre", nested)]), plain)
     assert torch.equal(inner[0], short)
+
+
+@pytest.mark.parametrize("steps", [(20,), (0, 69), (5, 6, 66)])
+def test_gradients_flow_through_state_edits(backend: str, tokens: torch.Tensor, steps: tuple[int, ...]) -> None:
+    def gradients(backend: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        model = make_model(backend=backend, dtype=dtype)
+        hooks = [(f"blocks.1.mixer.hook_h[{t}]", lambda h, hook: h * 0.5 + h.pow(2)) for t in steps]
+        model.run_with_hooks(tokens, return_type="loss", fwd_hooks=hooks).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    exact = gradients("reference", torch.float64)
+    for name, grad in gradients(backend, torch.float32).items():
+        assert error(grad, exact[name]) < 1e-4, name
+
+
+def test_the_gradient_through_a_state_edit_is_the_slope_of_the_loss(tokens: torch.Tensor) -> None:
+    model = make_model(backend="reference", dtype=torch.float64)
+    hooks = [("blocks.1.mixer.hook_h[20]", lambda h, hook: h * 0.5 + h.pow(2))]
+    weight = model.blocks[0].mixer.in_proj.weight
+    v = torch.randn(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    loss = model.run_with_hooks(tokens, return_type="loss", fwd_hooks=hooks)
+    promised = (torch.autograd.grad(loss, weight)[0] * v).sum().item()
+
+    def shifted(step: float) -> float:
+        with torch.no_grad():
+            weight.add_(step * v)
+            value = model.run_with_hooks(tokens, return_type="loss", fwd_hooks=hooks).item()
+            weight.sub_(step * v)
+        return value
+
+    assert abs((shifted(1e-6) - shifted(-1e-6)) / 2e-6 - promised) < 1e-6

@@ -204,21 +204,21 @@ def _build(
     backend: "Backend",
 ) -> "HookedMamba":
     """A model without memory of its own, into which the weights are then put one by one."""
-    import torch
     from torch import nn
 
+    from mambascope.loading.hollow import hollow_model
     from mambascope.loading.weights import keep_fp32, stream_weights
-    from mambascope.model import HookedMamba
 
     stream = stream_weights(folder, cfg, lambda name: keep_fp32(name, dtype), device)
     first = next(stream)  # all checks are done before the first tensor comes, and before a module is made
-    with torch.device("meta"):
-        model = HookedMamba(cfg, tokenizer, backend=backend)
+    model = hollow_model(cfg, tokenizer, backend)
     modules = dict(model.named_modules())
+    missing = {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
 
     def put(name: str, tensor: "torch.Tensor") -> None:
         owner, _, leaf = name.rpartition(".")
         modules[owner].register_parameter(leaf, nn.Parameter(tensor))
+        missing.discard(name)
 
     put(*first)
     del first
@@ -226,8 +226,7 @@ def _build(
         put(name, tensor)
     if cfg.tie_embeddings:
         model.unembed.weight = model.embed.weight
-    left = [name for name, p in [*model.named_parameters(), *model.named_buffers()] if p.is_meta]
-    assert not left, f"no weights for {left}: names.parameter_shapes and HookedMamba disagree"
+    assert not missing, f"no weights for {missing}: names.parameter_shapes and HookedMamba disagree"
     return model.eval()
 
 

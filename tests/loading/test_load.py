@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -72,6 +74,22 @@ def test_a_folder(folder: Path) -> None:
     assert model(IDS).shape == (1, 8, 300)
     assert model("the cat sat").shape == (1, 3, 300)
     assert torch.equal(model(IDS), load(str(folder))(IDS))
+
+
+def test_loading_draws_no_random_numbers_and_leaves_nothing_hollow(folder: Path) -> None:
+    before = torch.get_rng_state()
+    model = load(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
+    again = ms.HookedMamba(model.cfg)  # building as usual is not affected
+    assert float(again.embed.weight.detach().std()) > 0
+
+
+def test_loading_does_not_import_a_computer_algebra_system(folder: Path) -> None:
+    """torch's meta device does so on first use, which costs two seconds."""
+    code = f"import sys, mambascope as ms; ms.load({str(folder)!r}, device='cpu'); print('sympy' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
 
 
 def test_relative_and_home_paths(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

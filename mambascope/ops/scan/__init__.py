@@ -114,6 +114,8 @@ def _by_formulas(
         finish = chunked.Finish(finish_delta, finish_y)
         out_dtype = wide if z is None else z.dtype
         return ScanOutput(*chunked.scan(u, delta, A, B, C, z, h0, lengths, boundaries, wide, finish, out_dtype))
+    if D is not None:
+        u = u.to(wide)  # once for both of its readers: their gradients are added before they are rounded
     scan = chunked.scan_with_grad if name == "torch" else reference.scan
     y, h_last, h_boundary = scan(u, finish_delta(delta), A, B, C, h0, lengths, boundaries)
     return ScanOutput(finish_y(y, u, z), h_last, h_boundary)

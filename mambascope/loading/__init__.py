@@ -59,15 +59,20 @@ def load(
     UnknownNameError: no such model (the nearest names are offered).
     LoadError: hub unreachable, files missing, truncated, corrupt or refused; tensors that do not fit the config.
     ConfigError: another architecture, or an option that cannot be honoured.
+    BackendError: the compute path that was asked for cannot run here.
+    InputError: a device, dtype or tokenizer that is not what the text above allows.
     """
     import torch
 
     from mambascope.loading.files import ModelFolder
     from mambascope.loading.formats import read_config
     from mambascope.loading.weights import stored_dtype
+    from mambascope.ops.dispatch import resolve_backend
 
-    where = torch.device(device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = _device(device)
     wanted = _dtype(dtype)
+    if backend != "auto":  # before anything is downloaded
+        resolve_backend(backend, where, wanted or torch.float32)
     path, label, info = _locate(name, revision, local_files_only, own_tokenizer=tokenizer is None)
     folder = ModelFolder(path)
     if not folder.has("config.json"):
@@ -77,7 +82,26 @@ def load(
     found = _tokenizer(tokenizer, folder, raw, info, local_files_only)
     if found is not None:
         cfg = _fit_to_tokenizer(cfg, found, own=raw.get("format") == "mambascope")
-    return _build(cfg, found, folder, where, wanted or stored_dtype(folder), backend)
+    wanted = wanted or stored_dtype(folder)
+    resolve_backend(backend, where, wanted, d_state=cfg.d_state, d_conv=cfg.d_conv)
+    return _build(cfg, found, folder, where, wanted, backend)
+
+
+def _device(device: "str | torch.device | None") -> "torch.device":
+    """The device asked for, proven to be there; by default a GPU if there is one."""
+    import torch
+
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:  # AssertionError: a torch without CUDA
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise InputError(f"device {device!r} cannot be used here ({reason}); use 'cpu', or leave it out") from None
+    if found.type == "meta":
+        raise InputError("device 'meta' holds no weights; use 'cpu' or a GPU")
+    return found
 
 
 def _dtype(dtype: "str | torch.dtype | None") -> "torch.dtype | None":

@@ -89,7 +89,8 @@ class Tokenizer:
         if not folder.has("tokenizer.json"):
             raise LoadError(
                 f"{str(path)!r} has no tokenizer.json. Put one there, or pass tokenizer= (a folder, a tokenizer.json, "
-                "a hub id, a Tokenizer), or tokenizer=False to work with token ids only"
+                "a hub id such as 'EleutherAI/gpt-neox-20b', which Mambas trained on the Pile use, or a Tokenizer), or "
+                "tokenizer=False to work with token ids only"
             )
         data = folder.read_bytes("tokenizer.json", TOKENIZER_BYTES)
         special: dict[str, str | None] = {"bos_token": None, "eos_token": None}

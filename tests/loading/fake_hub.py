@@ -18,6 +18,8 @@ class FakeHub:
         self.tokens: set[str | None] = set()
         self.status: int | None = None
         """Answer every request of ``broken_methods`` with this status instead."""
+        self.error_code = ""
+        """The hub's own name of that error."""
         self.broken_methods = ("HEAD", "GET")
         hub = self
 
@@ -68,7 +70,7 @@ class FakeHub:
                 if (folder / file).is_file():
                     status, code, data = 200, "", (folder / file).read_bytes()
         if self.status is not None and handler.command in self.broken_methods:
-            status, code, data = self.status, "", b""
+            status, code, data = self.status, self.error_code, b""
         handler.send_response(status)
         if code:
             handler.send_header("X-Error-Code", code)

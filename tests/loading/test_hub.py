@@ -136,6 +136,12 @@ def test_other_failures_are_explained(hub: FakeHub) -> None:
         fetch("me/tiny")
 
 
+def test_gated_repositories_say_what_to_do(hub: FakeHub) -> None:
+    hub.status, hub.error_code = 403, "GatedRepo"
+    with pytest.raises(LoadError, match=r"'me/tiny' is gated: accept its terms on the hub, then log in"):
+        fetch("me/tiny")
+
+
 def test_an_index_that_names_a_path_downloads_nothing_more(hub: FakeHub) -> None:
     folder = hub.folder("me/evil")
     write_checkpoint(folder)

@@ -26,7 +26,7 @@ from fake_hub import FakeHub
 
 import mambascope as ms
 from mambascope.config import MambaConfig
-from mambascope.errors import ConfigError, InputError, LoadError, UnknownNameError
+from mambascope.errors import BackendError, ConfigError, InputError, LoadError, UnknownNameError
 from mambascope.loading import registry, save_model
 from mambascope.loading.names import parameter_shapes
 from mambascope.loading.tokenizer import Tokenizer
@@ -257,6 +257,21 @@ def test_official_alias_takes_its_tokenizer_from_the_neox_repository(hub: FakeHu
 def test_dtypes_that_are_not_supported(folder: Path, bad: Any) -> None:
     with pytest.raises(InputError, match=r"dtype .* is not supported; use one of float32"):
         load(folder, dtype=bad)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_backends_that_cannot_run_are_refused_before_the_network(folder: Path) -> None:
+    for name in (folder, "mamba-130m"):
+        with pytest.raises(BackendError, match="nope"):
+            load(name, backend="nope")
+        with pytest.raises(BackendError, match="triton"):
+            load(name, backend="triton", dtype="float64")
+
+
+@pytest.mark.parametrize("bad", ["cuda:99", "gpu", 5.0, "meta"])
+def test_devices_that_are_not_there(folder: Path, bad: Any) -> None:
+    with pytest.raises(InputError, match=rf"device '?{bad}'? (cannot be used here .*use 'cpu'|holds no weights)"):
+        load(folder, device=bad)
 
 
 def test_bad_folders(folder: Path, tmp_path: Path) -> None:

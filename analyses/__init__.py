@@ -1,0 +1,117 @@
+"""One question a file: what do the model's insides do on this text?
+
+Every analysis is a function of a model and a source (a text, ids, a cache of one row) that returns a small frozen
+result with ``.table()`` (pandas) and ``.figure()`` (plotly).
+
+============================ ===========================================================================
+``scope``                    the overview of one text, and the page ``mambascope scope`` writes
+``gates``                    delta by token and layer; open and closed channels
+``effective_kernel``         which earlier tokens one token reads in a layer, exactly
+``sources``                  the same in every layer; ``hidden_attention``: all queries of a short text
+``state_norms``              how much every layer's state holds after every token
+``predictions, logit_lens``  loss and guesses by token; the same read off every layer
+``induction_score``          repeated random tokens: loss, and where each layer looks back
+``copy_capacity``            how many tokens the model can repeat
+``patch``                    which layer and position restores a corrupted answer
+============================ ===========================================================================
+
+Names are imported when first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mambascope.analyses.capacity import Capacity, copy_capacity
+    from mambascope.analyses.gating import Gating, gates
+    from mambascope.analyses.induction import Induction, induction_score
+    from mambascope.analyses.kernels import (
+        AttentionMap,
+        KernelRow,
+        Sources,
+        attention_map,
+        effective_kernel,
+        hidden_attention,
+        kernel_row,
+        sources,
+    )
+    from mambascope.analyses.logits import LogitLens, Predictions, TokenPredictions, logit_lens, predictions
+    from mambascope.analyses.overview import Overview, scope
+    from mambascope.analyses.patching import Patching, patch
+    from mambascope.analyses.repeats import repeated_tokens
+    from mambascope.analyses.source import Reading, read
+    from mambascope.analyses.states import StateNorms, state_norms
+
+_HOME = {
+    "AttentionMap": "kernels",
+    "Capacity": "capacity",
+    "Gating": "gating",
+    "Induction": "induction",
+    "KernelRow": "kernels",
+    "LogitLens": "logits",
+    "Overview": "overview",
+    "Patching": "patching",
+    "Predictions": "logits",
+    "Reading": "source",
+    "Sources": "kernels",
+    "StateNorms": "states",
+    "TokenPredictions": "logits",
+    "attention_map": "kernels",
+    "copy_capacity": "capacity",
+    "effective_kernel": "kernels",
+    "gates": "gating",
+    "hidden_attention": "kernels",
+    "induction_score": "induction",
+    "kernel_row": "kernels",
+    "logit_lens": "logits",
+    "patch": "patching",
+    "predictions": "logits",
+    "read": "source",
+    "repeated_tokens": "repeats",
+    "scope": "overview",
+    "sources": "kernels",
+    "state_norms": "states",
+}
+
+__all__ = [
+    "AttentionMap",
+    "Capacity",
+    "Gating",
+    "Induction",
+    "KernelRow",
+    "LogitLens",
+    "Overview",
+    "Patching",
+    "Predictions",
+    "Reading",
+    "Sources",
+    "StateNorms",
+    "TokenPredictions",
+    "attention_map",
+    "copy_capacity",
+    "effective_kernel",
+    "gates",
+    "hidden_attention",
+    "induction_score",
+    "kernel_row",
+    "logit_lens",
+    "patch",
+    "predictions",
+    "read",
+    "repeated_tokens",
+    "scope",
+    "sources",
+    "state_norms",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"mambascope.analyses.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'mambascope.analyses' has no attribute {name!r}; public names: {', '.join(__all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,47 @@
+"""Tokens as people read them: labels for axes, tables and pages, with everything invisible made visible."""
+
+import unicodedata
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from mambascope.model import HookedMamba
+
+__all__ = ["short", "token_labels", "visible"]
+
+_SIGNS = {"\n": "⏎", "\r": "␍", "\t": "⇥", "\x7f": "␡"}
+_HIDDEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # control, format (bidi marks among them), surrogates, separators
+
+
+def visible(text: str, spaces: bool = True) -> str:
+    """The text with control, format and bidirectional characters spelled out, and (``spaces``) blanks as ``·``."""
+    out = []
+    for c in text:
+        if c in _SIGNS:
+            out.append(_SIGNS[c])
+        elif c < " ":
+            out.append(chr(0x2400 + ord(c)))
+        elif c == " " and spaces:
+            out.append("·")
+        elif unicodedata.category(c) in _HIDDEN:
+            out.append(f"\\u{ord(c):04x}")
+        else:
+            out.append(c)
+    return "".join(out)
+
+
+def token_labels(model: "HookedMamba", tokens: Tensor | Sequence[int]) -> tuple[str, ...]:
+    """One text a token, as the tokenizer writes it; ``[id]`` where the model has no tokenizer."""
+    ids = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
+    if model.tokenizer is None:
+        return tuple(f"[{i}]" for i in ids)
+    known = {i: model.tokenizer.token(i) for i in set(ids)}
+    return tuple(known[i] for i in ids)
+
+
+def short(text: str, width: int = 14) -> str:
+    """A visible label of at most ``width`` characters."""
+    shown = visible(text)
+    return shown if len(shown) <= width else shown[: width - 1] + "…"

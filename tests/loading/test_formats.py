@@ -10,6 +10,8 @@ from checkpoints import TINY, authors_config, transformers_config
 from mambascope.config import MambaConfig
 from mambascope.errors import ConfigError
 from mambascope.loading.formats import read_config
+from mambascope.loading.names import count_parameters
+from mambascope.loading.registry import find
 
 # As state-spaces/mamba-130m-hf stores it: transformers' keys and the authors' side by side.
 MAMBA_130M_HF: dict[str, Any] = {
@@ -94,6 +96,24 @@ def test_falcon_mamba_and_its_contradicting_expand() -> None:
     assert cfg.d_inner == 16
     del values["mixer_rms_eps"]
     assert read(values).mixer_norm_eps == 1e-6  # transformers' default
+
+
+def test_falcon_mamba_7b() -> None:
+    values = {
+        "architectures": ["FalconMambaForCausalLM"], "bos_token_id": 0, "conv_kernel": 4, "eos_token_id": 11,
+        "expand": 16, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.1, "intermediate_size": 8192,
+        "layer_norm_epsilon": 1e-05, "model_type": "falcon_mamba", "num_hidden_layers": 64, "pad_token_id": 11,
+        "rescale_prenorm_residual": False, "residual_in_fp32": True, "state_size": 16, "tie_word_embeddings": False,
+        "time_step_floor": 0.0001, "time_step_init_scheme": "random", "time_step_max": 0.1, "time_step_min": 0.001,
+        "time_step_rank": 256, "time_step_scale": 1.0, "torch_dtype": "bfloat16", "transformers_version": "4.43.0",
+        "use_bias": False, "use_cache": True, "use_conv_bias": True, "use_falcon_mambapy": False, "vocab_size": 65024,
+    }  # fmt: skip
+    cfg = read(values)
+    assert (cfg.d_inner, cfg.dt_rank, cfg.mixer_norm_eps, cfg.eos_token_id) == (8192, 256, 1e-6, 11)
+    assert not cfg.tie_embeddings
+    info = find("falcon-mamba-7b")
+    assert info is not None
+    assert info.parameters == count_parameters(cfg)
 
 
 def test_ours_round_trips_and_checks_its_version() -> None:

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mambascope.ops.scan.triton_backward import adjoint_kernel, backward_kernel
+from mambascope.ops.scan.triton_backward import adjoint_kernel, backward_kernel, sum_kernel
 from mambascope.ops.scan.triton_conv import conv_backward, conv_forward
 from mambascope.ops.scan.triton_forward import carry_kernel, forward_kernel
 from mambascope.ops.scan.triton_launch import check, dense, launch, processor_count, strides, supports, whole
@@ -37,13 +37,12 @@ __all__ = [
 ]
 
 REPLAY_INTERVAL = 32
-"""Steps between the states kept for the backward pass: 64 bytes · N a token and channel / 16."""
+"""Steps between the states kept for the backward pass: N / 8 bytes a token and channel."""
 
 _MAX_SCRATCH = 1 << 30  # bytes of partial sums and replayed states; above it the backward takes the rows in slices
 _ENDS, _OUTPUTS, _STATES, _WINDOW = 0, 1, 2, 3  # modes of forward_kernel
-# Nothing is contracted where the fused form must round like its steps apart; gradients make no such promise.
-_EXACT = {"num_warps": 1, "enable_fp_fusion": False}
-_FREE = {"num_warps": 1}
+_BLOCK = 256  # entries of a sum a program
+_ONE_WARP = {"num_warps": 1}
 
 
 def forward_plan_of(u: Tensor, A: Tensor, boundaries: int | None) -> ForwardPlan:
@@ -126,7 +125,7 @@ class _Chunks(NamedTuple):
         batch, n_chunks, channels, states = self.starts.shape
         pointers = (A, first, *self, channels, n_chunks)
         programs = triton.cdiv(channels * states, 128) * batch
-        flags = {"N": states, "BLOCK": 128, "HAS_FIRST": first is not None, "num_warps": 4, "enable_fp_fusion": False}
+        flags = {"N": states, "BLOCK": 128, "HAS_FIRST": first is not None, "num_warps": 4}
         launch(carry_kernel, programs, A.device, *pointers, **flags)
 
 
@@ -136,7 +135,7 @@ def _walk(x: _Operands, mode: int, plan: tuple[int, int, int, int], outputs: Any
     programs = batch * -(-channels // flags["BD"]) * (plan[1] - (mode == _ENDS))
     on = {"HAS_D": False, "HAS_Z": False, "HAS_H0": False, "HAS_STARTS": False, "BOUNDARIES": False} | flags
     arguments = (*x, *outputs, *strides(x.u, x.delta, x.B, x.C, x.z), length, channels, *plan)
-    launch(forward_kernel, programs, x.u.device, *arguments, MODE=mode, **on, **_EXACT)
+    launch(forward_kernel, programs, x.u.device, *arguments, MODE=mode, **on, **_ONE_WARP)
 
 
 def scan_forward(
@@ -234,10 +233,12 @@ def scan_backward(
     }
     out["dh0"] = x.new(batch, channels, states)
     summed = {"dA": x.A, "dD": x.D, "ddt_bias": x.dt_bias}
-    out |= {name: None if like is None else x.new(*like.shape).zero_() for name, like in summed.items()}
+    out |= {name: None if like is None else x.new(*like.shape) for name, like in summed.items()}
     arriving = (whole(h_boundary), dense(dy), whole(dh_last), whole(dh_boundary))
     if batch == 0 or length == 0:
-        out["dh0"].zero_()
+        for name in ("dh0", *summed):
+            if out[name] is not None:
+                out[name].zero_()
         if dh_last is not None:
             out["dh0"] += dh_last
         return out
@@ -247,7 +248,7 @@ def scan_backward(
         part = slice(begin, min(batch, begin + rows))
         views = {k: v if v is None or k in summed else v[part] for k, v in out.items()}
         some = [None if t is None else t[part] for t in arriving]
-        _backward_rows(x.rows(part), some, views, plan, dt_softplus, boundaries)
+        _backward_rows(x.rows(part), some, views, plan, dt_softplus, boundaries, add=begin > 0)
     return out
 
 
@@ -267,8 +268,9 @@ def _backward_rows(
     plan: BackwardPlan,
     dt_softplus: bool,
     boundaries: int,
+    add: bool,
 ) -> None:
-    """One slice of rows: writes the gradients that have rows, adds to those that have none."""
+    """One slice of rows: writes the gradients; ``add``: adds to those that have no rows, after an earlier slice."""
     entering, dy, dh_last, dh_boundary = arriving
     batch, length, channels, states = x.sizes
     n_bound = -(-length // boundaries)
@@ -288,7 +290,7 @@ def _backward_rows(
         pointers = (x.delta, x.A, x.C, x.z, x.dt_bias, x.lengths, dy, dh_boundary, chunks.ends, chunks.sums)
         programs = blocks * batch * (plan.n_chunks - 1)
         rows = strides(x.delta, x.C, x.z, dy)
-        launch(adjoint_kernel, programs, x.u.device, *pointers, *rows, *sizes, **flags, **_FREE)
+        launch(adjoint_kernel, programs, x.u.device, *pointers, *rows, *sizes, **flags, **_ONE_WARP)
         chunks.carry(x.A, dh_last)
         starts = chunks.starts
     programs = blocks * batch * plan.n_chunks
@@ -301,9 +303,10 @@ def _backward_rows(
     results = (out["du"], out["ddelta"], out["dz"], partial[0], partial[1], dA, dD, ddt_bias, out["dh0"], scratch)
     rows = strides(x.u, x.delta, x.B, x.C, x.z, dy)
     flags |= {"HAS_D": x.D is not None, "HAS_STARTS": starts is not None}
-    launch(backward_kernel, programs, x.u.device, *pointers, *results, *rows, *sizes, batch, **flags, **_FREE)
-    out["dB"].copy_(partial[0].sum(0))
-    out["dC"].copy_(partial[1].sum(0))
-    for name, parts in (("dA", dA), ("dD", dD), ("ddt_bias", ddt_bias)):
-        if parts is not None:
-            out[name] += parts.sum(0)
+    launch(backward_kernel, programs, x.u.device, *pointers, *results, *rows, *sizes, batch, **flags, **_ONE_WARP)
+    sums = (*partial, dA, dD, ddt_bias, *(out[name] for name in ("dB", "dC", "dA", "dD", "ddt_bias")))
+    size, entries = batch * length * states, channels * states
+    programs = 2 * triton.cdiv(size, _BLOCK) + triton.cdiv(entries, _BLOCK) + triton.cdiv(channels, _BLOCK)
+    counts = (size, blocks, entries, channels, batch * plan.n_chunks)
+    own = {"HAS_D": x.D is not None, "HAS_BIAS": x.dt_bias is not None, "ADD": add, "BLOCK": _BLOCK}
+    launch(sum_kernel, programs, x.u.device, *sums, *counts, **own, num_warps=4)

@@ -13,9 +13,18 @@ sums within one chunk and never positive, so nothing is divided and nothing over
 import triton
 import triton.language as tl
 
-from mambascope.ops.scan.triton_math import LOG2E, silu, softplus, steps
+from mambascope.ops.scan.triton_math import LOG2E, product, silu, softplus, steps
 
-__all__ = ["advance", "carry_kernel", "forward_kernel", "load_row", "steps_delta"]
+__all__ = [
+    "advance",
+    "carry_kernel",
+    "columns",
+    "forward_kernel",
+    "group_delta",
+    "load_group",
+    "pinned",
+    "tile_of",
+]
 
 ENDS = tl.constexpr(0)
 OUTPUTS = tl.constexpr(1)
@@ -24,33 +33,56 @@ WINDOW = tl.constexpr(3)
 
 
 @triton.jit
-def load_row(rows, t, stride, mask, end):
-    """Row t of a tensor in float32; zeros where masked and from ``end`` on."""
-    return tl.load(rows + t.to(tl.int64) * stride, mask=mask & (t < end), other=0.0).to(tl.float32)
+def pinned(x, BD: tl.constexpr):
+    """x unchanged, in the layout in which it was computed.
+
+    Work once per (step, channel) is spread over all threads and its result then handed to those that hold the states.
+    The compiler would rather hand over the inputs and repeat the work in every thread; a scan along an axis of
+    length 1 is a place that it does not move layouts across.
+    """
+    return tl.reshape(tl.cumsum(tl.reshape(x, [BD, 4, 1]), axis=2), [BD, 4])
 
 
 @triton.jit
-def steps_delta(raw, bias, t, end, SOFTPLUS: tl.constexpr):
-    """Step sizes of row t: exactly 0 from ``end`` on, where the state must stand still."""
+def columns(x, ROWS: tl.constexpr):
+    """The four columns of a ``ROWS 4`` tile."""
+    even, odd = tl.split(tl.reshape(x, [ROWS, 2, 2]))
+    c0, c2 = tl.split(even)
+    c1, c3 = tl.split(odd)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def tile_of(c0, c1, c2, c3, ROWS: tl.constexpr):
+    """The ``ROWS 4`` tile of four columns."""
+    return tl.reshape(tl.join(tl.join(c0, c2), tl.join(c1, c3)), [ROWS, 4])
+
+
+@triton.jit
+def load_group(base, t, stride, rows_in, end):
+    """Rows t … t + 3 of a tensor, transposed: ``channels 4``; zeros where masked and from ``end`` on."""
+    inside = rows_in & (t + tl.arange(0, 4) < end)[None, :]
+    return tl.load(base + t.to(tl.int64) * stride, mask=inside, other=0.0)
+
+
+@triton.jit
+def group_delta(raw, bias, t, live, SOFTPLUS: tl.constexpr):
+    """Step sizes of four steps: exactly 0 from ``live`` on, where the state must stand still."""
+    raw = raw.to(tl.float32)
     if SOFTPLUS:
         raw = softplus(raw + bias)
-    return tl.where(t < end, raw, 0.0)
+    return tl.where((t + tl.arange(0, 4) < live)[None, :], raw, 0.0)
 
 
 @triton.jit
-def advance(h, a, dt, u, b):
-    return tl.fma(tl.exp2(a * dt[None, :]), h, (dt * u)[None, :] * b[:, None])
+def advance(h, a, dt, x, b):
+    """h after one step; x is delta · u."""
+    return tl.fma(tl.exp2(a * dt[None, :]), h, x[None, :] * b[:, None])
 
 
 @triton.jit
-def _finish(h, c, u, z, skip, HAS_D: tl.constexpr, HAS_Z: tl.constexpr):
-    """y of one step: C·h, then D·u and the gate, each rounded as if it were computed apart."""
-    y = tl.sum(h * c[:, None], axis=0)
-    if HAS_D:
-        y = y + skip * u
-    if HAS_Z:
-        y = y * silu(z)
-    return y
+def _read(h, c):
+    return tl.sum(h * c[:, None], axis=0)
 
 
 @triton.jit(do_not_specialize=["L", "D", "chunk", "n_chunks", "interval", "n_bound"])
@@ -63,12 +95,12 @@ def forward_kernel(
     SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_H0: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_STARTS: tl.constexpr, BOUNDARIES: tl.constexpr,
 ):  # fmt: skip
-    """One walk over every chunk.
+    """One walk over every chunk, in groups of four steps.
 
     MODE ENDS: chunks 0 … n_chunks − 2 from zero; writes ``ends`` and ``sums``. MODE OUTPUTS: from the start states;
     writes y, the last state and the boundary states. MODE STATES: from the start states; writes boundary states only.
     MODE WINDOW: one chunk; writes the state after every step. Grid: channel blocks × rows × chunks. ``interval`` cuts
-    a chunk in segments, and the state entering each of them is a boundary state.
+    a chunk in segments, and the state entering each of them is a boundary state. A group does not cross a segment.
     """
     blocks = tl.cdiv(D, BD)
     pid = tl.program_id(0)
@@ -80,33 +112,35 @@ def forward_kernel(
 
     d = block * BD + tl.arange(0, BD)
     n = tl.arange(0, NP)
+    k = tl.arange(0, 4)[None, :]
     d_in = d < D
     n_in = n < N
     tile_in = n_in[:, None] & d_in[None, :]
     tile = d[None, :] * N + n[:, None]  # place in a D N matrix
     a = tl.load(A + tile, mask=tile_in, other=0.0).to(tl.float32) * LOG2E
+    d_in = d_in[:, None]
+    n_in = n_in[:, None]
     b_dt = 0.0
     if HAS_BIAS:
-        b_dt = tl.load(bias + d, mask=d_in, other=0.0).to(tl.float32)
+        b_dt = tl.load(bias + d[:, None], mask=d_in, other=0.0).to(tl.float32)
     w_skip = 0.0
     if HAS_D:
-        w_skip = tl.load(skip + d, mask=d_in, other=0.0).to(tl.float32)
+        w_skip = tl.load(skip + d[:, None], mask=d_in, other=0.0).to(tl.float32)
 
-    u_rows = u + long_row * u_b + d
-    delta_rows = delta + long_row * delta_b + d
-    B_rows = B + long_row * B_b + n
-    C_rows = C + long_row * C_b + n
+    u_rows = u + long_row * u_b + d[:, None] + k * u_l
+    delta_rows = delta + long_row * delta_b + d[:, None] + k * delta_l
+    B_rows = B + long_row * B_b + n[:, None] + k * B_l
+    C_rows = C + long_row * C_b + n[:, None] + k * C_l
     z_rows = u_rows
     if HAS_Z:
-        z_rows = z + long_row * z_b + d
-    y_rows = y + long_row * L * D + d
+        z_rows = z + long_row * z_b + d[:, None] + k * z_l
 
     real = L
     if HAS_LENGTHS:
         real = tl.minimum(tl.load(lengths + row).to(tl.int32), L)
 
     h = tl.zeros([NP, BD], tl.float32)
-    total = tl.zeros([BD], tl.float32)
+    total = tl.zeros([BD, 4], tl.float32)
     if MODE != ENDS:
         if HAS_STARTS:
             at = (long_row * n_chunks + part) * D * N
@@ -114,82 +148,73 @@ def forward_kernel(
         elif HAS_H0:
             h = tl.load(h0 + long_row * D * N + tile, mask=tile_in, other=0.0).to(tl.float32)
 
-    first = part * chunk
-    last = tl.minimum(first + chunk, L)
-    for segment in steps(0, tl.cdiv(last - first, interval)):
-        begin = first + segment * interval
-        end = tl.minimum(begin + interval, last)
-        live = tl.minimum(real, end)
+    t = part * chunk
+    last = tl.minimum(t + chunk, L)
+    end = tl.minimum(t + interval, last)
+    segment = long_row * n_bound + part * tl.cdiv(chunk, interval)
+    fresh = True  # whether a segment begins here
+    whole = (last - t) // interval
+    groups = whole * tl.cdiv(interval, 4) + tl.cdiv(last - t - whole * interval, 4)
+    # Loads run one group ahead of the arithmetic.
+    u_next = load_group(u_rows, t, u_l, d_in, end)
+    raw_next = load_group(delta_rows, t, delta_l, d_in, end)
+    b_next = load_group(B_rows, t, B_l, n_in, end)
+    c_next = b_next
+    z_next = u_next
+    if MODE == OUTPUTS:
+        c_next = load_group(C_rows, t, C_l, n_in, end)
+        if HAS_Z:
+            z_next = load_group(z_rows, t, z_l, d_in, end)
+    for _ in steps(0, groups):
+        now = t
+        now_end = end
+        u_now = u_next.to(tl.float32)
+        z_now = z_next
         if BOUNDARIES:
-            at = (long_row * n_bound + part * tl.cdiv(chunk, interval) + segment) * D * N
-            tl.store(bound + at + tile, h, mask=tile_in)
-        for group in steps(0, tl.cdiv(end - begin, 4)):
-            t0 = begin + group * 4
-            t1 = t0 + 1
-            t2 = t0 + 2
-            t3 = t0 + 3
-            # All loads of four steps stand before their arithmetic: a store between loads keeps the compiler from it.
-            u0 = load_row(u_rows, t0, u_l, d_in, end)
-            u1 = load_row(u_rows, t1, u_l, d_in, end)
-            u2 = load_row(u_rows, t2, u_l, d_in, end)
-            u3 = load_row(u_rows, t3, u_l, d_in, end)
-            r0 = load_row(delta_rows, t0, delta_l, d_in, end)
-            r1 = load_row(delta_rows, t1, delta_l, d_in, end)
-            r2 = load_row(delta_rows, t2, delta_l, d_in, end)
-            r3 = load_row(delta_rows, t3, delta_l, d_in, end)
-            b0 = load_row(B_rows, t0, B_l, n_in, end)
-            b1 = load_row(B_rows, t1, B_l, n_in, end)
-            b2 = load_row(B_rows, t2, B_l, n_in, end)
-            b3 = load_row(B_rows, t3, B_l, n_in, end)
-            if MODE == OUTPUTS:
-                c0 = load_row(C_rows, t0, C_l, n_in, end)
-                c1 = load_row(C_rows, t1, C_l, n_in, end)
-                c2 = load_row(C_rows, t2, C_l, n_in, end)
-                c3 = load_row(C_rows, t3, C_l, n_in, end)
-                z0 = u0
-                z1 = u1
-                z2 = u2
-                z3 = u3
-                if HAS_Z:
-                    z0 = load_row(z_rows, t0, z_l, d_in, end)
-                    z1 = load_row(z_rows, t1, z_l, d_in, end)
-                    z2 = load_row(z_rows, t2, z_l, d_in, end)
-                    z3 = load_row(z_rows, t3, z_l, d_in, end)
-            dt0 = steps_delta(r0, b_dt, t0, live, SOFTPLUS)
-            dt1 = steps_delta(r1, b_dt, t1, live, SOFTPLUS)
-            dt2 = steps_delta(r2, b_dt, t2, live, SOFTPLUS)
-            dt3 = steps_delta(r3, b_dt, t3, live, SOFTPLUS)
-            if MODE == OUTPUTS:
-                h = advance(h, a, dt0, u0, b0)
-                y0 = _finish(h, c0, u0, z0, w_skip, HAS_D, HAS_Z)
-                h = advance(h, a, dt1, u1, b1)
-                y1 = _finish(h, c1, u1, z1, w_skip, HAS_D, HAS_Z)
-                h = advance(h, a, dt2, u2, b2)
-                y2 = _finish(h, c2, u2, z2, w_skip, HAS_D, HAS_Z)
-                h = advance(h, a, dt3, u3, b3)
-                y3 = _finish(h, c3, u3, z3, w_skip, HAS_D, HAS_Z)
-                kind = y.dtype.element_ty
-                tl.store(y_rows + t0.to(tl.int64) * D, y0.to(kind), mask=d_in & (t0 < end))
-                tl.store(y_rows + t1.to(tl.int64) * D, y1.to(kind), mask=d_in & (t1 < end))
-                tl.store(y_rows + t2.to(tl.int64) * D, y2.to(kind), mask=d_in & (t2 < end))
-                tl.store(y_rows + t3.to(tl.int64) * D, y3.to(kind), mask=d_in & (t3 < end))
-            elif MODE == WINDOW:
-                at = bound + (long_row * L + t0) * D * N + tile
-                h = advance(h, a, dt0, u0, b0)
-                tl.store(at, h, mask=tile_in)
-                h = advance(h, a, dt1, u1, b1)
-                tl.store(at + D * N, h, mask=tile_in & (t1 < end))
-                h = advance(h, a, dt2, u2, b2)
-                tl.store(at + 2 * D * N, h, mask=tile_in & (t2 < end))
-                h = advance(h, a, dt3, u3, b3)
-                tl.store(at + 3 * D * N, h, mask=tile_in & (t3 < end))
-            else:
-                h = advance(h, a, dt0, u0, b0)
-                h = advance(h, a, dt1, u1, b1)
-                h = advance(h, a, dt2, u2, b2)
-                h = advance(h, a, dt3, u3, b3)
-                if MODE == ENDS:
-                    total += (dt0 + dt1) + (dt2 + dt3)
+            if fresh:
+                tl.store(bound + segment * D * N + tile, h, mask=tile_in)
+                segment += 1
+        dt = group_delta(raw_next, b_dt, now, tl.minimum(real, now_end), SOFTPLUS)
+        b_now = b_next
+        c_now = c_next
+        t = tl.minimum(t + 4, end)
+        fresh = t == end
+        end = tl.where(fresh, tl.minimum(end + interval, last), end)
+        u_next = load_group(u_rows, t, u_l, d_in, end)
+        raw_next = load_group(delta_rows, t, delta_l, d_in, end)
+        b_next = load_group(B_rows, t, B_l, n_in, end)
+        c_next = b_next
+        z_next = u_next
+        if MODE == OUTPUTS:
+            c_next = load_group(C_rows, t, C_l, n_in, end)
+            if HAS_Z:
+                z_next = load_group(z_rows, t, z_l, d_in, end)
+
+        dt = pinned(dt, BD)
+        x0, x1, x2, x3 = columns(pinned(dt * u_now, BD), BD)
+        dt0, dt1, dt2, dt3 = columns(dt, BD)
+        b0, b1, b2, b3 = columns(b_now.to(tl.float32), NP)
+        h0_ = advance(h, a, dt0, x0, b0)
+        h1_ = advance(h0_, a, dt1, x1, b1)
+        h2_ = advance(h1_, a, dt2, x2, b2)
+        h = advance(h2_, a, dt3, x3, b3)
+        if MODE == OUTPUTS:
+            c0, c1, c2, c3 = columns(c_now.to(tl.float32), NP)
+            out = tile_of(_read(h0_, c0), _read(h1_, c1), _read(h2_, c2), _read(h, c3), BD)
+            if HAS_D:
+                out = out + product(w_skip, u_now)
+            if HAS_Z:
+                out = out * silu(z_now.to(tl.float32))
+            to = y + (long_row * L + now) * D + d[:, None] + k * D
+            tl.store(to, out.to(y.dtype.element_ty), mask=d_in & (now + k < now_end))
+        elif MODE == WINDOW:
+            to = bound + (long_row * L + now) * D * N + tile
+            tl.store(to, h0_, mask=tile_in)
+            tl.store(to + D * N, h1_, mask=tile_in & (now + 1 < now_end))
+            tl.store(to + 2 * D * N, h2_, mask=tile_in & (now + 2 < now_end))
+            tl.store(to + 3 * D * N, h, mask=tile_in & (now + 3 < now_end))
+        elif MODE == ENDS:
+            total += dt
 
     if MODE == OUTPUTS:
         if part == n_chunks - 1:
@@ -197,7 +222,7 @@ def forward_kernel(
     if MODE == ENDS:
         at = long_row * (n_chunks - 1) + part
         tl.store(ends + at * D * N + tile, h, mask=tile_in)
-        tl.store(sums + at * D + d, total, mask=d_in)
+        tl.store(sums + at * D + d, tl.sum(total, axis=1), mask=d < D)
 
 
 @triton.jit(do_not_specialize=["D", "n_chunks"])

@@ -1,7 +1,7 @@
 """Arithmetic that all Triton kernels share, so that a fused kernel and the same steps apart give the same bits.
 
-Kernels are launched with ``enable_fp_fusion=False``: the compiler contracts nothing, and a fused multiply-add stands
-only where ``tl.fma`` is written. Both forms call these functions, hence round alike.
+A compiler may contract a product and an addition into one rounding, and may do so in one kernel and not in another. So
+in these functions no rounded product meets an addition: where one would, ``tl.fma`` or `product` is written.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -12,7 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "LOG2E", "exp", "sigmoid", "sigmoids", "silu", "softplus", "steps"]
+__all__ = ["INTERPRETED", "LOG2E", "exp", "product", "sigmoid", "sigmoids", "silu", "softplus", "steps"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 """Whether Triton's interpreter runs the kernels (on CPU tensors); fixed when this module is imported."""
@@ -31,6 +31,12 @@ steps: Any = _interpreted_steps if INTERPRETED else tl.range
 """Loop counter of the kernels."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def product(x, y):
+    """x · y, rounded: the compiler may not contract it with an addition that follows."""
+    return tl.fma(x, y, 0.0)
 
 
 @triton.jit
@@ -72,4 +78,4 @@ def softplus(x):
     p = tl.fma(s, p, 0.2000383585691452)
     p = tl.fma(s, p, 0.33333319425582886)
     p = tl.fma(s, p, 1.0)
-    return tl.maximum(x, 0.0) + 2.0 * r * p
+    return tl.fma(2.0 * r, p, tl.maximum(x, 0.0))

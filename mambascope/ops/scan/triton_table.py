@@ -1,8 +1,10 @@
 """From shape to launch configuration: a small table, no tuning at run time.
 
-Measured unit: programs a multiprocessor. A program is one warp; the forward needs about three warps a scheduler to hide
-its latencies, the backward holds two (255 registers a thread). Below that, time is cut in chunks that run side by side,
-at the price of one more pass over part of the work.
+A program is one warp that owns ``block`` channels with all their states. Two widths: 16 channels (at N = 16: 8 states a
+thread), and 32 where there are so many programs that the fewer instructions a channel count for more than parallelism.
+The numbers below are warps a multiprocessor, for GPUs with four schedulers each: the forward hides its latencies with
+about three a scheduler, the backward holds two (255 registers a thread). Where one pass would leave schedulers idle,
+time is cut in chunks that run side by side, at the price of one more pass over part of the work.
 """
 
 from dataclasses import dataclass
@@ -12,8 +14,9 @@ __all__ = ["SEGMENT", "BackwardPlan", "ForwardPlan", "backward_plan", "forward_p
 SEGMENT = 64
 """The backward replays at most this many steps from one state."""
 
-_MIN_CHUNK = 32
-_FORWARD_ENOUGH, _FORWARD_TARGET = 5, 14  # programs a multiprocessor: above the first, one pass; else up to the second
+_MIN_CHUNK = 32  # steps
+_WIDE = 16  # from here on, 32 channels a program
+_FORWARD_ENOUGH, _FORWARD_TARGET = 5, 12  # one pass from the first on, else chunks up to the second
 _BACKWARD_ENOUGH, _BACKWARD_TARGET = 5, 8
 
 
@@ -50,8 +53,15 @@ def padded(N: int) -> int:
     return 1 << max(0, N - 1).bit_length()
 
 
-def _blocks(D: int, block: int) -> int:
-    return -(-D // block)
+def _block(B: int, D: int, N: int, processors: int) -> tuple[int, int]:
+    """Channels a program, and programs a pass over all of time."""
+    width = 16 / max(16, padded(N))
+    for channels in (32, 16):
+        block = max(2, int(channels * width))
+        programs = B * -(-D // block)
+        if programs >= _WIDE * processors:
+            break
+    return block, programs
 
 
 def forward_plan(B: int, L: int, D: int, N: int, processors: int, boundaries: int | None) -> ForwardPlan:
@@ -59,22 +69,19 @@ def forward_plan(B: int, L: int, D: int, N: int, processors: int, boundaries: in
 
     A chunk holds whole intervals between boundary states, so a very wide interval limits the number of chunks.
     """
-    block = min(32, max(4, 512 // padded(N)))
-    programs = B * _blocks(D, block)
+    block, programs = _block(B, D, N, processors)
     if programs >= _FORWARD_ENOUGH * processors or L < 2 * _MIN_CHUNK:
         return ForwardPlan(block, _round_up(max(L, 1), boundaries or 1), 1)
     wanted = -(-_FORWARD_TARGET * processors // programs)
     chunk = _round_up(max(_MIN_CHUNK, -(-L // wanted)), boundaries or 8)
-    n_chunks = -(-L // chunk)
-    return ForwardPlan(block, chunk, n_chunks)
+    return ForwardPlan(block, chunk, -(-L // chunk))
 
 
 def backward_plan(B: int, L: int, D: int, N: int, processors: int, boundaries: int) -> BackwardPlan:
     """The backward's configuration; ``boundaries`` is the interval of the states that it is given."""
-    block = min(32, max(2, 512 // padded(N)))
+    block, programs = _block(B, D, N, processors)
     segment = min(boundaries, SEGMENT)
     n_segments = -(-L // boundaries) * -(-boundaries // segment)
-    programs = B * _blocks(D, block)
     n_chunks = 1
     if programs < _BACKWARD_ENOUGH * processors:
         least = -(-_MIN_CHUNK // segment)  # segments

@@ -3,6 +3,8 @@
 Every message says which tensor, what was expected in the letters of the glossary, and what came.
 """
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -41,8 +43,9 @@ def _not_floating(name: str, x: Tensor) -> InputError:
     return InputError(f"{name} must be floating point, got {x.dtype}")
 
 
-# The last lengths tensor found in range: 24 layers ask about the same one, and on a GPU each look waits for the device.
-_known_lengths: tuple[int, int, int] | None = None
+# The last lengths tensor found in range, its version, and L: 24 layers ask about the same one, and on a GPU each look
+# waits for the device. A tensor made in inference mode has no version: on a GPU it is taken to stay as it was.
+_known_lengths: tuple[weakref.ref[Tensor], int | None, int] | None = None
 
 
 def _check_lengths(lengths: Tensor, batch: int, length: int, like: Tensor) -> None:
@@ -55,15 +58,17 @@ def _check_lengths(lengths: Tensor, batch: int, length: int, like: Tensor) -> No
         raise InputError(f"lengths is on {lengths.device}, but u or x is on {like.device}; move them to one device")
     if torch.compiler.is_compiling() or type(lengths) is not Tensor or lengths.device.type == "meta" or batch == 0:
         return
-    key = (id(lengths), lengths._version, length) if not lengths.is_inference() else None
-    if key is not None and key == _known_lengths:
-        return
+    version = None if lengths.is_inference() else lengths._version
+    if _known_lengths is not None and (version is not None or lengths.device.type == "cuda"):
+        known, at_version, within = _known_lengths
+        if known() is lengths and at_version == version and within == length:
+            return
     if lengths.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return
+        return  # a graph is being recorded: the values do not exist yet
     low, high = (int(n) for n in torch.stack(torch.aminmax(lengths)).tolist())
     if low < 0 or high > length:
         raise InputError(f"lengths must lie in 0…L = 0…{length}, got values from {low} to {high}")
-    _known_lengths = key
+    _known_lengths = (weakref.ref(lengths), version, length)
 
 
 def check_scan(

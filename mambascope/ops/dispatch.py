@@ -5,7 +5,7 @@
 ``cpu``        numba kernels, float32 arithmetic
 ``triton``     GPU kernels, float32 state
 
-A kernel backend is a module with the functions that `Kernels` lists; it is imported only when it may run.
+A kernel backend is a module with the functions of `interface.KernelModule`; it is imported only when it may run.
 """
 
 import importlib
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from mambascope.errors import BackendError, nearest
+from mambascope.ops.interface import KernelModule
 
 __all__ = ["BACKENDS", "KERNEL_BACKENDS", "Backend", "choose", "kernels", "resolve_backend"]
 
@@ -55,7 +56,7 @@ def _load(name: str) -> Any:
     return found
 
 
-def kernels(name: str) -> Any:
+def kernels(name: str) -> KernelModule:
     """The kernel module of ``cpu`` or ``triton`` (``torch``: the scan alone); `BackendError` if it cannot be loaded."""
     found = _load(name)
     if isinstance(found, str):

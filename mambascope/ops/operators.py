@@ -106,7 +106,7 @@ class _Kernels:
         self.backend = backend
 
     @property
-    def module(self) -> Any:
+    def module(self) -> Any:  # a KernelModule, called with whole argument lists
         return kernels(self.backend)
 
     def selective_scan(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:

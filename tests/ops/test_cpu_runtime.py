@@ -73,20 +73,21 @@ from mambascope.ops.scan import reference
 torch.manual_seed(0)
 x, A, h0 = torch.randn(2, 40, 20), -torch.rand(20, 7).exp(), torch.randn(2, 20, 7)
 B, C = torch.randn(2, 40, 7), torch.randn(2, 40, 7)
-y, h, entering = cpu.scan_forward(x, x - 3, A, B, C, None, None, None, h0, None, dt_softplus=True, boundaries=16)
+rest = (A, B, C, None, None, None, h0, None)
+y, h, entering = cpu.scan_forward(x, x - 3, *rest, dt_softplus=True, boundaries=16)
 wide = [v.double().requires_grad_() for v in (x, A, B, C, h0)]
-X, *rest = wide
-truth = reference.scan(X, torch.nn.functional.softplus(X - 3), *rest, None, None)[0]
+X = wide[0]
+truth = reference.scan(X, torch.nn.functional.softplus(X - 3), *wide[1:], None, None)[0]
 print(float((y - truth).abs().max() / truth.abs().max()) < 1e-6)
 seed = torch.randn_like(y)
-g = cpu.scan_backward(x, x - 3, A, B, C, None, None, None, h0, None, entering, seed, None, None, dt_softplus=True, boundaries=16)
+g = cpu.scan_backward(x, x - 3, *rest, entering, seed, None, None, dt_softplus=True, boundaries=16)
 found = [g["du"] + g["ddelta"], g["dA"], g["dB"], g["dC"], g["dh0"]]
 exact = torch.autograd.grad(truth, wide, seed.double())
 print(all(float((f - e).abs().max() / e.abs().max()) < 4e-6 for f, e in zip(found, exact)))
-one = cpu.conv_forward(x, torch.ones(20, 4), None, None, None, silu=True)[0]
-print(torch.equal(one, cpu.silu_forward(cpu.conv_forward(x, torch.ones(20, 4), None, None, None, silu=False)[0])))
+fused, apart = [cpu.conv_forward(x, torch.ones(20, 4), None, None, None, silu=on)[0] for on in (True, False)]
+print(torch.equal(fused, cpu.silu_forward(apart)))
 delta = cpu.softplus_forward(x - 3)
-print(torch.equal(y, cpu.scan_forward(x, delta, A, B, C, None, None, None, h0, None, dt_softplus=False, boundaries=None)[0]))
+print(torch.equal(y, cpu.scan_forward(x, delta, *rest, dt_softplus=False, boundaries=None)[0]))
 """
 
 

@@ -183,7 +183,9 @@ def test_extremes_of_delta() -> None:
     gone = forward(v, softplus=False, delta=torch.full((1, 4, 16), 1e30))
     assert same((gone[1], torch.zeros_like(v["h0"])))
     blown = forward(v, softplus=False, delta=torch.full((1, 4, 16), -1e4))
-    assert torch.isinf(blown[1]).all()  # A positive exponent is shown as what it is, not wrapped
+    assert torch.isnan(blown[1]).all()  # an overflowing exp(delta·A) is seen, it does not wrap
+    kept = forward(v, softplus=False, delta=torch.full((1, 4, 16), -0.1))
+    assert error(kept[1], v["h0"].double() * torch.exp(-0.4 * v["A"].double())) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

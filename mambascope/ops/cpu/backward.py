@@ -7,8 +7,8 @@ With G[t] = dL/dh[t]: G[t] = dy[t]·C[t] + exp(delta[t+1]·A)·G[t+1], and
 
 A unit of work is one batch row and a group of channel blocks; the groups depend on D alone, and the shares of groups
 and rows are added in a fixed order. So gradients repeat to the bit, for any number of threads. Within a unit time runs
-in sections of at most SECTION steps: replayed forward, recorded, then walked backward; sums over time are
-taken by section first, which keeps the digits of long ones.
+in tiles: replayed forward and recorded, then walked backward. Sums over time are taken tile by tile first, which keeps
+the digits of long ones.
 """
 
 from __future__ import annotations
@@ -18,15 +18,36 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from mambascope.ops.cpu.blocks import ZERO, clear, copy, dense, gather, pointer, real_lengths, rows, scatter, scratch
+from mambascope.ops.cpu.blocks import (
+    ZERO,
+    cast,
+    clear,
+    copy,
+    dense,
+    gather,
+    pointer,
+    real_lengths,
+    rows,
+    scatter,
+    scratch,
+)
 from mambascope.ops.cpu.compiling import kernel
 from mambascope.ops.cpu.elementwise import fold
-from mambascope.ops.cpu.scan import LOG2
+from mambascope.ops.cpu.recurrence import (
+    ONE,
+    TILE,
+    add_skip,
+    advance,
+    hold,
+    prepare_rates,
+    record,
+    record_hold,
+    step_sizes,
+)
 from mambascope.ops.cpu.threads import Arguments, run
 from mambascope.ops.cpu.vector import (
     BYTES,
     WIDTH,
-    exp2_product,
     fetch_add,
     fma,
     keep,
@@ -37,16 +58,15 @@ from mambascope.ops.cpu.vector import (
     load_splat,
     reader,
     sigmoid,
-    softplus,
     splat,
     store,
     store_float,
     store_part,
+    sum_each,
 )
 
-SECTION = 32
 GROUPS = 16  # at most; more would spread one row over more threads, at the price of as many shares of dB and dC
-ONE, LN2 = np.float32(1), np.float32(0.6931471805599453)
+LN2 = np.float32(0.6931471805599453)
 
 SCAN_BACKWARD = Arguments(
     "batch length channels states interval group with_softplus u u_batch u_row delta delta_batch delta_row A "
@@ -57,40 +77,152 @@ read = reader(SCAN_BACKWARD)
 
 
 @njit
-def step_size(raw: int, bias: int, with_softplus: int, lanes: int):
-    delta = load_part(raw, lanes)
-    if bias != 0:
-        delta = delta + load_part(bias, lanes)
-    if with_softplus != 0:
-        delta = softplus(delta)
-    return delta
+def open_gate(
+    dy: int, dy_row: int, z: int, z_row: int, dz: int, out_row: int, totals: int, steps: int, lanes: int
+) -> None:
+    "dz, and in place of each total the gradient at the gate's input (without a gate: dy as it comes)"
+    for j in range(steps):
+        gradient = load_part(dy + 4 * j * dy_row, lanes)
+        if z != 0:
+            gate = load_part(z + 4 * j * z_row, lanes)
+            s = sigmoid(gate)
+            slope = s * fma(gate, splat(ONE) - s, splat(ONE))
+            store_part(dz + 4 * j * out_row, gradient * load(totals + BYTES * j) * slope, lanes)
+            gradient = gradient * (gate * s)
+        store(totals + BYTES * j, gradient)
+
+
+@njit
+def walk_back(
+    h: int,
+    A_bar: int,
+    a: int,
+    N: int,
+    deltas: int,
+    writes: int,
+    dys: int,
+    B: int,
+    B_row: int,
+    C: int,
+    C_row: int,
+    steps: int,
+    G: int,
+    dA: int,
+    dB: int,
+    dC: int,
+    through_B: int,
+    through_A: int,
+) -> None:
+    "from the last step to the first: G becomes dL/dh before the first; dA, dB and dC are added to"
+    for j in range(steps - 1, -1, -1):
+        dy, delta, write = load(dys + BYTES * j), load(deltas + BYTES * j), load(writes + BYTES * j)
+        sum_B, sum_A = splat(ZERO), splat(ZERO)
+        row = BYTES * N * j
+        for n in range(N):
+            at = BYTES * n
+            g = fma(dy, load_splat(C + 4 * (j * C_row + n)), load(G + at))
+            store(dC + row + at, fma(dy, load(h + BYTES * N + row + at), load(dC + row + at)))
+            store(dB + row + at, fma(g, write, load(dB + row + at)))
+            sum_B = fma(g, load_splat(B + 4 * (j * B_row + n)), sum_B)
+            g = g * load(A_bar + row + at)
+            store(G + at, g)
+            g = g * load(h + row + at)
+            sum_A = fma(g, load(a + at), sum_A)
+            store(dA + at, fma(g, delta, load(dA + at)))
+        store(through_B + BYTES * j, sum_B)
+        store(through_A + BYTES * j, sum_A)
+
+
+@njit
+def finish(
+    raw: int,
+    raw_row: int,
+    u: int,
+    u_row: int,
+    bias: int,
+    with_softplus: int,
+    skip: int,
+    deltas: int,
+    dys: int,
+    through_B: int,
+    through_A: int,
+    du: int,
+    ddelta: int,
+    out_row: int,
+    moving: int,
+    steps: int,
+    lanes: int,
+    sums: int,
+) -> None:
+    "du and ddelta of each step, and what they add to the two sums: ddt_bias and dD"
+    sum_delta, sum_skip = splat(ZERO), splat(ZERO)
+    for j in range(steps):
+        dy, value = load(dys + BYTES * j), load_part(u + 4 * j * u_row, lanes)
+        to_u, to_delta = splat(ZERO), splat(ZERO)
+        if skip != 0:
+            to_u = dy * load(skip)
+            sum_skip = fma(dy, value, sum_skip)
+        if j < moving:  # the delta of padding is no function of anything
+            at_B = load(through_B + BYTES * j)
+            to_u = fma(load(deltas + BYTES * j), at_B, to_u)
+            to_delta = fma(at_B, value, load(through_A + BYTES * j) * splat(LN2))
+            if with_softplus != 0:
+                before = load_part(raw + 4 * j * raw_row, lanes)
+                if bias != 0:
+                    before = before + load(bias)
+                to_delta = to_delta * sigmoid(before)
+                sum_delta = sum_delta + to_delta
+        store_part(du + 4 * j * out_row, to_u, lanes)
+        store_part(ddelta + 4 * j * out_row, to_delta, lanes)
+    store(sums, load(sums) + sum_delta)
+    store(sums + BYTES, load(sums + BYTES) + sum_skip)
+
+
+@njit
+def add_vectors(target: int, source: int, vectors: int) -> None:
+    for i in range(vectors):
+        store(target + BYTES * i, load(target + BYTES * i) + load(source + BYTES * i))
+
+
+@njit
+def sum_lanes(source: int, vectors: int, target: int) -> None:
+    done = 0
+    while done + WIDTH <= vectors:
+        store(target + 4 * done, sum_each(source + BYTES * done))
+        done += WIDTH
+    for i in range(done, vectors):
+        store_float(target + 4 * i, lane_sum(load(source + BYTES * i)))
 
 
 @kernel(SCAN_BACKWARD)
 def scan_backward_units(address: int) -> None:
     p = read(address)
     N = p.states
-    block_bytes = BYTES * N
+    state = BYTES * N
     blocks = (p.channels + WIDTH - 1) // WIDTH
     groups = (blocks + p.group - 1) // p.group
     intervals = (p.length + p.interval - 1) // p.interval
-    per_interval = (p.interval + SECTION - 1) // SECTION
+    per_interval = (p.interval + TILE - 1) // TILE
+    tile = min(TILE, p.interval)
     # for each block of the group
-    memory, a = scratch((3 + per_interval) * p.group * N + 2 * p.group + (4 * SECTION + 3) * N + 2 * SECTION)
-    adjoint = a + block_bytes * p.group
-    dA = adjoint + block_bytes * p.group
-    entering = dA + block_bytes * p.group  # states entering each section of an interval
-    ddt_bias = entering + block_bytes * p.group * per_interval
-    dskip = ddt_bias + BYTES * p.group
-    # for the section at hand
-    h = dskip + BYTES * p.group  # states 0…SECTION
-    A_bar = h + block_bytes * (SECTION + 1)
-    dB = A_bar + block_bytes * SECTION
-    dC = dB + block_bytes * SECTION
-    section_dA = dC + block_bytes * SECTION
-    spare = section_dA + block_bytes
-    delta_of = spare + block_bytes
-    total_of = delta_of + BYTES * SECTION
+    memory, a = scratch(p.group * ((3 + per_interval) * N + 6) + (4 * tile + 2) * N + 5 * tile)
+    G = a + state * p.group
+    dA = G + state * p.group
+    entering = dA + state * p.group  # states entering each tile of an interval
+    limits = entering + state * p.group * per_interval
+    constants = limits + 2 * BYTES * p.group  # dt_bias, skip
+    sums = constants + 2 * BYTES * p.group  # ddt_bias, dskip
+    # for the tile at hand
+    h = sums + 2 * BYTES * p.group
+    A_bar = h + state * (tile + 1)
+    dB = A_bar + state * tile
+    dC = dB + state * tile
+    spare = dC + state * tile
+    deltas = spare + state
+    writes = deltas + BYTES * tile
+    totals = writes + BYTES * tile
+    through_B = totals + BYTES * tile
+    through_A = through_B + BYTES * tile
     while True:
         unit = fetch_add(address, 1)
         if unit >= p.units:
@@ -103,158 +235,113 @@ def scan_backward_units(address: int) -> None:
         for i in range(count):
             d = (first + i) * WIDTH
             lanes = min(WIDTH, p.channels - d)
-            gather(p.A + 4 * d * N, N, lanes, a + block_bytes * i)
-            for n in range(i * N, i * N + N):
-                store(a + BYTES * n, load(a + BYTES * n) * splat(LOG2))
+            gather(p.A + 4 * d * N, N, lanes, a + state * i)
+            prepare_rates(a + state * i, N, limits + 2 * BYTES * i)
+            if p.dt_bias != 0:
+                store(constants + 2 * BYTES * i, load_part(p.dt_bias + 4 * d, lanes))
+            if p.skip != 0:
+                store(constants + 2 * BYTES * i + BYTES, load_part(p.skip + 4 * d, lanes))
             if p.dh_last != 0:
-                gather(p.dh_last + 4 * (b * p.channels + d) * N, N, lanes, adjoint + block_bytes * i)
+                gather(p.dh_last + 4 * (b * p.channels + d) * N, N, lanes, G + state * i)
             else:
-                clear(adjoint + block_bytes * i, N)
+                clear(G + state * i, N)
         clear(dA, count * N)
-        clear(ddt_bias, count)
-        clear(dskip, count)
+        clear(sums, 2 * count)
 
         for interval in range(intervals - 1, -1, -1):
             start = interval * p.interval
             end = min(start + p.interval, p.length)
-            sections = (end - start + SECTION - 1) // SECTION
-            for i in range(count):
-                d = (first + i) * WIDTH
-                lanes = min(WIDTH, p.channels - d)
-                held = entering + block_bytes * per_interval * i
-                gather(p.h_boundary + 4 * ((b * intervals + interval) * p.channels + d) * N, N, lanes, held)
-                for t in range(start, start + (sections - 1) * SECTION):
-                    if (t - start) % SECTION == 0:
-                        copy(held, held + block_bytes, N)
-                        held += block_bytes
-                    if t < real:
-                        raw = p.delta + 4 * (b * p.delta_batch + t * p.delta_row + d)
-                        bias_at = p.dt_bias + 4 * d if p.dt_bias != 0 else 0
-                        delta = step_size(raw, bias_at, p.with_softplus, lanes)
-                        write = delta * load_part(p.u + 4 * (b * p.u_batch + t * p.u_row + d), lanes)
-                        B = p.B + 4 * (b * p.B_batch + t * p.B_row)
-                        for n in range(N):
-                            kept = exp2_product(delta, load(a + block_bytes * i + BYTES * n)) * load(held + BYTES * n)
-                            store(held + BYTES * n, fma(write, load_splat(B + 4 * n), kept))
-
-            for section in range(sections - 1, -1, -1):
-                begin = start + section * SECTION
-                steps = min(SECTION, end - begin)
+            tiles = (end - start + TILE - 1) // TILE
+            for section in range(tiles - 1, -1, -1):
+                begin = start + section * TILE
+                steps = min(TILE, end - begin)
+                moving = min(max(real - begin, 0), steps)
+                B = p.B + 4 * (b * p.B_batch + begin * p.B_row)
+                C = p.C + 4 * (b * p.C_batch + begin * p.C_row)
                 clear(dB, steps * N)
                 clear(dC, steps * N)
                 for i in range(count):
                     d = (first + i) * WIDTH
                     lanes = min(WIDTH, p.channels - d)
-                    bias_at = p.dt_bias + 4 * d if p.dt_bias != 0 else 0
-                    a_i = a + block_bytes * i
-                    G = adjoint + block_bytes * i
-                    skip = load_part(p.skip + 4 * d, lanes) if p.skip != 0 else splat(ZERO)
-                    copy(entering + block_bytes * (per_interval * i + section), h, N)
-                    for j in range(steps):
-                        t = begin + j
-                        u = load_part(p.u + 4 * (b * p.u_batch + t * p.u_row + d), lanes)
-                        C = p.C + 4 * (b * p.C_batch + t * p.C_row)
-                        old = h + block_bytes * j
-                        keep_at = A_bar + block_bytes * j
-                        total = splat(ZERO)
-                        if t < real:
+                    bias = constants + 2 * BYTES * i if p.dt_bias != 0 else 0
+                    skip = constants + 2 * BYTES * i + BYTES if p.skip != 0 else 0
+                    range_at = limits + 2 * BYTES * i
+                    held = entering + state * per_interval * i
+                    if section == tiles - 1:  # the first of this interval to be walked: replay up to it
+                        gather(p.h_boundary + 4 * ((b * intervals + interval) * p.channels + d) * N, N, lanes, held)
+                        for k in range(tiles - 1):
+                            copy(held + state * k, held + state * (k + 1), N)
+                            t = start + k * TILE
+                            before = min(max(real - t, 0), TILE)
                             raw = p.delta + 4 * (b * p.delta_batch + t * p.delta_row + d)
-                            delta = step_size(raw, bias_at, p.with_softplus, lanes)
-                            write = delta * u
-                            B = p.B + 4 * (b * p.B_batch + t * p.B_row)
-                            for n in range(N):
-                                kept = exp2_product(delta, load(a_i + BYTES * n))
-                                state = fma(write, load_splat(B + 4 * n), kept * load(old + BYTES * n))
-                                store(keep_at + BYTES * n, kept)
-                                store(old + block_bytes + BYTES * n, state)
-                                total = fma(state, load_splat(C + 4 * n), total)
-                            store(delta_of + BYTES * j, delta)
-                        else:
-                            for n in range(N):
-                                state = load(old + BYTES * n)
-                                store(keep_at + BYTES * n, splat(ONE))
-                                store(old + block_bytes + BYTES * n, state)
-                                total = fma(state, load_splat(C + 4 * n), total)
-                            store(delta_of + BYTES * j, splat(ZERO))
-                        if p.skip != 0:
-                            total = total + skip * u
-                        store(total_of + BYTES * j, total)
+                            u = p.u + 4 * (b * p.u_batch + t * p.u_row + d)
+                            B_t = p.B + 4 * (b * p.B_batch + t * p.B_row)
+                            step_sizes(
+                                *(raw, p.delta_row, u, p.u_row, bias, range_at, p.with_softplus, before, lanes),
+                                *(deltas, writes),
+                            )
+                            soon = (raw, p.delta_row, u, p.u_row, u, p.u_row)
+                            advance(
+                                *(held + state * (k + 1), a + state * i, N, deltas, writes, B_t, p.B_row, B_t, p.B_row),
+                                *(before, totals, soon),
+                            )
 
-                    clear(section_dA, N)
-                    section_dskip, section_dt_bias = splat(ZERO), splat(ZERO)
-                    for j in range(steps - 1, -1, -1):
-                        t = begin + j
-                        out = 4 * ((b * p.length + t) * p.channels + d)
-                        B = p.B + 4 * (b * p.B_batch + t * p.B_row)
-                        C = p.C + 4 * (b * p.C_batch + t * p.C_row)
-                        u = load_part(p.u + 4 * (b * p.u_batch + t * p.u_row + d), lanes)
-                        dy = load_part(p.dy + 4 * (b * p.dy_batch + t * p.dy_row + d), lanes)
-                        if p.z != 0:
-                            z = load_part(p.z + 4 * (b * p.z_batch + t * p.z_row + d), lanes)
-                            s = sigmoid(z)
-                            slope = s * fma(z, splat(ONE) - s, splat(ONE))
-                            store_part(p.dz + out, dy * load(total_of + BYTES * j) * slope, lanes)
-                            dy = dy * (z * s)
-                        delta = load(delta_of + BYTES * j)
-                        write = delta * u if t < real else splat(ZERO)
-                        old = h + block_bytes * j
-                        keep_at = A_bar + block_bytes * j
-                        through_B, through_A = splat(ZERO), splat(ZERO)
-                        for n in range(N):
-                            at = BYTES * n
-                            g = fma(dy, load_splat(C + 4 * n), load(G + at))
-                            row = block_bytes * j + at
-                            store(dC + row, fma(dy, load(old + block_bytes + at), load(dC + row)))
-                            store(dB + row, fma(g, write, load(dB + row)))
-                            through_B = fma(g, load_splat(B + 4 * n), through_B)
-                            g = g * load(keep_at + at)
-                            store(G + at, g)
-                            g = g * load(old + at)
-                            through_A = fma(g, load(a_i + at), through_A)
-                            store(section_dA + at, fma(g, delta, load(section_dA + at)))
-                        du, ddelta = splat(ZERO), splat(ZERO)
-                        if p.skip != 0:
-                            du = dy * skip
-                            section_dskip = fma(dy, u, section_dskip)
-                        if t < real:
-                            du = fma(delta, through_B, du)
-                            ddelta = fma(through_B, u, through_A * splat(LN2))
-                            if p.with_softplus != 0:
-                                raw = load_part(p.delta + 4 * (b * p.delta_batch + t * p.delta_row + d), lanes)
-                                if bias_at != 0:
-                                    raw = raw + load_part(bias_at, lanes)
-                                ddelta = ddelta * sigmoid(raw)
-                                section_dt_bias = section_dt_bias + ddelta
-                        store_part(p.du + out, du, lanes)
-                        store_part(p.ddelta + out, ddelta, lanes)
-                    for n in range(N):
-                        at = dA + block_bytes * i + BYTES * n
-                        store(at, load(at) + load(section_dA + BYTES * n))
-                    store(ddt_bias + BYTES * i, load(ddt_bias + BYTES * i) + section_dt_bias)
-                    store(dskip + BYTES * i, load(dskip + BYTES * i) + section_dskip)
-
+                    raw = p.delta + 4 * (b * p.delta_batch + begin * p.delta_row + d)
+                    u = p.u + 4 * (b * p.u_batch + begin * p.u_row + d)
+                    z = p.z + 4 * (b * p.z_batch + begin * p.z_row + d) if p.z != 0 else 0
+                    dy = p.dy + 4 * (b * p.dy_batch + begin * p.dy_row + d)
+                    out = 4 * ((b * p.length + begin) * p.channels + d)
+                    step_sizes(
+                        raw, p.delta_row, u, p.u_row, bias, range_at, p.with_softplus, moving, lanes, deltas, writes
+                    )
+                    copy(held + state * section, h, N)
+                    third, third_row = (z, p.z_row) if p.z != 0 else (u, p.u_row)
+                    soon_4 = (
+                        *(raw + BYTES, p.delta_row, u + BYTES, p.u_row),
+                        *(third + BYTES, third_row, dy + BYTES, p.dy_row),
+                    )
+                    record(
+                        *(h, A_bar, a + state * i, N, deltas, writes, B, p.B_row, C, p.C_row, moving, totals, soon_4)
+                    )
+                    padding = steps - moving
+                    if padding > 0:
+                        at = moving * BYTES
+                        last = h + state * moving
+                        hold(last, N, C + 4 * moving * p.C_row, p.C_row, padding, totals + at)
+                        record_hold(last, A_bar + N * at, N, deltas + at, writes + at, padding)
+                    if skip != 0:
+                        add_skip(totals, skip, u, p.u_row, steps, lanes)
+                    open_gate(dy, p.dy_row, z, p.z_row, p.dz + out, p.channels, totals, steps, lanes)
+                    clear(spare, N)
+                    walk_back(
+                        *(h, A_bar, a + state * i, N, deltas, writes, totals, B, p.B_row, C, p.C_row, steps),
+                        *(G + state * i, spare, dB, dC, through_B, through_A),
+                    )
+                    add_vectors(dA + state * i, spare, N)
+                    finish(
+                        *(raw, p.delta_row, u, p.u_row, bias, p.with_softplus, skip, deltas, totals),
+                        *(through_B, through_A, p.du + out, p.ddelta + out, p.channels, moving, steps, lanes),
+                        sums + 2 * BYTES * i,
+                    )
                 share = 4 * ((group * p.batch + b) * p.length + begin) * N
-                for j in range(steps * N):
-                    store_float(p.dB + share + 4 * j, lane_sum(load(dB + BYTES * j)))
-                    store_float(p.dC + share + 4 * j, lane_sum(load(dC + BYTES * j)))
+                sum_lanes(dB, steps * N, p.dB + share)
+                sum_lanes(dC, steps * N, p.dC + share)
 
             if p.dh_boundary != 0:
                 for i in range(count):
                     d = (first + i) * WIDTH
                     lanes = min(WIDTH, p.channels - d)
                     gather(p.dh_boundary + 4 * ((b * intervals + interval) * p.channels + d) * N, N, lanes, spare)
-                    for n in range(N):
-                        at = adjoint + block_bytes * i + BYTES * n
-                        store(at, load(at) + load(spare + BYTES * n))
+                    add_vectors(G + state * i, spare, N)
 
         for i in range(count):
             d = (first + i) * WIDTH
             lanes = min(WIDTH, p.channels - d)
             row = 4 * (b * p.channels + d)
-            scatter(adjoint + block_bytes * i, N, lanes, p.dh0 + row * N)
-            scatter(dA + block_bytes * i, N, lanes, p.dA + row * N)
-            store_part(p.ddt_bias + row, load(ddt_bias + BYTES * i), lanes)
-            store_part(p.dskip + row, load(dskip + BYTES * i), lanes)
+            scatter(G + state * i, N, lanes, p.dh0 + row * N)
+            scatter(dA + state * i, N, lanes, p.dA + row * N)
+            store_part(p.ddt_bias + row, load(sums + 2 * BYTES * i), lanes)
+            store_part(p.dskip + row, load(sums + 2 * BYTES * i + BYTES), lanes)
         fetch_add(address + 8, 1)
     keep(memory)
 
@@ -280,8 +367,9 @@ def scan_backward(
 ) -> dict[str, Tensor | None]:
     """Gradients of `scan_forward`: du, ddelta, dA, dB, dC, dD, dz, ddt_bias, dh0, in their tensors' dtypes.
 
-    ``h_boundary`` must be the forward's, at interval ``boundaries``. dD, dz and ddt_bias are None where D, z and dt_bias
-    are; dh0 (float32) always comes. Memory beyond the results: 16·min(T, L)·N·4 bytes a block and thread, and the shares of dB and dC."""
+    ``h_boundary`` must be the forward's, at interval ``boundaries``. dD, dz and ddt_bias are None where D, z and
+    dt_bias are; dh0 (float32) always comes. Memory beyond the results: 256·N·min(T, 64) bytes a thread, a state for
+    every 64 steps of an interval, and at most 16 shares of dB and dC."""
     batch, length, channels = u.shape
     states = A.shape[1]
     v = {"u": rows(u), "delta": rows(delta), "B": rows(B), "C": rows(C), "dy": rows(dy)}
@@ -319,13 +407,13 @@ def scan_backward(
         dh0.data_ptr(),
     )
     return {
-        "du": du.to(u.dtype),
-        "ddelta": ddelta.to(delta.dtype),
-        "dA": fold(dA).to(A.dtype),
-        "dB": fold(shares[0]).to(B.dtype),
-        "dC": fold(shares[1]).to(C.dtype),
-        "dD": None if D is None else fold(dskip).to(D.dtype),
-        "dz": None if dz is None or z is None else dz.to(z.dtype),
-        "ddt_bias": None if dt_bias is None else fold(dbias).to(dt_bias.dtype),
+        "du": cast(du, u.dtype),
+        "ddelta": cast(ddelta, delta.dtype),
+        "dA": cast(fold(dA), A.dtype),
+        "dB": cast(fold(shares[0]), B.dtype),
+        "dC": cast(fold(shares[1]), C.dtype),
+        "dD": None if D is None else cast(fold(dskip), D.dtype),
+        "dz": None if dz is None or z is None else cast(dz, z.dtype),
+        "ddt_bias": None if dt_bias is None else cast(fold(dbias), dt_bias.dtype),
         "dh0": dh0,
     }

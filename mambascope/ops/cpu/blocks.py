@@ -84,6 +84,11 @@ def dense(x: Tensor) -> Tensor:
     return (x if x.dtype is torch.float32 else x.float()).contiguous()
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    "x.to(dtype), a microsecond cheaper where there is nothing to do"
+    return x if x.dtype is dtype else x.to(dtype)
+
+
 def real_lengths(lengths: Tensor | None) -> Tensor | None:
     return None if lengths is None else lengths.to(torch.int64).contiguous()
 

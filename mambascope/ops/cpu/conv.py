@@ -10,7 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mambascope.ops.cpu.blocks import ZERO, clear, copy, dense, gather, pointer, real_lengths, rows, scatter, scratch
+from mambascope.ops.cpu.blocks import (
+    ZERO,
+    cast,
+    clear,
+    copy,
+    dense,
+    gather,
+    pointer,
+    real_lengths,
+    rows,
+    scatter,
+    scratch,
+)
 from mambascope.ops.cpu.compiling import kernel
 from mambascope.ops.cpu.elementwise import silu_forward
 from mambascope.ops.cpu.threads import Arguments, run
@@ -239,8 +251,8 @@ def conv_backward(
         *(dx.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), dbefore.data_ptr()),
     )
     return {
-        "dx": dx.to(x.dtype),
-        "dweight": dweight.to(weight.dtype),
-        "dbias": None if bias is None else dbias.to(bias.dtype),
-        "dstate": None if state is None else dbefore.to(state.dtype),
+        "dx": cast(dx, x.dtype),
+        "dweight": cast(dweight, weight.dtype),
+        "dbias": None if bias is None else cast(dbias, bias.dtype),
+        "dstate": None if state is None else cast(dbefore, state.dtype),
     }

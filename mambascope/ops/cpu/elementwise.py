@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mambascope.ops.cpu.blocks import pointer, rows
+from mambascope.ops.cpu.blocks import cast, dense, pointer, rows
 from mambascope.ops.cpu.compiling import kernel
 from mambascope.ops.cpu.threads import Arguments, run
 from mambascope.ops.cpu.vector import WIDTH, fetch_add, load_part, reader, silu, softplus, store_part
@@ -64,7 +64,7 @@ def softplus_forward(x: Tensor) -> Tensor:
 
 def silu_forward(x: Tensor) -> Tensor:
     """``x / (1 + e^-x)`` in x's dtype, any shape."""
-    return _apply(SILU, x).to(x.dtype)
+    return cast(_apply(SILU, x), x.dtype)
 
 
 def gate_forward(y: Tensor, z: Tensor) -> Tensor:
@@ -74,12 +74,12 @@ def gate_forward(y: Tensor, z: Tensor) -> Tensor:
         batch, length, columns = y.shape
         strides = (first.stride(0), first.stride(1)), (second.stride(0), second.stride(1))
     else:
-        first, second = y.float().contiguous(), z.float().contiguous()
+        first, second = dense(y), dense(z)
         batch, length, columns = 1, 1, y.numel()
         strides = (0, 0), (0, 0)
     out = torch.empty(y.shape, dtype=torch.float32)
     _run(GATE, batch, length, columns, first, *strides[0], second, *strides[1], out, 1)
-    return out.to(z.dtype)
+    return cast(out, z.dtype)
 
 
 def fold(parts: Tensor) -> Tensor:

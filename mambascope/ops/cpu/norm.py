@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mambascope.ops.cpu.blocks import ZERO, dense, pointer, rows
+from mambascope.ops.cpu.blocks import ZERO, cast, dense, pointer, rows
 from mambascope.ops.cpu.compiling import kernel
 from mambascope.ops.cpu.threads import Arguments, run
 from mambascope.ops.cpu.vector import (
@@ -26,12 +28,18 @@ from mambascope.ops.cpu.vector import (
 
 NORM = Arguments("length columns x x_batch x_row weight eps out normalized scale")
 read = reader(NORM)
+EPS_SLOT = 8 * NORM.names.index("eps")  # bytes; a float32 in the low half of its slot
+
+
+@cache
+def _float_bits(value: float) -> int:
+    return int(np.float32(value).view(np.uint32)) << (0 if sys.byteorder == "little" else 32)
 
 
 @kernel(NORM)
 def norm_forward_units(address: int) -> None:
     p = read(address)
-    eps = load_float(p.eps)
+    eps = load_float(address + EPS_SLOT)
     while True:
         unit = fetch_add(address, 1)
         if unit >= p.units:
@@ -75,7 +83,6 @@ def norm_forward(
         source = source.reshape(-1, columns)
         batch, length, x_batch, x_row = 1, source.shape[0], 0, source.stride(0)
     gain = None if weight is None else dense(weight)
-    small = torch.tensor(eps, dtype=torch.float32)
     out = torch.empty(x.shape, dtype=torch.float32)
     normalized = torch.empty(x.shape, dtype=torch.float32) if expose else None
     scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32) if expose else None
@@ -83,7 +90,7 @@ def norm_forward(
         norm_forward_units,
         batch * length,
         2 * batch * length * columns,
-        *(length, columns, source.data_ptr(), x_batch, x_row, pointer(gain), small.data_ptr()),
+        *(length, columns, source.data_ptr(), x_batch, x_row, pointer(gain), _float_bits(eps)),
         *(out.data_ptr(), pointer(normalized), pointer(scale)),
     )
-    return out.to(x.dtype if weight is None else weight.dtype), normalized, scale
+    return cast(out, x.dtype if weight is None else weight.dtype), normalized, scale

@@ -1,44 +1,24 @@
 """The selective scan, forward: one block of 16 channels walks through all positions with its states at hand.
 
-h[t] = exp(delta[t]·A)·h[t−1] + delta[t]·u[t]·B[t], y[t] = Σ_n C[t,n]·h[t,n] (+ D·u[t]) (·silu(z[t])), Mamba (2312.00752),
-algorithm 2. exp(delta·A) is 2^(delta·(A·log2 e)). The sum over n is one chain in the order of n; skip and gate are
-applied as separate roundings, as `torch.mul`, `torch.add` and the lone gate kernel do.
+h[t] = exp(delta[t]·A)·h[t−1] + delta[t]·u[t]·B[t], y[t] = Σ_n C[t,n]·h[t,n] (+ D·u[t]) (·silu(z[t])): Mamba
+(2312.00752), algorithm 2. The sum over n is one chain in the order of n; skip and gate round separately, as
+`torch.mul`, `torch.add` and the lone gate kernel do.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mambascope.ops.cpu.blocks import ZERO, clear, dense, gather, pointer, real_lengths, rows, scatter, scratch
+from mambascope.ops.cpu.blocks import clear, dense, gather, pointer, real_lengths, rows, scatter, scratch
 from mambascope.ops.cpu.compiling import kernel
+from mambascope.ops.cpu.recurrence import TILE, add_skip, advance, hold, prepare_rates, step_sizes, write_out
 from mambascope.ops.cpu.threads import Arguments, run
-from mambascope.ops.cpu.vector import (
-    BYTES,
-    LOG2E,
-    WIDTH,
-    exp2_product,
-    fetch_add,
-    fma,
-    keep,
-    load,
-    load_int,
-    load_part,
-    load_splat,
-    reader,
-    silu,
-    softplus,
-    splat,
-    store,
-    store_part,
-)
-
-LOG2 = np.float32(LOG2E)
+from mambascope.ops.cpu.vector import BYTES, WIDTH, fetch_add, keep, load_int, load_part, reader, store
 
 SCAN = Arguments(
     "length channels states interval with_softplus u u_batch u_row delta delta_batch delta_row A B B_batch B_row "
-    "C C_batch C_row skip z z_batch z_row dt_bias h0 lengths y y_batch y_row h_last h_boundary h_each"
+    "C C_batch C_row skip z z_batch z_row dt_bias h0 lengths y h_last h_boundary h_each"
 )
 read = reader(SCAN)
 
@@ -49,8 +29,15 @@ def scan_forward_units(address: int) -> None:
     N = p.states
     blocks = (p.channels + WIDTH - 1) // WIDTH
     intervals = (p.length + p.interval - 1) // p.interval
-    memory, h = scratch(2 * N)
+    tile = min(TILE, p.length)
+    memory, h = scratch(2 * N + 3 * tile + 4)
     a = h + BYTES * N
+    deltas = a + BYTES * N
+    writes = deltas + BYTES * tile
+    totals = writes + BYTES * tile
+    dt_bias = totals + BYTES * tile
+    skip = dt_bias + BYTES
+    limits = skip + BYTES
     while True:
         unit = fetch_add(address, 1)
         if unit >= p.units:
@@ -61,60 +48,48 @@ def scan_forward_units(address: int) -> None:
         state_row = 4 * (b * p.channels + d) * N  # bytes, into B D N
 
         gather(p.A + 4 * d * N, N, lanes, a)
-        for n in range(N):
-            store(a + BYTES * n, load(a + BYTES * n) * splat(LOG2))
+        prepare_rates(a, N, limits)
         if p.h0 != 0:
             gather(p.h0 + state_row, N, lanes, h)
         else:
             clear(h, N)
-        bias = load_part(p.dt_bias + 4 * d, lanes) if p.dt_bias != 0 else splat(ZERO)
-        skip = load_part(p.skip + 4 * d, lanes) if p.skip != 0 else splat(ZERO)
+        if p.dt_bias != 0:
+            store(dt_bias, load_part(p.dt_bias + 4 * d, lanes))
+        if p.skip != 0:
+            store(skip, load_part(p.skip + 4 * d, lanes))
         real = load_int(p.lengths + 8 * b) if p.lengths != 0 else p.length
 
-        u = p.u + 4 * (b * p.u_batch + d)
-        raw = p.delta + 4 * (b * p.delta_batch + d)
-        z = p.z + 4 * (b * p.z_batch + d)
-        y = p.y + 4 * (b * p.y_batch + d)
-        B = p.B + 4 * b * p.B_batch
-        C = p.C + 4 * b * p.C_batch
-        left = 0  # steps until the next boundary
-        for t in range(p.length):
-            if p.h_boundary != 0:
-                if left == 0:
+        t = 0
+        next_boundary = 0
+        while t < p.length:
+            if t == next_boundary:
+                if p.h_boundary != 0:
                     slot = b * intervals + t // p.interval
                     scatter(h, N, lanes, p.h_boundary + 4 * (slot * p.channels + d) * N)
-                    left = p.interval
-                left -= 1
-            input_ = load_part(u, lanes)
-            total = splat(ZERO)
-            if t < real:
-                delta = load_part(raw, lanes)
-                if p.dt_bias != 0:
-                    delta = delta + bias
-                if p.with_softplus != 0:
-                    delta = softplus(delta)
-                write = delta * input_
-                for n in range(N):
-                    held = exp2_product(delta, load(a + BYTES * n)) * load(h + BYTES * n)
-                    state = fma(write, load_splat(B + 4 * n), held)
-                    store(h + BYTES * n, state)
-                    total = fma(state, load_splat(C + 4 * n), total)
-            else:
-                for n in range(N):
-                    total = fma(load(h + BYTES * n), load_splat(C + 4 * n), total)
+                next_boundary += p.interval
+            steps = min(tile, min(next_boundary, p.length) - t)
+            moving = min(max(real - t, 0), steps)
+            u = p.u + 4 * (b * p.u_batch + t * p.u_row + d)
+            raw = p.delta + 4 * (b * p.delta_batch + t * p.delta_row + d)
+            B = p.B + 4 * (b * p.B_batch + t * p.B_row)
+            C = p.C + 4 * (b * p.C_batch + t * p.C_row)
+            bias_at = dt_bias if p.dt_bias != 0 else 0
+            z = p.z + 4 * (b * p.z_batch + t * p.z_row + d) if p.z != 0 else 0
+            step_sizes(raw, p.delta_row, u, p.u_row, bias_at, limits, p.with_softplus, moving, lanes, deltas, writes)
+            ahead = 4 * steps  # z has the shape of u; without one, u's rows are asked for twice
+            third, third_row = (z, p.z_row) if p.z != 0 else (u, p.u_row)
+            soon = (
+                *(raw + ahead * p.delta_row, p.delta_row, u + ahead * p.u_row, p.u_row),
+                *(third + ahead * third_row, third_row),
+            )
+            advance(h, a, N, deltas, writes, B, p.B_row, C, p.C_row, moving, totals, soon)
+            hold(h, N, C + 4 * moving * p.C_row, p.C_row, steps - moving, totals + BYTES * moving)
             if p.skip != 0:
-                total = total + skip * input_
-            if p.z != 0:
-                total = total * silu(load_part(z, lanes))
-            store_part(y, total, lanes)
+                add_skip(totals, skip, u, p.u_row, steps, lanes)
+            write_out(totals, z, p.z_row, p.y + 4 * ((b * p.length + t) * p.channels + d), p.channels, steps, lanes)
             if p.h_each != 0:
                 scatter(h, N, lanes, p.h_each + 4 * ((b * p.length + t) * p.channels + d) * N)
-            u += 4 * p.u_row
-            raw += 4 * p.delta_row
-            z += 4 * p.z_row
-            y += 4 * p.y_row
-            B += 4 * p.B_row
-            C += 4 * p.C_row
+            t += steps
         scatter(h, N, lanes, p.h_last + state_row)
         fetch_add(address + 8, 1)
     keep(memory)
@@ -143,7 +118,9 @@ def scan_forward(
     h_boundary = None
     if boundaries is not None:
         h_boundary = A.new_empty(batch, -(-length // boundaries), channels, states, dtype=torch.float32)
-    y, h_last = _launch(u, delta, A, B, C, D, z, dt_bias, h0, lengths, dt_softplus, boundaries or 1, h_boundary, None)
+    y, h_last = _launch(
+        u, delta, A, B, C, D, z, dt_bias, h0, lengths, dt_softplus, boundaries or length, h_boundary, None
+    )
     return (y if z is None or u.dtype is torch.float32 else y.to(u.dtype)), h_last, h_boundary
 
 
@@ -192,9 +169,9 @@ def _launch(
         scan_forward_units,
         units,
         batch * length * channels * states,
-        *(length, channels, states, interval, with_softplus),
+        *(length, channels, states, max(interval, 1), with_softplus),
         *(u.data_ptr(), ub, ur, delta.data_ptr(), db, dr, A.data_ptr(), B.data_ptr(), Bb, Br, C.data_ptr(), Cb, Cr),
         *(pointer(skip), pointer(z), zb, zr, pointer(dt_bias), pointer(h0), pointer(lengths)),
-        *(y.data_ptr(), length * channels, channels, h_last.data_ptr(), pointer(h_boundary), pointer(h_each)),
+        *(y.data_ptr(), h_last.data_ptr(), pointer(h_boundary), pointer(h_each)),
     )
     return y, h_last

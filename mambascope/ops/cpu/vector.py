@@ -3,10 +3,11 @@
 `Lanes` is an LLVM `<16 x float>`: one AVX-512 register, two of AVX2, four of SSE or NEON; LLVM splits it. Kernels are
 written in it, not in loops left to the auto-vectoriser, because the bits must not depend on what the vectoriser chose:
 every lane goes through the same operations in the same order whether it belongs to a full block or to the ragged end
-of the channels, in a fused kernel or in a lone softplus. For the same reason nothing here carries fast-math flags. `fma` is `llvm.fmuladd`:
-fused where the CPU has the instruction, a rounded product and a sum where it has not, the same everywhere on one machine.
+of the channels, in a fused kernel or in a lone softplus. For the same reason nothing here carries fast-math flags.
+`fma` is `llvm.fmuladd`: fused where the CPU has the instruction, a rounded product and a sum where it has not, the same
+everywhere on one machine.
 
-Addresses are plain int64 byte addresses. Constants of the polynomials: minimax fits of ours in float64, rounded to float32.
+Addresses are plain int64 byte addresses. The polynomials are our own minimax fits, rounded to float32.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ BYTES = 64  # of one vector
 FLOAT, INT32, INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 VECTOR, INT_VECTOR = ir.VectorType(FLOAT, WIDTH), ir.VectorType(INT32, WIDTH)
 
-EXP2 = (1.0, 0.6931469775957153, 0.2402224207983967, 0.05550733745860338, 0.009671513000254733, 0.0013264727488440681)
+EXP2 = (
+    *(1.0, 0.6931471824645996, 0.24022647738456726, 0.05550359934568405),
+    *(0.009618505835533142, 0.0013390806270763278, 0.0001532646274426952),
+)  # of 2^f, |f| ≤ 1/2; one term less costs nothing visible in y, but a third of the digits of dA and ddt_bias
 EXP = (1.0, 1.0, 0.49999993, 0.1666652, 0.04166839, 0.00836875, 0.00138145)
 ATANH = (1.0, 0.33333208, 0.20010764, 0.14000903, 0.14005993)  # atanh(q)/q in q², q ≤ 1/3
 ROUND = 12582912.0  # 1.5·2²³: adding it rounds to an integer, which then sits in the low bits
@@ -88,15 +92,22 @@ class Emitter:
         return b.bitcast(b.add(b.bitcast(x, INT_VECTOR), b.shl(b.bitcast(rounded, INT_VECTOR), shift)), VECTOR)
 
     def exp2_product(self, x: Any, y: Any) -> Any:
-        """2^(x·y): relative error < 2e-7, exactly 1 at 0, exactly 0 below 2^-125, inf from 2^127 on; NaN stays NaN.
+        """2^(x·y) for x·y ≤ 127: relative error about 1e-7, exactly 1 at 0, exactly 0 below 2^-125; NaN stays NaN.
 
         The product is never rounded by itself where the CPU has fma, so a tiny x·y loses nothing."""
         b = self.b
         rounded = self.fma(x, y, self.constant(ROUND))
         f = self.fma(x, y, b.fneg(b.fsub(rounded, self.constant(ROUND))))
         result = self.scale(self.polynomial(f, EXP2), rounded)
-        result = b.select(b.fcmp_ordered("<", rounded, self.constant(ROUND - 125)), self.constant(0), result)
-        return b.select(b.fcmp_ordered(">", rounded, self.constant(ROUND + 127)), self.constant(np.inf), result)
+        return b.select(b.fcmp_ordered("<", rounded, self.constant(ROUND - 125)), self.constant(0), result)
+
+    def nan_above(self, limit: float, x: Any, *factors: Any) -> Any:
+        "x, or NaN in the lanes where a product of x and one of the factors exceeds the limit"
+        b = self.b
+        for factor in factors:
+            over = b.fcmp_ordered(">", b.fmul(x, factor), self.constant(limit))
+            x = b.select(over, self.constant(np.nan), x)
+        return x
 
     def exp(self, x: Any) -> Any:
         "e^x, relative error < 2e-7, x held to [-87, 88]; ln 2 in two parts, so that large |x| loses nothing"
@@ -115,7 +126,7 @@ class Emitter:
         return self.b.fdiv(x, self.b.fadd(self.constant(1), self.exp(self.b.fneg(x))))
 
     def softplus(self, x: Any) -> Any:
-        """ln(1 + e^x) = max(x, 0) + 2·atanh(e/(2 + e)), e = e^-|x|: no cancellation for very negative x, and no threshold for large x"""
+        "ln(1 + e^x) = max(x, 0) + 2·atanh(e/(2 + e)), e = e^-|x|: no cancellation for negative x, no threshold"
         b, zero, two = self.b, self.constant(0), self.constant(2)
         magnitude = self.call("llvm.fabs", x)
         e = self.exp(b.fneg(magnitude))
@@ -259,6 +270,22 @@ def exp2_product(e: Emitter, x: Any, y: Any) -> Any:
     return e.exp2_product(x, y)
 
 
+@_lane_intrinsic(Lanes, Lanes, Lanes, Lanes)
+def nan_where_it_overflows(e: Emitter, x: Any, low: Any, high: Any) -> Any:
+    "x, or NaN in the lanes where 2^(x·low) or 2^(x·high) would leave float32"
+    return e.nan_above(127.0, x, low, high)
+
+
+@_lane_intrinsic(Lanes, Lanes, Lanes)
+def lesser(e: Emitter, x: Any, y: Any) -> Any:
+    return e.b.select(e.b.fcmp_ordered("<", y, x), y, x)
+
+
+@_lane_intrinsic(Lanes, Lanes, Lanes)
+def greater(e: Emitter, x: Any, y: Any) -> Any:
+    return e.b.select(e.b.fcmp_ordered(">", y, x), y, x)
+
+
 @_lane_intrinsic(Lanes, Lanes)
 def sigmoid(e: Emitter, x: Any) -> Any:
     return e.sigmoid(x)
@@ -277,6 +304,22 @@ def softplus(e: Emitter, x: Any) -> Any:
 @_lane_intrinsic(types.float32, Lanes)
 def lane_sum(e: Emitter, x: Any) -> Any:
     return e.sum(x)
+
+
+@_lane_intrinsic(Lanes, types.int64)
+def sum_each(e: Emitter, address: Any) -> Any:
+    "the lane sums of 16 vectors in a row, as one vector: the tree of `lane_sum` for all of them at once"
+    rows = [e.load(e.offset(address, ir.Constant(INT64, BYTES), i)) for i in range(WIDTH)]
+    half = WIDTH // 2
+    while half:
+        # each row holds the partial sums of WIDTH/2/half vectors, 2·half lanes each; two rows become one
+        low = [start + i for start in range(0, 2 * WIDTH, 2 * half) for i in range(half)]
+        high = [i + half for i in low]
+        pairs = [(rows[i], rows[i + half]) for i in range(half)]
+        rows = [e.b.fadd(e.shuffle(x, y, low), e.shuffle(x, y, high)) for x, y in pairs]
+        half //= 2
+    order = [int(f"{i:04b}"[::-1], 2) for i in range(WIDTH)]
+    return e.shuffle(rows[0], rows[0], order)
 
 
 @_lane_intrinsic(types.void, types.int64)

@@ -27,11 +27,10 @@ def conv_formula(
     width = weight.shape[1]
     wide = compute_dtype(x, weight, bias, state)
     if state is None:
-        before = x.new_zeros(batch, width - 1, channels)
+        before = x.new_zeros(batch, width - 1, channels, dtype=wide)
     else:
-        before = state.to(x.dtype).transpose(1, 2)
-    full = torch.cat((before, x), 1)  # B K-1+L D
-    taps = full.to(wide)
+        before = state.to(wide).transpose(1, 2)
+    taps = torch.cat((before, x.to(wide)), 1)  # B K-1+L D
     w = weight.to(wide)
     y = taps[:, :length] * w[:, 0]
     for k in range(1, width):
@@ -42,11 +41,11 @@ def conv_formula(
     if silu:
         y = silu_formula(y).to(x.dtype)
     if lengths is None:
-        last = full[:, length:]
+        last = taps[:, length:]
     else:
         rows = lengths.to(torch.int64)[:, None] + torch.arange(width - 1, device=x.device)
-        last = full.gather(1, rows[:, :, None].expand(-1, -1, channels))
-    return y, last.transpose(1, 2).contiguous()
+        last = taps.gather(1, rows[:, :, None].expand(-1, -1, channels))
+    return y, last.transpose(1, 2).to(x.dtype).contiguous()
 
 
 def causal_conv(

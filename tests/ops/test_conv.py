@@ -151,6 +151,15 @@ def test_low_precision_gradients(backend: Any) -> None:
 
 
 @pytest.mark.parametrize("backend", EVERY)
+def test_a_state_of_higher_precision_is_not_rounded_before_it_is_used(backend: Any) -> None:
+    x = conv_inputs(2, 5, 40, 4)
+    x["x"] = x["x"].bfloat16()
+    found = ops.causal_conv(**x, backend=backend)
+    assert found.y.dtype == found.state.dtype == torch.bfloat16
+    assert_within(found.y, by_torch(**{name: t.double() for name, t in x.items()})[0])
+
+
+@pytest.mark.parametrize("backend", EVERY)
 def test_nan_reaches_the_taps_that_see_it_and_no_others(backend: Any) -> None:
     x = conv_inputs(2, 20, 40, 4)
     clean = ops.causal_conv(**x, backend=backend).y

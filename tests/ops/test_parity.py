@@ -86,6 +86,16 @@ def test_low_precision_inputs(dtype: torch.dtype, kind: str, backend: str) -> No
     compare((2, 65, 40, 16), kind, "boundaries", backend, dtype)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("low", [("u", "z"), ("delta",), ("B", "C"), ("A", "D", "dt_bias", "h0")])
+def test_any_mixture_of_precisions(low: tuple[str, ...], backend: str) -> None:
+    x = {name: t.bfloat16() if name in low else t for name, t in scan_inputs(2, 33, 20, 5).items()}
+    exact, sequential = run(double(x), "reference", boundaries=8), run(x, "reference", boundaries=8)
+    for name, tensor in run(x, backend, boundaries=8).items():
+        assert tensor.dtype == sequential[name].dtype, name
+        assert_within(tensor, exact[name], sequential[name], name)
+
+
 def test_float64_on_the_torch_path() -> None:
     x = scan_inputs(2, 130, 40, 7, dtype=torch.float64)
     exact = run(x, "reference", boundaries=50)

@@ -391,7 +391,8 @@ def _operator(symbol: Callable[..., Any], emit: Callable[[ir.IRBuilder, Any, Any
     class Template(ConcreteTemplate):
         cases: ClassVar = [signature(Lanes, Lanes, Lanes)]
 
-    infer_global(symbol)(Template)
+    register: Any = infer_global(symbol)
+    register(Template)
 
     def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
         return emit(builder, *values)

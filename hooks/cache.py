@@ -258,7 +258,8 @@ class MambaCache(ResidualMethods, ActivationCache):
 
     def __repr__(self) -> str:
         batch, length = self.recording.shape
-        return f"MambaCache({len(self)} readable activations of {batch} x {length} tokens, {self.nbytes / 1e6:.1f} MB stored)"
+        held = f"{self.nbytes / 1e6:.1f} MB stored"
+        return f"MambaCache({len(self)} readable activations of {batch} x {length} tokens, {held})"
 
     @property
     def nbytes(self) -> int:
@@ -324,7 +325,8 @@ class MambaCache(ResidualMethods, ActivationCache):
         gradients = {name: cut.apply(value, dim=1) for name, value in self.recording.gradients.items()}
         old = self.recording
         blocks = {
-            i: BlockRecord(i, edited=True, stored={n: v for n, v in kept.items() if tail_of(n)[0] == i}) for i in old.blocks
+            i: BlockRecord(i, edited=True, stored={n: v for n, v in kept.items() if tail_of(n)[0] == i})
+            for i in old.blocks
         }
         top = {n: v for n, v in kept.items() if tail_of(n)[0] is None}
         new = Recording(
@@ -337,7 +339,9 @@ class MambaCache(ResidualMethods, ActivationCache):
 
         What is recomputed from it agrees with the pieces within rounding, not to the bit.
         """
-        return MambaCache(joined([self.recording, *(cache.recording for cache in later)]), self.model, self.has_batch_dim)
+        return MambaCache(
+            joined([self.recording, *(cache.recording for cache in later)]), self.model, self.has_batch_dim
+        )
 
     # ---- files
 
@@ -397,7 +401,9 @@ def load_cache(path: str | Path, model: Scope) -> MambaCache:
     """
     tensors, meta = read_tensors(path, kind="cache", error=CacheError)
     if meta.get("weights") != model.weight_hash():
-        raise CacheError(f"{path} was recorded with other weights (model {meta.get('model')!r}) than {model.cfg.name!r}")
+        raise CacheError(
+            f"{path} was recorded with other weights (model {meta.get('model')!r}) than {model.cfg.name!r}"
+        )
     try:
         shape = tuple(int(n) for n in json.loads(meta["shape"]))
         names, about = list(json.loads(meta["names"])), dict(json.loads(meta["blocks"]))

@@ -86,7 +86,8 @@ class LazyActivation:
         keys += [slice(None)] * (self.ndim - len(keys))
         if not self._cache.has_batch_dim:
             keys = [0, *keys]
-        full = self._cache.recording.shape + (self._cache.model.cfg.d_inner, self._cache.model.cfg.d_state)
+        cfg = self._cache.model.cfg
+        full = (*self._cache.recording.shape, cfg.d_inner, cfg.d_state)
         for axis, (k, size) in enumerate(zip(keys, full, strict=True)):
             if isinstance(k, int) and not -size <= k < size:
                 raise CacheError(f"{self.name}: index {k} is out of range on axis {axis} of size {size}")

@@ -48,5 +48,3 @@ class Scope(Protocol):
     def state_from_tensors(self, tensors: dict[str, Tensor]) -> Any:
         """A mixer state from the tensors that its own ``tensors()`` gave."""
         ...
-
-

@@ -68,7 +68,9 @@ ALIASES: dict[str, str] = {
         if spec.scope == "block" and spec.name.startswith("mixer.")
     },
     **{
-        f"{level}hook_{tail}": f"norm.hook_{tail}" for level in ("", "ln1.", "norm.") for tail in ("scale", "normalized")
+        f"{level}hook_{tail}": f"norm.hook_{tail}"
+        for level in ("", "ln1.", "norm.")
+        for tail in ("scale", "normalized")
     },
     "hook_attn_out": "hook_mixer_out",
 }

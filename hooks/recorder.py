@@ -39,7 +39,9 @@ def select_names(names_filter: Any, names: list[str]) -> list[str]:
         wanted = {resolve_name(name, names) for name in names_filter}
         found = [name for name in names if name in wanted]
     else:
-        raise HookError(f"names_filter must be a name, a list of names or a function, got {type(names_filter).__name__}")
+        raise HookError(
+            f"names_filter must be a name, a list of names or a function, got {type(names_filter).__name__}"
+        )
     if not found:
         raise HookError("names_filter matches no hook point; mambascope.HOOK_POINTS lists them")
     return found
@@ -169,7 +171,9 @@ class CacheRecorder:
         self.boundaries: int | None = BOUNDARY if self._lazy_layers else None
         self._recording: Recording | None = None
         last = model.cfg.n_layers - 1
-        for name in (n for n in names if everything and (tail_of(n)[0] is None or n == f"blocks.{last}.hook_resid_post")):
+        for name in (
+            n for n in names if everything and (tail_of(n)[0] is None or n == f"blocks.{last}.hook_resid_post")
+        ):
             self._wanted.add(name)
 
     def gradient_names(self) -> list[str]:
@@ -178,7 +182,9 @@ class CacheRecorder:
 
     # ---- called by the forward pass
 
-    def begin(self, tokens: Tensor | None, padding: Padding | None, bos: bool, backend: str, shape: tuple[int, int]) -> None:
+    def begin(
+        self, tokens: Tensor | None, padding: Padding | None, bos: bool, backend: str, shape: tuple[int, int]
+    ) -> None:
         versions = versions_of(self._model)
         self._recording = Recording([], backend, tokens, padding, bos, shape, {}, {}, {}, versions)
         self._check_size(self._wanted)
@@ -191,9 +197,7 @@ class CacheRecorder:
         require_bytes(need, self._model.device, f"storing {len(names)} activations", way_out, CacheError)
 
     def begin_block(self, layer: int, resid: Tensor, state: Any) -> None:
-        edited = any(
-            point.live for point in self._model.blocks[layer].modules() if isinstance(point, SitePoint)
-        )
+        edited = any(point.live for point in self._model.blocks[layer].modules() if isinstance(point, SitePoint))
         record = BlockRecord(layer, edited=edited)
         self.recording.blocks[layer] = record
         if edited:

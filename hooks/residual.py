@@ -63,7 +63,9 @@ class ResidualMethods:
             parts.append(self["mixer_out", i])
             labels.append(f"{i}_mixer_out")
         if not parts:
-            raise CacheError("nothing writes to the stream before layer 0 but the embedding, which incl_embeds=False leaves out")
+            raise CacheError(
+                "nothing writes to the stream before layer 0 but the embedding, which incl_embeds=False leaves out"
+            )
         dtype = max((p.dtype for p in parts), key=lambda d: torch.finfo(d).bits)
         stack = torch.stack([cut.apply(p.to(dtype), dim=-2) for p in parts])
         if apply_ln:
@@ -88,7 +90,9 @@ class ResidualMethods:
         """
         layer = self._layer(layer)
         if not expand_neurons:
-            stack, labels = self.decompose_resid(layer, mlp_input, apply_ln=apply_ln, pos_slice=pos_slice, return_labels=True)
+            stack, labels = self.decompose_resid(
+                layer, mlp_input, apply_ln=apply_ln, pos_slice=pos_slice, return_labels=True
+            )
             out = stack if project_output_onto is None else stack @ project_output_onto.to(stack.dtype)
             return (out, labels) if return_labels else out
         return self._channels(layer, mlp_input, apply_ln, pos_slice, return_labels, project_output_onto)

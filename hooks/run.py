@@ -47,7 +47,9 @@ class Recorder(Protocol):
 
     boundaries: int | None
 
-    def begin(self, tokens: Tensor | None, padding: Padding | None, bos: bool, backend: str, shape: tuple[int, int]) -> None:
+    def begin(
+        self, tokens: Tensor | None, padding: Padding | None, bos: bool, backend: str, shape: tuple[int, int]
+    ) -> None:
         """A forward pass starts."""
         ...
 

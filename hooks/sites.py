@@ -128,7 +128,9 @@ class Clock:
         start = self.start
         if isinstance(start, Tensor):
             if int(start.min()) != int(start.max()) or self.padding is not None:
-                raise HookError(f"{name}: rows of different lengths; give hooks without positions, or one row at a time")
+                raise HookError(
+                    f"{name}: rows of different lengths; give hooks without positions, or one row at a time"
+                )
             start = int(start[0])
         if self.padding is not None:
             raise HookError(f"{name}: rows of different lengths; give hooks without positions, or one row at a time")

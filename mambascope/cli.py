@@ -101,7 +101,6 @@ def scope(
     path = out if out is not None else None if as_json else Path(_file_name(content))
     if path is not None and not path.parent.is_dir():
         raise InputError(f"the page cannot be written to {str(path)!r}: there is no folder {str(path.parent)!r}")
-    _check_device(device)
     with _waiting(f"reading with {model} …"):
         loaded = mambascope.load(model, device=device, backend=backend)  # type: ignore[arg-type]
         found = overview_of(loaded, content, top=top, max_tokens=max_tokens)
@@ -114,18 +113,6 @@ def scope(
         _print(found)
     if written is not None:
         typer.echo(f"page: {written}", err=as_json)
-
-
-def _check_device(device: str | None) -> None:
-    import torch
-
-    if device is None:
-        return
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch reports it in all three ways
-        reason = str(error).splitlines()[0][:120]
-        raise InputError(f"--device {device!r} cannot be used here ({reason}); try cpu") from None
 
 
 def _waiting(what: str) -> AbstractContextManager[Any]:

@@ -30,7 +30,10 @@ def _meminfo() -> int | None:
 def _cgroup() -> int | None:
     """What a container's own limit leaves (cgroup v2); None where there is no limit."""
     try:
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit, open("/sys/fs/cgroup/memory.current", encoding="ascii") as used:
+        with (
+            open("/sys/fs/cgroup/memory.max", encoding="ascii") as limit,
+            open("/sys/fs/cgroup/memory.current", encoding="ascii") as used,
+        ):
             most = limit.read().strip()
             return None if most == "max" else max(0, int(most) - int(used.read()))
     except (OSError, ValueError):

@@ -16,7 +16,9 @@ torch.set_num_threads(1)  # the models are small; tests of threading set their o
 BACKENDS = ("reference", "torch", "cpu")
 
 
-def make_model(seed: int = 0, dtype: torch.dtype | None = None, backend: str = "auto", **options: object) -> HookedMamba:
+def make_model(
+    seed: int = 0, dtype: torch.dtype | None = None, backend: str = "auto", **options: object
+) -> HookedMamba:
     """A random model with lively states: wide delta range, non-trivial A, D, biases and norm weights."""
     base: dict[str, object] = {"d_model": 24, "n_layers": 3, "d_vocab": 50, "d_state": 5, "dt_max": 0.8}
     torch.manual_seed(seed)

@@ -31,7 +31,9 @@ def unembed(model: "HookedMamba", normed: Tensor) -> Tensor:
     rows = normed.reshape(-1, normed.shape[-1])
     need = rows.shape[0] * model.cfg.d_vocab * normed.element_size()
     way_out = "ask for the last ones with logits_to_keep=, for return_type='loss', or for fewer tokens at a time"
-    require_bytes(need, normed.device, f"logits of {rows.shape[0]:,} tokens x {model.cfg.d_vocab:,}", way_out, InputError)
+    require_bytes(
+        need, normed.device, f"logits of {rows.shape[0]:,} tokens x {model.cfg.d_vocab:,}", way_out, InputError
+    )
     return model.unembed(rows).view(*normed.shape[:-1], -1)
 
 

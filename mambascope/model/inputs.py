@@ -39,7 +39,9 @@ def check_ids(tokens: Tensor, n_tokens: int, what: str = "tokens") -> None:
     if low < 0 or high >= n_tokens:
         bad = low if low < 0 else high
         row, column = (int(v) for v in (tokens == bad).nonzero()[0])
-        raise InputError(f"{what}[{row}, {column}] is {bad}, outside the vocabulary of {n_tokens} tokens (0…{n_tokens - 1})")
+        raise InputError(
+            f"{what}[{row}, {column}] is {bad}, outside the vocabulary of {n_tokens} tokens (0…{n_tokens - 1})"
+        )
 
 
 def prepare(
@@ -62,7 +64,9 @@ def prepare(
     if not isinstance(value, Tensor):
         raise InputError(f"give text, a list of texts, or a LongTensor of ids, got {type(value).__name__}")
     if prepend_bos:
-        raise InputError("prepend_bos=True goes with text; token ids are taken as they are, so put the id in front yourself")
+        raise InputError(
+            "prepend_bos=True goes with text; token ids are taken as they are, so put the id in front yourself"
+        )
     tokens = value[None] if value.ndim == 1 else value
     check_ids(tokens, model.cfg.n_tokens)
     tokens = tokens.to(model.device, torch.long)

@@ -352,9 +352,13 @@ class HookedMamba(TextMethods, GenerateMethods, HookedRootModule):
             return _Entry(prepared.tokens, None, prepared.padding, prepared.bos)
         if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[-1] != self.cfg.d_model:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise InputError(f"with start_at_layer the input is a residual stream (B, L, {self.cfg.d_model}), got {got}")
+            raise InputError(
+                f"with start_at_layer the input is a residual stream (B, L, {self.cfg.d_model}), got {got}"
+            )
         if not value.is_floating_point() or value.shape[1] == 0:
-            raise InputError(f"the residual stream must be a non-empty float tensor, got {value.dtype}, {tuple(value.shape)}")
+            raise InputError(
+                f"the residual stream must be a non-empty float tensor, got {value.dtype}, {tuple(value.shape)}"
+            )
         value = value.to(self.device)
         padding = None if mask is None else padding_of(mask, (value.shape[0], value.shape[1]), self.device)
         return _Entry(None, value, padding, False)
@@ -426,7 +430,9 @@ class HookedMamba(TextMethods, GenerateMethods, HookedRootModule):
         tokens = torch.as_tensor(tokens, device=self.device)
         tokens = tokens.reshape(-1, 1) if tokens.ndim < 2 else tokens
         if tokens.ndim == 2 and tokens.shape[1] != 1:
-            raise InputError(f"step takes one token a row, got shape {tuple(tokens.shape)}; give more to model(…, state=)")
+            raise InputError(
+                f"step takes one token a row, got shape {tuple(tokens.shape)}; give more to model(…, state=)"
+            )
         state = state if state is not None else self.initial_state(tokens.shape[0])
         with self._absolute():
             logits, state = self(tokens, state=state, return_state=True)
@@ -457,7 +463,13 @@ class HookedMamba(TextMethods, GenerateMethods, HookedRootModule):
         return MambaState(tensors["ssm"], tensors["conv"])
 
     def replay(
-        self, layer: int, resid: Tensor, state: MambaState | None, padding: Padding | None, backend: str, recorder: Recorder
+        self,
+        layer: int,
+        resid: Tensor,
+        state: MambaState | None,
+        padding: Padding | None,
+        backend: str,
+        recorder: Recorder,
     ) -> None:
         """Run one block again on its recorded input, without the user's hooks, for ``recorder`` to watch."""
         run = Run(backend, "replayed for the cache", Clock(), False, recorder, padding)

@@ -163,7 +163,17 @@ class MambaMixer(nn.Module):
         self, raw: Tensor, u: Tensor, B: Tensor, C: Tensor, z: Tensor, h0: Tensor | None, run: Run
     ) -> tuple[Tensor, Tensor]:
         out = ops.selective_scan(
-            u, raw, self.decay(), B, C, self.D, z, dt_softplus=True, h0=h0, boundaries=run.boundaries, backend=run.backend
+            u,
+            raw,
+            self.decay(),
+            B,
+            C,
+            self.D,
+            z,
+            dt_softplus=True,
+            h0=h0,
+            boundaries=run.boundaries,
+            backend=run.backend,
         )
         if run.recorder is not None and run.boundaries is not None:
             run.recorder.take_anchors(str(self.hook_h.name), anchors_of(out, run.boundaries, u.shape[1]))

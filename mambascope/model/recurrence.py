@@ -23,6 +23,7 @@ from mambascope.memory import require_bytes
 
 __all__ = ["Inputs", "Points", "anchors_of", "read_out", "run_recurrence"]
 
+
 @dataclass
 class Inputs:
     """What the recurrence reads: u, delta ``B L D`` (delta after softplus), A ``D N``, B, C ``B L N``, h0."""
@@ -94,9 +95,7 @@ def _align(inputs: Inputs, run: Run) -> Inputs:
     assert padding is not None
     real = torch.arange(inputs.u.shape[1], device=inputs.u.device) < padding.lengths[:, None]
     delta = padding.align(inputs.delta) * real[..., None]
-    return Inputs(
-        padding.align(inputs.u), delta, inputs.A, padding.align(inputs.B), padding.align(inputs.C), inputs.h0
-    )
+    return Inputs(padding.align(inputs.u), delta, inputs.A, padding.align(inputs.B), padding.align(inputs.C), inputs.h0)
 
 
 def read_out(h: Tensor, C: Tensor) -> Tensor:
@@ -227,7 +226,9 @@ def _exposed(inputs: Inputs, points: Points, run: Run) -> tuple[Tensor, Tensor] 
     else:
         y, h_last, h = _exposed_steps(A_bar, write, inputs, points.h, steps, run)
     if run.recorder is not None:
-        run.recorder.take_anchors(str(points.h.name), Anchors([-1, *range(length)], torch.cat([inputs.h0[:, None], h], 1)))
+        run.recorder.take_anchors(
+            str(points.h.name), Anchors([-1, *range(length)], torch.cat([inputs.h0[:, None], h], 1))
+        )
     return y, h_last
 
 

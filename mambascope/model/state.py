@@ -93,7 +93,9 @@ class State:
             tensors["position"] = self.position
         number = "" if isinstance(self.position, Tensor) else str(self.position)
         write_tensors(
-            path, tensors, {"kind": "state", "model": model.cfg.name, "weights": model.weight_hash(), "position": number}
+            path,
+            tensors,
+            {"kind": "state", "model": model.cfg.name, "weights": model.weight_hash(), "position": number},
         )
 
     @classmethod
@@ -101,12 +103,15 @@ class State:
         """Read what :meth:`save` wrote; StateError if it was made with other weights."""
         tensors, meta = read_tensors(path, kind="state", error=StateError)
         if meta.get("weights") != model.weight_hash():
-            raise StateError(f"{path} is a state of model {meta.get('model')!r} with other weights than {model.cfg.name!r}")
+            raise StateError(
+                f"{path} is a state of model {meta.get('model')!r} with other weights than {model.cfg.name!r}"
+            )
         if not {"ssm", "conv"} <= tensors.keys():
             raise StateError(f"{path} lacks 'ssm' or 'conv'")
         device = model.device
         layers = [
-            MambaState(ssm.to(device), conv.to(device)) for ssm, conv in zip(tensors["ssm"], tensors["conv"], strict=True)
+            MambaState(ssm.to(device), conv.to(device))
+            for ssm, conv in zip(tensors["ssm"], tensors["conv"], strict=True)
         ]
         position: int | Tensor = tensors["position"].to(device) if "position" in tensors else int(meta["position"])
         state = cls(layers, position, model.model_id)

@@ -189,7 +189,12 @@ def main() -> None:
     add("L=512 forward+backward / transformers", ms["forward+backward"] / ms["transformers f+b"], "bar ≤ 0.25")
     if options.csv:
         commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-        about = [platform.processor() or platform.machine(), f"threads={options.threads}", f"torch={torch.__version__}", commit]
+        about = [
+            platform.processor() or platform.machine(),
+            f"threads={options.threads}",
+            f"torch={torch.__version__}",
+            commit,
+        ]
         with options.csv.open("w", newline="") as out:
             writer = csv.writer(out)
             writer.writerow(["what", "value", "bar", "device", "threads", "torch", "commit"])

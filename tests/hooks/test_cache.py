@@ -205,7 +205,9 @@ def test_save_and_load_give_the_same_reads(model: HookedMamba, tokens: torch.Ten
         ms.load_cache(tmp_path / "state", model)
 
 
-def test_a_failed_save_leaves_the_old_file(tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_the_old_file(
+    tokens: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model()
     _, cache = model.run_with_cache(tokens)
     file = tmp_path / "cache.safetensors"
@@ -228,7 +230,9 @@ def test_what_would_not_fit_says_so_first(tokens: torch.Tensor, monkeypatch: pyt
     long = tokens.repeat(1, 30)
     _, cache = model.run_with_cache(long)
     monkeypatch.setattr("mambascope.memory.available_bytes", lambda device: 100_000_000)
-    with pytest.raises(CacheError, match=r"2,100 steps of .* would take .* GB on cpu, where 100.0 MB .* index a window"):
+    with pytest.raises(
+        CacheError, match=r"2,100 steps of .* would take .* GB on cpu, where 100.0 MB .* index a window"
+    ):
         cache["h", 1].full()
     assert cache["h", 1][:, 2000:2003].shape == (2, 3, 512, 64)
     with pytest.raises(CacheError, match="name fewer activations"):

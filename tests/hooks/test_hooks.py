@@ -36,7 +36,9 @@ def test_every_hook_point_fires_once_and_reading_changes_no_bit(model: HookedMam
 
 
 @pytest.mark.parametrize("tail", [s.name for s in HOOK_POINTS if s.scope == "block"])
-def test_each_hook_alone_reads_without_a_trace_and_edits_with_one(model: HookedMamba, tokens: torch.Tensor, tail: str) -> None:
+def test_each_hook_alone_reads_without_a_trace_and_edits_with_one(
+    model: HookedMamba, tokens: torch.Tensor, tail: str
+) -> None:
     name = f"blocks.1.{tail}"
     with torch.no_grad():
         plain = model(tokens)
@@ -57,7 +59,7 @@ def test_each_hook_alone_reads_without_a_trace_and_edits_with_one(model: HookedM
 def test_positions_address_what_python_would(model: HookedMamba, tokens: torch.Tensor) -> None:
     seen: dict[str, object] = {}
 
-    def note(key: str):  # noqa: ANN202
+    def note(key: str):
         def fn(value: torch.Tensor, hook: object) -> None:
             pos = hook.pos  # type: ignore[attr-defined]
             seen[key] = (value.clone(), pos if isinstance(pos, int) else pos.tolist())
@@ -80,7 +82,9 @@ def test_state_hooks_are_called_in_order_with_their_state(model: HookedMamba, to
     sites = ["blocks.1.mixer.hook_h[-1]", "blocks.1.mixer.hook_h[0]", "blocks.1.mixer.hook_h[10:14]"]
     with torch.no_grad():
         _, cache = model.run_with_cache(tokens)
-        model.run_with_hooks(tokens, fwd_hooks=[(s, lambda h, hook: calls.append((hook.pos, h.clone()))) for s in sites])
+        model.run_with_hooks(
+            tokens, fwd_hooks=[(s, lambda h, hook: calls.append((hook.pos, h.clone()))) for s in sites]
+        )
     assert [pos for pos, _ in calls] == [0, 10, 11, 12, 13, 69]
     for pos, h in calls:
         assert error(h, cache["h", 1][:, pos]) < 1e-6
@@ -147,7 +151,12 @@ def test_backward_hooks_fire_on_every_point_and_give_the_gradient(backend: str, 
     assert set(grads) == set(names)
     # Against a finite difference: add a small direction at one site, compare the loss with the gradient's promise.
     double = make_model(backend="reference", dtype=torch.float64)
-    for name in ("blocks.1.hook_resid_pre", "blocks.1.mixer.hook_delta", "blocks.2.mixer.hook_y", "blocks.0.mixer.hook_B"):
+    for name in (
+        "blocks.1.hook_resid_pre",
+        "blocks.1.mixer.hook_delta",
+        "blocks.2.mixer.hook_y",
+        "blocks.0.mixer.hook_B",
+    ):
         v = torch.randn(grads[name].shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
         step = 1e-5
 
@@ -174,7 +183,9 @@ def test_backward_hook_on_the_state_sees_the_adjoint_in_reverse(backend: str) ->
     for order, t in enumerate((6, 5, 4, 3, 2)):
         ends = [
             double.run_with_hooks(
-                tokens, return_type="loss", fwd_hooks=[(f"blocks.1.mixer.hook_h[{t}]", lambda h, hook, s=s: h + s * 1e-5 * v)]
+                tokens,
+                return_type="loss",
+                fwd_hooks=[(f"blocks.1.mixer.hook_h[{t}]", lambda h, hook, s=s: h + s * 1e-5 * v)],
             ).item()
             for s in (1, -1)
         ]

@@ -8,9 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from mambascope.errors import BackendError, InputError
-from mambascope.model import HookedMamba
+from mambascope.model import HookedMamba, language_model
 from mambascope.model import head as head_module
-from mambascope.model import language_model
 from tests.conftest import error, make_model
 
 
@@ -144,7 +143,10 @@ def test_logits_that_cannot_fit_are_refused_before_they_start(monkeypatch: pytes
     model = make_model(d_vocab=50_000)
     monkeypatch.setattr("mambascope.memory.available_bytes", lambda device: 50_000_000)
     tokens = torch.zeros(1, 400, dtype=torch.long)
-    with torch.no_grad(), pytest.raises(InputError, match=r"logits of 400 tokens x 50,000 would take 80.0 MB .* logits_to_keep"):
+    with (
+        torch.no_grad(),
+        pytest.raises(InputError, match=r"logits of 400 tokens x 50,000 would take 80.0 MB .* logits_to_keep"),
+    ):
         model(tokens)
     with torch.no_grad():
         assert model(tokens, return_type="loss").isfinite()
@@ -189,8 +191,9 @@ def test_generation_with_hooks_and_cache(model: HookedMamba, tokens: torch.Tenso
         for name in once:
             a, b = (c[name] if isinstance(c[name], torch.Tensor) else c[name].full() for c in (cache, once))
             assert error(a, b) < 5e-6, name
-        with pytest.raises(Exception, match="negative positions"), model.hooks(
-            fwd_hooks=[("blocks.1.hook_resid_pre[-1]", lambda v, hook: None)]
+        with (
+            pytest.raises(Exception, match="negative positions"),
+            model.hooks(fwd_hooks=[("blocks.1.hook_resid_pre[-1]", lambda v, hook: None)]),
         ):
             model.generate(tokens[:1, :10], 2)
         _, cache = model.generate(tokens[:1, :10], 8, return_cache=True)

@@ -77,9 +77,16 @@ def test_gradients_flow_into_and_out_of_a_state(backend: str, tokens: torch.Tens
     second = model(tokens[:, 40:], state=state, return_type="loss", loss_per_token=True).sum()
     pieces = torch.autograd.grad(second, model.blocks[0].mixer.in_proj.weight)[0]
     assert error(pieces, exact) < 1e-4
-    assert error(torch.autograd.grad(
-        model(tokens[:, 40:], state=state.detach(), return_type="loss", loss_per_token=True).sum(),
-        model.blocks[0].mixer.in_proj.weight)[0], exact) > 1e-3  # a detached state stops the gradient
+    assert (
+        error(
+            torch.autograd.grad(
+                model(tokens[:, 40:], state=state.detach(), return_type="loss", loss_per_token=True).sum(),
+                model.blocks[0].mixer.in_proj.weight,
+            )[0],
+            exact,
+        )
+        > 1e-3
+    )  # a detached state stops the gradient
 
 
 def test_a_state_is_saved_loaded_and_checked(model: HookedMamba, tokens: torch.Tensor, tmp_path: Path) -> None:

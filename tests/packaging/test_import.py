@@ -11,7 +11,18 @@ import pytest
 import mambascope
 
 ROOT = Path(__file__).resolve().parents[2]
-HEAVY = ("torch", "numba", "transformers", "transformer_lens", "nnsight", "plotly", "triton", "pandas", "safetensors", "rich")
+HEAVY = (
+    "torch",
+    "numba",
+    "transformers",
+    "transformer_lens",
+    "nnsight",
+    "plotly",
+    "triton",
+    "pandas",
+    "safetensors",
+    "rich",
+)
 
 
 def in_fresh_process(code: str) -> str:
@@ -29,7 +40,9 @@ def test_import_is_cheap_and_loads_nothing_heavy() -> None:
 
 
 def test_the_check_above_can_fail() -> None:
-    loaded = json.loads(in_fresh_process("import sys, json, mambascope.model; print(json.dumps('torch' in sys.modules))"))
+    loaded = json.loads(
+        in_fresh_process("import sys, json, mambascope.model; print(json.dumps('torch' in sys.modules))")
+    )
     assert loaded is True
 
 
@@ -40,7 +53,7 @@ def test_every_public_name_exists(name: str) -> None:
 
 def test_unknown_names_say_what_there_is() -> None:
     with pytest.raises(AttributeError, match="public names: HOOK_POINTS, HookedMamba"):
-        mambascope.nonsense  # noqa: B018
+        mambascope.nonsense
 
 
 def packages() -> list[str]:

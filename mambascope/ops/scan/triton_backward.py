@@ -216,7 +216,7 @@ def backward_kernel(
         groups = tl.cdiv(tl.maximum(end - begin, 0), 4)
         # A segment past the end of the text has no state: the buffer's contents must not come into play.
         at = (long_row * n_segments + segment) * D * N
-        h = tl.load(states + at + tile, mask=tile_in & (begin < L), other=0.0)
+        h = tl.load(states + at + tile, mask=tile_in & (begin + tl.zeros_like(tile) < L), other=0.0)
 
         # Forward through the segment: the state entering each group of four goes to this program's own scratch.
         t = begin
@@ -337,7 +337,9 @@ def _add_up(parts, out, i, size, terms, ADD: tl.constexpr):
         values = ()
         for j in tl.static_range(8):
             term = group * 8 + j
-            values = values + (tl.load(parts + term * size + i, mask=inside & (term < terms), other=0.0),)
+            values = values + (
+                tl.load(parts + term * size + i, mask=inside & (tl.zeros_like(i) + term < terms), other=0.0),
+            )
         for j in tl.static_range(8):
             total += values[j]
     if ADD:

@@ -208,11 +208,12 @@ def forward_kernel(
             to = y + (long_row * L + now) * D + d[:, None] + k * D
             tl.store(to, out.to(y.dtype.element_ty), mask=d_in & (now + k < now_end))
         elif MODE == WINDOW:
+            zero = tl.zeros_like(tile)
             to = bound + (long_row * L + now) * D * N + tile
             tl.store(to, h0_, mask=tile_in)
-            tl.store(to + D * N, h1_, mask=tile_in & (now + 1 < now_end))
-            tl.store(to + 2 * D * N, h2_, mask=tile_in & (now + 2 < now_end))
-            tl.store(to + 3 * D * N, h, mask=tile_in & (now + 3 < now_end))
+            tl.store(to + D * N, h1_, mask=tile_in & (zero + now + 1 < now_end))
+            tl.store(to + 2 * D * N, h2_, mask=tile_in & (zero + now + 2 < now_end))
+            tl.store(to + 3 * D * N, h, mask=tile_in & (zero + now + 3 < now_end))
         elif MODE == ENDS:
             total += dt
 
@@ -243,17 +244,18 @@ def carry_kernel(
     if HAS_FIRST:
         h = tl.load(first + row * D * N + i, mask=inside, other=0.0).to(tl.float32)
     tl.store(starts + row * n_chunks * D * N + i, h, mask=inside)
+    zero = tl.zeros_like(i)
     for group in steps(0, tl.cdiv(n_chunks - 1, 8)):
         totals = ()
         locals_ = ()
         for k in tl.static_range(8):
             part = group * 8 + k
             at = row * (n_chunks - 1) + part
-            there = inside & (part < n_chunks - 1)
+            there = inside & (zero + part < n_chunks - 1)
             totals = totals + (tl.load(sums + at * D + i // N, mask=there, other=0.0),)
             locals_ = locals_ + (tl.load(ends + at * D * N + i, mask=there, other=0.0),)
         for k in tl.static_range(8):
             part = group * 8 + k
             h = tl.fma(tl.exp2(a * totals[k]), h, locals_[k])
-            there = inside & (part < n_chunks - 1)
+            there = inside & (zero + part < n_chunks - 1)
             tl.store(starts + (row * n_chunks + part + 1) * D * N + i, h, mask=there)

@@ -78,7 +78,7 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Opt
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
     on_cuda = all(parameter.is_cuda for parameter in model.parameters())
-    return kind(groups, lr=settings.lr, betas=settings.betas, fused=on_cuda or None)
+    return kind(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=on_cuda or None)
 
 
 def train(

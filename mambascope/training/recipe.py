@@ -62,6 +62,7 @@ class TrainSettings:
     lr: float
     optimizer: Literal["adam", "adamw"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
     weight_decay: float = 0.0
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup: int = 0
@@ -76,7 +77,7 @@ class TrainSettings:
         for field in ("steps", "batch", "length", "log_every", "checkpoint_every", "evaluate_every"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"train.{field} must be at least 1, got {getattr(self, field)}")
-        for field in ("lr", "weight_decay", "lr_floor", "clip", "warmup"):
+        for field in ("lr", "eps", "weight_decay", "lr_floor", "clip", "warmup"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise ConfigError(f"train.{field} must be a number >= 0, got {getattr(self, field)}")
         if self.warmup >= self.steps:

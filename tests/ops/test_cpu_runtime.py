@@ -119,6 +119,24 @@ def test_runs_where_no_cache_folder_can_be_written() -> None:
     assert out.split() == ["0.6931471824645996", "False"]
 
 
+@pytest.mark.parametrize("ending", ["nbi", "nbc"])
+def test_a_damaged_cache_is_named_and_passed_by(tmp_path: Path, ending: str) -> None:
+    code = """
+        import torch, warnings
+        from mambascope.ops.cpu.elementwise import elementwise_units, softplus_forward
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            value = float(softplus_forward(torch.zeros(1)))
+        print(value, elementwise_units.cached, ["delete numba's *.nbi" in str(w.message) for w in caught])
+        """
+    assert in_fresh_process(code, NUMBA_CACHE_DIR=str(tmp_path)).split() == ["0.6931471824645996", "True", "[]"]
+    files = list(tmp_path.rglob(f"*.{ending}"))
+    assert files
+    for file in files:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert in_fresh_process(code, NUMBA_CACHE_DIR=str(tmp_path)).split() == ["0.6931471824645996", "False", "[True]"]
+
+
 def test_an_edited_source_file_is_not_answered_from_the_cache() -> None:
     from numba.core import caching, types
     from numba.core.registry import cpu_target

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import threading
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -40,16 +41,20 @@ class Kernel:
         body = _stamped(self._body, _stamp())
         options: dict[str, Any] = {"nopython": True, "error_model": "numpy"}
         try:
-            try:
-                self._compiled = cfunc(_SIGNATURE, cache=True, **options)(body)
-                self.cached = True
-            except (RuntimeError, OSError):  # no folder that numba may write to
-                self._compiled = cfunc(_SIGNATURE, **options)(body)
-                self.cached = False
+            self._compiled, self.cached = cfunc(_SIGNATURE, cache=True, **options)(body), True
         except NumbaError as error:
             raise BackendError(
                 f"numba could not compile the cpu kernel {self.name!r}: {error}; use backend='torch'"
             ) from error
+        except Exception as error:
+            if not isinstance(error, RuntimeError):  # that is numba's way to say: no folder that it may write to
+                warnings.warn(
+                    f"numba's cached code of {self.name!r} cannot be used ({type(error).__name__}: {error}), so it is "
+                    "compiled at every start; delete numba's *.nbi and *.nbc files (beside the source files, or in "
+                    "NUMBA_CACHE_DIR), or make room on the disk",
+                    stacklevel=5,
+                )
+            self._compiled, self.cached = cfunc(_SIGNATURE, **options)(body), False
         self.address = int(self._compiled.address or 0)
         self.call = _PROTOTYPE(self.address)
 

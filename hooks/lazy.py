@@ -155,7 +155,12 @@ def _orthogonal(window: Tensor, keys: list[Any], time: Any) -> Tensor:
 
 
 def states_between(
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor], anchors: Anchors, first: int, start: int, stop: int, backend: str
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    anchors: Anchors,
+    first: int,
+    start: int,
+    stop: int,
+    backend: ops.Backend,
 ) -> Tensor:
     """h for steps [start, stop), ``B W D N``, from u, delta, A, B whose column 0 is step ``first``.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mambascope.hooks.sites import Clock, Padding, SitePoint, Witness
+from mambascope.ops import Backend
 
 __all__ = ["Anchors", "PathTaken", "Recorder", "Run"]
 
@@ -77,7 +78,7 @@ class Run:
     ``hooks=False`` while a block is replayed for a lazy read: the user's hooks must not fire again.
     """
 
-    backend: str
+    backend: Backend
     why: str = ""
     clock: Clock = field(default_factory=Clock)
     hooks: bool = True

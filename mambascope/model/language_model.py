@@ -13,7 +13,7 @@ from transformer_lens import HookedRootModule
 
 from mambascope import ops
 from mambascope.config import MambaConfig
-from mambascope.errors import HookError, InputError, StateError
+from mambascope.errors import BackendError, HookError, InputError, StateError
 from mambascope.hooks.cache import CacheRecorder, MambaCache, select_names
 from mambascope.hooks.points import hook_names, resolve_name
 from mambascope.hooks.run import PathTaken, Recorder, Run
@@ -205,7 +205,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookedRootModule):
         """
         names = select_names(names_filter, list(self.hook_dict))
         recorder = CacheRecorder(self, names, everything=names_filter is None, eager=incl_bwd or pos_slice is not None)
-        backward = [(n, recorder.take_gradient) for n in recorder.gradient_names()] if incl_bwd else []
+        backward: list[Any] = [(n, recorder.take_gradient) for n in recorder.gradient_names()] if incl_bwd else []
         with self.hooks(bwd_hooks=backward, reset_hooks_end=reset_hooks_end, clear_contexts=clear_contexts):
             with self._recording(recorder):
                 out = self(*model_args, **model_kwargs)
@@ -370,7 +370,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookedRootModule):
             or (state is not None and any(s.ssm.requires_grad or s.conv.requires_grad for s in state.layers))
         )
         backend, why = ops.resolve_backend(self.backend, self.device, self.dtype, needs_grad)
-        run = Run(backend, why, self._clock, True, self._recorder, entry.padding)
+        run = Run(cast(ops.Backend, backend), why, self._clock, True, self._recorder, entry.padding)
         if self._recorder is not None:
             shape = (entry.batch, entry.length)
             self._recorder.begin(entry.tokens, entry.padding, entry.bos, backend, shape)
@@ -415,7 +415,8 @@ class HookedMamba(TextMethods, GenerateMethods, HookedRootModule):
                     raise StateError(f"layer {i}: state.{name} has shape {tuple(got.shape)}, expected {expected}")
                 if got.dtype != like.dtype or got.device != like.device:
                     raise StateError(
-                        f"layer {i}: state.{name} is {got.dtype} on {got.device}, expected {like.dtype} on {like.device}"
+                        f"layer {i}: state.{name} is {got.dtype} on {got.device}, "
+                        f"expected {like.dtype} on {like.device}"
                     )
 
     def initial_state(self, batch: int = 1) -> State:
@@ -472,7 +473,11 @@ class HookedMamba(TextMethods, GenerateMethods, HookedRootModule):
         recorder: Recorder,
     ) -> None:
         """Run one block again on its recorded input, without the user's hooks, for ``recorder`` to watch."""
-        run = Run(backend, "replayed for the cache", Clock(), False, recorder, padding)
+        try:
+            name, _ = ops.resolve_backend(backend, self.device, self.dtype)
+        except BackendError:  # recorded on another machine
+            name, _ = ops.resolve_backend(self.backend, self.device, self.dtype)
+        run = Run(cast(ops.Backend, name), "replayed for the cache", Clock(), False, recorder, padding)
         path = cast(Block, self.blocks[layer]).mixer.path
         with torch.no_grad():
             cast(Block, self.blocks[layer])(resid, run, state)

@@ -40,7 +40,7 @@ class Inputs:
             self.u[:, start:stop], self.delta[:, start:stop], self.A, self.B[:, start:stop], self.C[:, start:stop], h0
         )
 
-    def scan(self, backend: str, boundaries: int | None) -> ops.ScanOutput:
+    def scan(self, backend: ops.Backend, boundaries: int | None) -> ops.ScanOutput:
         return ops.selective_scan(
             self.u, self.delta, self.A, self.B, self.C, h0=self.h0, boundaries=boundaries, backend=backend
         )

@@ -36,6 +36,6 @@ class Block(nn.Module):
         """The residual stream ``B L M`` after the block, and the mixer's state after the last real token."""
         resid = run.emit(self.hook_resid_pre, resid, fork=True)
         mixer_in = run.emit(self.hook_mixer_in, resid, fork=True)
-        out, state = self.mixer(self.norm(mixer_in, run), run, state)
+        out, after = self.mixer(self.norm(mixer_in, run), run, state)
         out = run.emit(self.hook_mixer_out, out)
-        return run.emit(self.hook_resid_post, resid + out), state
+        return run.emit(self.hook_resid_post, resid + out), after

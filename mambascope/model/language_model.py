@@ -436,8 +436,8 @@ class HookedMamba(TextMethods, GenerateMethods, HookedRootModule):
             )
         state = state if state is not None else self.initial_state(tokens.shape[0])
         with self._absolute():
-            logits, state = self(tokens, state=state, return_state=True)
-        return logits[:, 0], state
+            logits, after = self(tokens, state=state, return_state=True)
+        return logits[:, 0], after
 
     @contextmanager
     def _absolute(self) -> Iterator[None]:

@@ -129,7 +129,7 @@ def layer_gating(reading: Reading, layer: int, open_above: float = 0.5, closed_b
         (gate > open_above).to(delta.dtype).mean(1),
         (gate < closed_below).to(delta.dtype).mean(1),
         gate.mean(0),
-        gate.argmax(0),
+        delta.argmax(0),  # g saturates at 1 and would tie
         selectivity,
         (open_above, closed_below),
     )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import plotly.graph_objects as go
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from mambascope.analyses.labels import short, visible
 
 if TYPE_CHECKING:
     from mambascope.analyses.capacity import Capacity
+
+Numbers = npt.NDArray[np.float64]
 
 __all__ = ["DIVERGING", "MOST", "SEQUENTIAL", "capacity_curves", "pair_map", "profiles", "token_bars", "token_map"]
 
@@ -37,12 +40,12 @@ def escaped(text: str) -> str:
     return html.escape(text, quote=False)
 
 
-def array(values: Any) -> np.ndarray[Any, Any]:
+def array(values: Any) -> Numbers:
     """A float64 array of a tensor or list, on the CPU."""
     return values.detach().double().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, dtype=float)
 
 
-def decimate(values: np.ndarray[Any, Any], most: int = MOST) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], int]:
+def decimate(values: Numbers, most: int = MOST) -> tuple[Numbers, npt.NDArray[np.int64], int]:
     """Columns of ``rows L`` joined to at most ``most``: the values kept, the column each came from, columns a cell.
 
     The value of largest magnitude wins; a cell of NaNs stays NaN.
@@ -84,7 +87,7 @@ def note(per: int) -> str:
     return "" if per == 1 else f"<br><sub>each cell: the largest of {per} neighbouring tokens</sub>"
 
 
-def log_scale(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], dict[str, Any]]:
+def log_scale(values: Numbers) -> tuple[Numbers, dict[str, Any]]:
     """log10 of positive values (0 becomes NaN), and a colour bar that shows the values themselves."""
     z = np.log10(np.where(values > 0, values, np.nan))
     if not np.isfinite(z).any():
@@ -112,7 +115,7 @@ def layout(figure: go.Figure, title: str, height: int) -> go.Figure:
 
 
 def token_map(
-    values: Tensor | np.ndarray[Any, Any],
+    values: Tensor | Numbers,
     labels: Sequence[str],
     title: str,
     unit: str,
@@ -157,7 +160,7 @@ def token_map(
     return figure
 
 
-def _colours(z: np.ndarray[Any, Any], unit: str, signed: bool, bar: dict[str, Any]) -> dict[str, Any]:
+def _colours(z: Numbers, unit: str, signed: bool, bar: dict[str, Any]) -> dict[str, Any]:
     heat: dict[str, Any] = {"colorscale": DIVERGING if signed else SEQUENTIAL}
     heat["colorbar"] = {"title": {"text": unit}, **bar}
     if signed:
@@ -172,7 +175,7 @@ def _about(labels: Sequence[str], start: int, column: int, value: str, extra: st
 
 
 def token_bars(
-    values: Tensor | np.ndarray[Any, Any],
+    values: Tensor | Numbers,
     labels: Sequence[str],
     title: str,
     unit: str,
@@ -192,7 +195,7 @@ def token_bars(
 
 
 def pair_map(
-    values: Tensor | np.ndarray[Any, Any],
+    values: Tensor | Numbers,
     labels: Sequence[str],
     title: str,
     unit: str,
@@ -215,9 +218,7 @@ def pair_map(
     return figure
 
 
-def profiles(
-    values: Tensor | np.ndarray[Any, Any], x: Sequence[float], title: str, x_title: str, y_title: str
-) -> go.Figure:
+def profiles(values: Tensor | Numbers, x: Sequence[float | int], title: str, x_title: str, y_title: str) -> go.Figure:
     """One line a row of ``rows points`` values."""
     figure = go.Figure()
     for i, line in enumerate(array(values)):

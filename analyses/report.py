@@ -17,7 +17,7 @@ import plotly
 from torch import Tensor
 
 from mambascope.analyses.labels import short, visible
-from mambascope.analyses.plots import array, escaped, token_map
+from mambascope.analyses.plots import Numbers, array, escaped, token_map
 from mambascope.analyses.report_assets import SCRIPT, STYLE
 from mambascope.errors import InputError
 from mambascope.storage import write_bytes
@@ -247,7 +247,7 @@ def _table(overview: "Overview") -> str:
 # ---- data for the script
 
 
-def _shade(values: np.ndarray[Any, Any], log: bool) -> list[float]:
+def _shade(values: Numbers, log: bool) -> list[float]:
     """0…1 between the 2nd and 98th percentile, so that one outlier does not pale the rest."""
     if log:
         values = np.log(np.where(values > 0, values, np.nan))

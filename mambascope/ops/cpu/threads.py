@@ -23,7 +23,7 @@ import torch
 
 from mambascope.errors import BackendError
 
-GRAIN = 1 << 17
+GRAIN = 1 << 18
 """Elementary steps (one state of one channel at one position) below which starting a team costs more than it saves."""
 
 _CAPACITY = 64  # int64 slots of one call

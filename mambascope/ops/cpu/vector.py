@@ -327,7 +327,7 @@ def prefetch(e: Emitter, address: Any) -> None:
     "a hint that the cache line will be read soon (rows lie pages apart: the hardware does not guess them)"
     pointer = e.pointer(address, ir.IntType(8))
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, INT32, INT32, INT32])
-    function = cgutils.get_or_insert_function(e.b.module, kind, "llvm.prefetch.p0")
+    function = e.b.module.declare_intrinsic("llvm.prefetch", (pointer.type,), kind)
     e.b.call(function, [pointer, ir.Constant(INT32, 0), ir.Constant(INT32, 3), ir.Constant(INT32, 1)])
 
 

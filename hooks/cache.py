@@ -407,7 +407,7 @@ def load_cache(path: str | Path, model: Scope) -> MambaCache:
     try:
         shape = tuple(int(n) for n in json.loads(meta["shape"]))
         names, about = list(json.loads(meta["names"])), dict(json.loads(meta["blocks"]))
-        batch, bos = bool(json.loads(meta["batch"])), bool(json.loads(meta["bos"]))
+        batch, bos = bool(json.loads(meta["batch"])), json.loads(meta["bos"])
         tensors = {name: value.to(model.device) for name, value in tensors.items()}
         blocks = {int(i): _block_from(int(i), facts, tensors, model) for i, facts in about.items()}
     except (KeyError, ValueError, TypeError, AttributeError) as cause:

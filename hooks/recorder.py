@@ -83,7 +83,7 @@ class Recording:
     backend: str
     tokens: Tensor | None
     padding: Padding | None
-    bos: bool
+    bos: bool | None
     shape: tuple[int, int]
     top: dict[str, Tensor]
     blocks: dict[int, BlockRecord]
@@ -183,7 +183,7 @@ class CacheRecorder:
     # ---- called by the forward pass
 
     def begin(
-        self, tokens: Tensor | None, padding: Padding | None, bos: bool, backend: str, shape: tuple[int, int]
+        self, tokens: Tensor | None, padding: Padding | None, bos: bool | None, backend: str, shape: tuple[int, int]
     ) -> None:
         versions = versions_of(self._model)
         self._recording = Recording([], backend, tokens, padding, bos, shape, {}, {}, {}, versions)

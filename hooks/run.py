@@ -49,7 +49,7 @@ class Recorder(Protocol):
     boundaries: int | None
 
     def begin(
-        self, tokens: Tensor | None, padding: Padding | None, bos: bool, backend: str, shape: tuple[int, int]
+        self, tokens: Tensor | None, padding: Padding | None, bos: bool | None, backend: str, shape: tuple[int, int]
     ) -> None:
         """A forward pass starts."""
         ...

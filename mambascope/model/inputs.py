@@ -18,11 +18,14 @@ __all__ = ["Prepared", "check_ids", "prepare"]
 
 @dataclass(frozen=True)
 class Prepared:
-    """Checked input: tokens ``B L`` on the model's device, padding or None, and whether a BOS was prepended."""
+    """Checked input: tokens ``B L`` on the model's device, padding or None, and whether a BOS was prepended.
+
+    ``bos`` is None where ids were given: they are taken as they are.
+    """
 
     tokens: Tensor
     padding: Padding | None
-    bos: bool
+    bos: bool | None
 
 
 def check_ids(tokens: Tensor, n_tokens: int, what: str = "tokens") -> None:
@@ -33,9 +36,9 @@ def check_ids(tokens: Tensor, n_tokens: int, what: str = "tokens") -> None:
         raise InputError(f"{what} must have shape (batch, length), got {tuple(tokens.shape)}")
     if tokens.numel() == 0:
         raise InputError(f"{what} is empty (shape {tuple(tokens.shape)}); give at least one token")
-    if torch.compiler.is_compiling():
-        return
-    low, high = (int(v) for v in torch.aminmax(tokens))
+    if torch.compiler.is_compiling() or (tokens.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return  # values cannot be looked at there
+    low, high = (int(v) for v in torch.stack(torch.aminmax(tokens)).tolist())
     if low < 0 or high >= n_tokens:
         bad = low if low < 0 else high
         row, column = (int(v) for v in (tokens == bad).nonzero()[0])
@@ -68,11 +71,10 @@ def prepare(
             "prepend_bos=True goes with text; token ids are taken as they are, so put the id in front yourself"
         )
     tokens = value[None] if value.ndim == 1 else value
-    check_ids(tokens, model.cfg.n_tokens)
-    tokens = tokens.to(model.device, torch.long)
+    check_ids(tokens, model.cfg.n_tokens)  # ids on the host cost no wait for the device
+    tokens = tokens.to(model.device, torch.long, non_blocking=True)
     if attention_mask is not None and attention_mask.ndim == 1:
         attention_mask = attention_mask[None]
     shape = (tokens.shape[0], tokens.shape[1])
     padding = padding_of(attention_mask, shape, model.device) if attention_mask is not None else None
-    first = {int(t) for t in tokens[:, 0]} if not torch.compiler.is_compiling() else set()
-    return Prepared(tokens, padding, model.cfg.bos_token_id is not None and first == {model.cfg.bos_token_id})
+    return Prepared(tokens, padding, None)

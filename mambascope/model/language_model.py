@@ -361,7 +361,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookedRootModule):
             )
         value = value.to(self.device)
         padding = None if mask is None else padding_of(mask, (value.shape[0], value.shape[1]), self.device)
-        return _Entry(None, value, padding, False)
+        return _Entry(None, value, padding, None)
 
     def _new_run(self, entry: "_Entry", state: State | None) -> Run:
         needs_grad = torch.is_grad_enabled() and (
@@ -491,7 +491,7 @@ class _Entry:
     tokens: Tensor | None
     resid: Any
     padding: Padding | None
-    bos: bool
+    bos: bool | None
 
     @property
     def batch(self) -> int:

@@ -97,6 +97,7 @@ def _load_optimizer(path: Path, parameters: dict[str, nn.Parameter], optimizer: 
     names = {id(parameter): name for name, parameter in parameters.items()}
     packed = optimizer.state_dict()
     # load_state_dict moves each tensor to its parameter's device and keeps ``step`` as the optimizer wants it
+    # the fresh groups stay: their rates belong to the recipe, not to the checkpoint
     packed["state"] = {index: state[names[id(parameter)]] for index, parameter in enumerate(order)}
     optimizer.load_state_dict(packed)
 

@@ -25,6 +25,7 @@ from mambascope.errors import InputError, MambascopeError
 from mambascope.storage import write_bytes
 from mambascope.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from mambascope.training.files import only_writer
+from mambascope.training.graph import StepGraph
 from mambascope.training.machine import machine
 from mambascope.training.recipe import TrainSettings, same_recipe
 from mambascope.training.sampler import Batch, Batches
@@ -78,7 +79,9 @@ def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Opt
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
     on_cuda = all(parameter.is_cuda for parameter in model.parameters())
-    return kind(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=on_cuda or None)
+    graph = on_cuda and settings.cuda_graph  # a recorded step reads its rate from memory
+    lr = torch.tensor(settings.lr, device=next(model.parameters()).device) if graph else settings.lr
+    return kind(groups, lr=lr, betas=settings.betas, eps=settings.eps, fused=on_cuda or None, capturable=graph)
 
 
 def train(
@@ -140,6 +143,8 @@ class _Run:
         self.optimizer = make_optimizer(model, settings)
         self.result = TrainResult(0, False)
         self.autocast = self.device.type == "cuda" and settings.precision == "bf16"
+        record = settings.cuda_graph and self.device.type == "cuda"
+        self.graph = StepGraph(self.update, self.device) if record else None
         self.seconds = 0.0
 
     def begin(self, resume: bool) -> None:
@@ -157,6 +162,7 @@ class _Run:
         elif resume:
             self.report(f"{self.out} holds no checkpoint yet: starting at step 0")
         arithmetic = "bfloat16 autocast" if self.autocast else "float32"
+        arithmetic += ", one CUDA graph a step" if self.graph is not None else ""
         count = sum(parameter.numel() for parameter in self.model.parameters())
         self.report(f"{count:,} parameters on {self.device}, {arithmetic}; {self.settings.steps:,} steps")
 
@@ -198,10 +204,17 @@ class _Run:
 
     def step(self, step: int) -> tuple[Tensor, Tensor]:
         """One optimizer step; returns loss and gradient norm, still on the device."""
-        batch = self.batches(step)
-        batch = Batch(batch.tokens.to(self.device, non_blocking=True), batch.targets.to(self.device, non_blocking=True))
+        rate = learning_rate(self.settings, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.settings, step)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        return (self.graph or self.update)(self.batches(step))
+
+    def update(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss, gradient, clip, optimizer. Tokens stay where they are: the model checks them on the host, unwaited."""
+        batch = Batch(batch.tokens, batch.targets.to(self.device, non_blocking=True))
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             loss = self.loss(self.model, batch)

@@ -54,7 +54,8 @@ class TaskData:
 class TrainSettings:
     """How to train. ``batch`` rows of ``length`` tokens for ``steps`` steps; ``lr`` is the peak of a linear warmup
     (``warmup`` steps) followed by a constant or by half a cosine down to ``lr_floor * lr``. ``clip`` bounds the
-    gradient's norm (0: none). ``precision`` "bf16" is autocast on CUDA; a CPU trains in float32 either way."""
+    gradient's norm (0: none). ``precision`` "bf16" is autocast on CUDA; a CPU trains in float32 either way.
+    ``cuda_graph`` records the step once on a GPU, for models whose kernels are shorter than their launches."""
 
     steps: int
     batch: int
@@ -69,6 +70,7 @@ class TrainSettings:
     lr_floor: float = 0.0
     clip: float = 1.0
     precision: Literal["fp32", "bf16"] = "fp32"
+    cuda_graph: bool = False
     log_every: int = 20
     checkpoint_every: int = 500
     evaluate_every: int = 500
@@ -158,7 +160,15 @@ def load_recipe(path: str | Path) -> Recipe:
     return Recipe.from_dict(values, where=str(path))
 
 
-_FREE = {"train.log_every", "train.checkpoint_every", "train.evaluate_every", "description", "licence", "store"}
+_FREE = {
+    "train.cuda_graph",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.evaluate_every",
+    "description",
+    "licence",
+    "store",
+}
 """Keys that a resumed run may change: no weight depends on them."""
 
 

@@ -1,0 +1,30 @@
+"""A recorded step trains like a step by itself (needs a GPU)."""
+
+import pytest
+import torch
+
+from mambascope.training.build import train_recipe
+from mambascope.training.command import recipe_for
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
+
+
+def quiet(_: str) -> None:
+    return None
+
+
+def test_recorded_and_plain_steps_give_the_same_losses(tmp_path):
+    changes = ["train.steps=24", "train.log_every=4", "train.checkpoint_every=12", "train.evaluate_every=24"]
+    changes += ["train.length=64", "train.schedule='cosine'", "task.evaluate_lengths=[64]"]
+    plain = recipe_for("induction-2l", [*changes, "train.cuda_graph=false"])
+    recorded = recipe_for("induction-2l", [*changes, "train.cuda_graph=true"])
+    _, a = train_recipe(plain, tmp_path / "a", device="cuda", report=quiet)
+    model, b = train_recipe(recorded, tmp_path / "b", device="cuda", report=quiet)
+    assert [row["loss"] for row in b.rows] == pytest.approx([row["loss"] for row in a.rows], rel=1e-4)
+    assert b.rows[-1]["grad_norm"] == pytest.approx(a.rows[-1]["grad_norm"], rel=1e-2)
+    stopped = train_recipe(recorded, tmp_path / "c", device="cuda", report=quiet, minutes=0.0)[1]
+    assert stopped.step == 4
+    again, resumed = train_recipe(recorded, tmp_path / "c", device="cuda", report=quiet, resume=True)
+    assert [row["loss"] for row in resumed.rows] == pytest.approx([row["loss"] for row in b.rows], rel=1e-4)
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)

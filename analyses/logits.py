@@ -50,6 +50,7 @@ class Predictions:
 
 def read_out(model: "HookedMamba", normed: Float[Tensor, "R M"], targets: Int[Tensor, " R"], k: int) -> Predictions:
     """Unembed the normalised residual in chunks; ``targets`` holds -1 where no next token is known."""
+    normed, targets = normed.to(model.device), targets.to(model.device)  # a cache may lie elsewhere
     size = max(1, _CHUNK // model.cfg.d_vocab)
     parts: list[tuple[Tensor, ...]] = []
     for a in range(0, normed.shape[0], size):
@@ -75,7 +76,8 @@ def next_tokens(reading: Reading) -> Int[Tensor, " L"]:
 
 def final_normed(reading: Reading) -> Float[Tensor, "L M"]:
     """The unembedding's input as the run computed it, hooks of the final norm included."""
-    return reading.value("ln_final.hook_normalized") * reading.model.ln_final.weight
+    weight = reading.model.ln_final.weight
+    return reading.value("ln_final.hook_normalized").to(weight.device) * weight
 
 
 def _check_top(model: "HookedMamba", top: int) -> None:
@@ -135,7 +137,7 @@ def predictions(model: "HookedMamba", source: Source, *, top: int = 5) -> TokenP
     first = found.logp.new_full((1,), float("nan"))
     if reading.before is not None:
         logits = reading.before.to(found.logp.dtype)
-        first = -logits.log_softmax(-1)[reading.tokens[:1]]
+        first = -logits.log_softmax(-1)[reading.tokens[:1].to(logits.device)]
     loss = torch.cat([first, -found.logp[:-1]])
     guesses = tuple(token_labels(model, row) for row in found.top)
     return TokenPredictions(loss, found, reading.labels, guesses, reading.start)
@@ -205,7 +207,7 @@ def logit_lens(model: "HookedMamba", source: Source) -> LogitLens:
     goal = next_tokens(reading)
     rows = []
     for i in range(reading.n_layers):
-        rows.append(read_out(model, model.ln_final(reading.value("resid_pre", i)), goal, 1))
+        rows.append(read_out(model, model.ln_final(reading.value("resid_pre", i).to(model.device)), goal, 1))
     rows.append(read_out(model, final_normed(reading), goal, 1))
     top = torch.stack([row.top[:, 0] for row in rows])
     return LogitLens(

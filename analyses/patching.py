@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mambascope.analyses.labels import token_labels, visible
+from mambascope.analyses.logits import final_normed
 from mambascope.analyses.source import Reading, Source, read
 from mambascope.errors import CacheError, HookError, InputError
 from mambascope.hooks.points import LAZY, resolve_name
@@ -159,8 +160,7 @@ def _difference(logits: Tensor, right: int, wrong: int) -> Tensor:
 
 def _metric(model: "HookedMamba", reading: Reading, right: int, wrong: int) -> tuple[float, float]:
     """The logit difference at the last token, and the spread of the logits there."""
-    normed = reading.value("ln_final.hook_normalized")[-1] * model.ln_final.weight
-    logits = model.unembed(normed)[: model.cfg.n_tokens]
+    logits = model.unembed(final_normed(reading)[-1])[: model.cfg.n_tokens]
     return float(_difference(logits, right, wrong)), float(logits.float().std())
 
 
@@ -169,7 +169,7 @@ def _patched(
 ) -> Tensor:
     """The metric with position t of one layer restored, for every t: ``L``."""
     name = f"blocks.{layer}.{tail}"
-    resid, new = bad.value("resid_pre", layer), good.value(name)  # L M, L …
+    resid, new = bad.value("resid_pre", layer).to(model.device), good.value(name).to(model.device)  # L M, L …
     out = []
     for places in torch.arange(bad.length, device=resid.device).split(max(1, _TOKENS // bad.length)):
 
@@ -194,7 +194,7 @@ def _patched_states(
         if t % _STATES == 0:
             states = good.window("h", layer, t, min(t + _STATES, bad.length))  # W D N
         h = states[t % _STATES][None]  # 1 D N
-        hooks = [(f"blocks.{layer}.{tail}[{t}]", lambda value, hook, h=h: h.to(value.dtype))]
+        hooks = [(f"blocks.{layer}.{tail}[{t}]", lambda value, hook, h=h: h.to(value))]
         out.append(_run(model, resid, layer, hooks, right, wrong))
     return torch.cat(out)
 

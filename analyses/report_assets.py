@@ -166,8 +166,9 @@ async function draw(figure) {
   const div = document.getElementById("plot-" + figure.name);
   const layout = Object.assign({}, figure.layout, {
     margin, title: {text: ""}, hoverlabel: {align: "left"}, dragmode: "zoom", autosize: true,
-    height: figure.layout.height - 60,
   });
+  div.style.height = `${layout.height - 60}px`;  // the container rules, so that resizing changes the width alone
+  delete layout.height;
   layout.yaxis = Object.assign({}, layout.yaxis, {fixedrange: true, automargin: false});
   layout.xaxis = Object.assign({}, layout.xaxis, {automargin: false});
   figure.data[0].colorscale = spread(scales[figure.name][dark.matches ? 1 : 0]);

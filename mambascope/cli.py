@@ -59,10 +59,18 @@ def models() -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-_Text = Annotated[str | None, typer.Argument(help="The text to look at; '-' reads standard input.", show_default=False)]
+_Text = Annotated[
+    str | None,
+    typer.Argument(
+        help="The text to look at; '-' reads standard input (less the last line break).", show_default=False
+    ),
+]
 _Model = Annotated[str, typer.Option("--model", "-m", help="A name of 'mambascope models', a folder, or a hub id.")]
 _File = Annotated[
-    Path | None, typer.Option("--file", "-f", help="Read the text from a UTF-8 file.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--file", "-f", help="Read the text from a UTF-8 file (less the last line break).", show_default=False
+    ),
 ]
 _Out = Annotated[
     Path | None, typer.Option("--out", "-o", help="The page to write; by default a file here.", show_default=False)
@@ -146,10 +154,11 @@ def _text(text: str | None, file: Path | None) -> str:
 
 def _decoded(data: bytes, where: str) -> str:
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         byte = f"byte {error.start} is {data[error.start]:#04x}"
         raise InputError(f"{where} is not UTF-8: {byte}; convert it first") from None
+    return text.removesuffix("\n").removesuffix("\r")  # the end of the last line is no part of the text
 
 
 def _file_name(content: str) -> str:

@@ -36,7 +36,9 @@ def test_a_notebook_runs(path: Path, name: str, tiny: str, tmp_path: Path) -> No
     assert 'MODEL = "lm-mini"' in first.source
     if name == "tiny":
         first.source = first.source.replace('"lm-mini"', repr(tiny))
-    client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}})
+    client = NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    )
     client.execute(env={**os.environ, "OMP_NUM_THREADS": "1"})  # an exception in a cell is raised here
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code)

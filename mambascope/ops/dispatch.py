@@ -57,7 +57,12 @@ def _load(name: str) -> Any:
 
 
 def kernels(name: str) -> KernelModule:
-    """The kernel module of ``cpu`` or ``triton`` (``torch``: the scan alone); `BackendError` if it cannot be loaded."""
+    """The kernel module of ``cpu`` or ``triton``; `BackendError` if it cannot be loaded."""
+    return scan_module(name)
+
+
+def scan_module(name: str) -> Any:
+    """The same, or for ``torch`` the module of the chunked scan, which has the scan's functions alone."""
     found = _load(name)
     if isinstance(found, str):
         raise BackendError(f"backend {name!r} cannot run: {found}; use backend='auto' or 'torch'")

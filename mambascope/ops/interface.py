@@ -5,7 +5,7 @@ product); results are contiguous. All arithmetic is float32 whatever the inputs'
 the gate, and h are float32. Fused and apart (softplus, skip, gate, SiLU after the convolution) give the same bits.
 """
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 __all__ = ["KernelModule"]
 
 
+@runtime_checkable
 class KernelModule(Protocol):
     """The functions of ``mambascope.ops.cpu`` and ``mambascope.ops.scan.triton``."""
 

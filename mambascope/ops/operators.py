@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mambascope.errors import BackendError
 from mambascope.ops.checks import compute_dtype
-from mambascope.ops.dispatch import KERNEL_BACKENDS, kernels
+from mambascope.ops.dispatch import KERNEL_BACKENDS, scan_module
 
 __all__ = ["call", "direct", "scan"]
 
@@ -58,7 +58,7 @@ def call(operator: str, backend: str, *args: Any) -> Any:
 
 
 def _preferred_interval(backend: str) -> int:
-    return getattr(kernels(backend), "REPLAY_INTERVAL", REPLAY_INTERVAL)
+    return getattr(scan_module(backend), "REPLAY_INTERVAL", REPLAY_INTERVAL)
 
 
 _preferred_interval._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch.resolve_backend
@@ -106,8 +106,8 @@ class _Kernels:
         self.backend = backend
 
     @property
-    def module(self) -> Any:  # a KernelModule, called with whole argument lists
-        return kernels(self.backend)
+    def module(self) -> Any:
+        return scan_module(self.backend)
 
     def selective_scan(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         *inputs, dt_softplus, boundaries = args

@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 # Bytes of kept decays: on a CPU about the last-level cache; on a GPU enough work for a launch.
-_BUDGET = {"cpu": 24 << 20, "cuda": 256 << 20}
+_BUDGET = {"cpu": 12 << 20, "cuda": 256 << 20}
 
 
 class Plan(NamedTuple):

@@ -1,6 +1,6 @@
 """The portable Triton kernels on a GPU: first a correctness gate at full shapes, then medians.
 
-    python tests/bench/bench_scan_gpu.py [--csv scan.csv] [--anchor DIR] [--quick] [--only gate|times]
+    python tests/bench/bench_scan_gpu.py [--csv FILE] [--anchor DIR] [--quick] [--only gate|times] [--sweep]
 
 The gate compares outputs, states and every gradient with the float64 recurrence, checks that two runs, and the fused
 form and its steps apart, give the same bits, and runs its cases in several processes because most of its time is
@@ -533,6 +533,53 @@ def times(anchor: Any, quick: bool, limit: float, started: float) -> list[dict[s
     return rows
 
 
+def sweep(limit: float, started: float) -> list[dict[str, Any]]:
+    """bf16 times of plans that the table does not choose, to check its thresholds; its own choice is marked."""
+    k, rows = kernels(), []
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    interval = k.REPLAY_INTERVAL
+    for batch, length in SHAPES:
+        if time.time() - started > limit:
+            print(f"  {RED}out of time before the sweep of {batch} x {length}{PLAIN}", flush=True)
+            break
+        x = problem(batch, length, CHANNELS, STATES, torch.bfloat16, padded=False)
+        grad = torch.randn(batch, length, CHANNELS, device=DEVICE).bfloat16()
+        bound = k.scan_forward(*x, dt_softplus=True, boundaries=interval)[2]
+        own = k.forward_plan_of(x[0], x[2], None), k.backward_plan_of(x[0], x[2], interval)
+        segments = length // interval
+        found: list[tuple[float, str, str]] = []
+        for block in (8, 16, 32):
+            for chunks in (1, 2, 4, 8, 16, 32):
+                programs = batch * CHANNELS // block * chunks
+                if not 2 * processors <= programs <= (48 if chunks > 1 else 400) * processors or segments < chunks:
+                    continue
+                forward = type(own[0])(block, length // chunks, chunks)
+                backward = type(own[1])(block, interval, segments // chunks, chunks, segments)
+                for what, plan in (("forward", forward), ("backward", backward)):
+                    if what == "backward" and chunks > 1 and programs > 24 * processors:
+                        continue
+                    with surviving(f"{batch} x {length} {plan}"):
+                        if what == "forward":
+                            t = timed(
+                                lambda _, plan=plan: k.scan_forward(*x, dt_softplus=True, boundaries=None, plan=plan),
+                                rounds=9,
+                            )
+                        else:
+                            t = timed(
+                                lambda _, plan=plan: k.scan_backward(
+                                    *x, bound, grad, None, None, dt_softplus=True, boundaries=interval, plan=plan
+                                ),
+                                rounds=9,
+                            )
+                        mark = " *" if plan in own else ""
+                        found.append((t, what, f"{block}/{chunks}{mark}"))
+                        rows.append({"B": batch, "L": length, "pass": what, "block": block, "chunks": chunks, "us": t})
+        for what in ("forward", "backward"):
+            line = ", ".join(f"{name} {t:.0f}" for t, w, name in sorted(found) if w == what)
+            print(f"  {batch}x{length} {what} (channels/chunks us, * the table's): {line}", flush=True)
+    return rows
+
+
 def layer_times() -> list[dict[str, Any]]:
     k, rows = kernels(), []
     for name in ("bf16", "fp32"):
@@ -591,6 +638,7 @@ def main() -> int:
     parser.add_argument("--csv", default=os.path.join(os.environ.get("OUT", "."), "bench_scan_gpu.csv"))
     parser.add_argument("--anchor", help="folder of a built mamba_ssm")
     parser.add_argument("--only", choices=("gate", "times"))
+    parser.add_argument("--sweep", action="store_true", help="also time plans that the table does not choose")
     parser.add_argument("--quick", action="store_true", help="three shapes only")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--limit", type=float, default=140.0, help="seconds after which no further shape is timed")
@@ -607,6 +655,8 @@ def main() -> int:
             print(f"{RED}the gate failed: these times are of unverified kernels{PLAIN}")
         rows = times(find_anchor(arguments.anchor), arguments.quick, arguments.limit, started) + layer_times()
         write(arguments.csv, rows, passed)
+        if arguments.sweep:
+            write(arguments.csv.removesuffix(".csv") + "_sweep.csv", sweep(arguments.limit + 150, started), passed)
         print(f"written: {arguments.csv}")
     print(f"total {time.time() - started:.0f} s")
     return 1 if passed is False else 0

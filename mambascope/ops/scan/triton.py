@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mambascope.ops.scan.triton_backward import adjoint_kernel, backward_kernel, sum_kernel
 from mambascope.ops.scan.triton_conv import conv_backward, conv_forward
-from mambascope.ops.scan.triton_forward import carry_kernel, forward_kernel
+from mambascope.ops.scan.triton_forward import forward_kernel
 from mambascope.ops.scan.triton_launch import check, dense, launch, processor_count, strides, supports, whole
 from mambascope.ops.scan.triton_layers import gate_forward, norm_forward, silu_forward, softplus_forward
 from mambascope.ops.scan.triton_table import BackwardPlan, ForwardPlan, backward_plan, forward_plan, padded
@@ -42,7 +42,7 @@ REPLAY_INTERVAL = 32
 _MAX_SCRATCH = 1 << 30  # bytes of partial sums and replayed states; above it the backward takes the rows in slices
 _ENDS, _OUTPUTS, _STATES, _WINDOW = 0, 1, 2, 3  # modes of forward_kernel
 _BLOCK = 256  # entries of a sum a program
-_ONE_WARP = {"num_warps": 1}
+_ONE_WARP = {"num_warps": 1, "enable_fp_fusion": True}
 
 
 def forward_plan_of(u: Tensor, A: Tensor, boundaries: int | None) -> ForwardPlan:
@@ -75,8 +75,9 @@ class _Operands(NamedTuple):
     def of(cls, *tensors: Any) -> "_Operands":
         raw = cls(*tensors)
         check(raw.u, raw.A.shape[1])
-        strided = ("u", "delta", "B", "C", "z")
-        made = [dense(x) if name in strided else whole(x) for name, x in zip(cls._fields, raw, strict=True)]
+        wide = torch.float32
+        strided = (dense(raw.u), dense(raw.delta), whole(raw.A, wide), dense(raw.B), dense(raw.C))
+        made = (*strided, whole(raw.D), dense(raw.z), whole(raw.dt_bias), whole(raw.h0, wide), whole(raw.lengths))
         return cls(*made)  # type: ignore[arg-type]
 
     @property
@@ -106,34 +107,26 @@ class _Operands(NamedTuple):
         return torch.empty(shape, dtype=torch.float32, device=self.u.device)
 
 
-class _Chunks(NamedTuple):
-    """Scratch of a scan in chunks: start states of all, end states and sums of delta of all but the last."""
-
-    starts: Tensor | None
-    ends: Tensor | None
-    sums: Tensor | None
-
-    @classmethod
-    def of(cls, x: _Operands, n_chunks: int) -> "_Chunks":
-        batch, _, channels, states = x.sizes
-        starts = x.new(batch, n_chunks, channels, states)
-        return cls(starts, x.new(batch, n_chunks - 1, channels, states), x.new(batch, n_chunks - 1, channels))
-
-    def carry(self, A: Tensor, first: Tensor | None) -> None:
-        """Fill ``starts`` from ``ends``, ``sums`` and what enters the first chunk."""
-        assert self.starts is not None
-        batch, n_chunks, channels, states = self.starts.shape
-        pointers = (A, first, *self, channels, n_chunks)
-        programs = triton.cdiv(channels * states, 128) * batch
-        flags = {"N": states, "BLOCK": 128, "HAS_FIRST": first is not None, "num_warps": 4}
-        launch(carry_kernel, programs, A.device, *pointers, **flags)
+def _chunk_scratch(x: _Operands, n_chunks: int) -> tuple[Tensor | None, Tensor | None]:
+    """For all chunks but the last: end states, and sums of delta."""
+    if n_chunks == 1:
+        return None, None
+    batch, _, channels, states = x.sizes
+    return x.new(batch, n_chunks - 1, channels, states), x.new(batch, n_chunks - 1, channels)
 
 
 def _walk(x: _Operands, mode: int, plan: tuple[int, int, int, int], outputs: Any, **flags: Any) -> None:
     """One launch of the forward kernel; plan: steps a chunk, chunks, steps between boundary states, their number."""
     batch, length, channels, _ = x.sizes
     programs = batch * -(-channels // flags["BD"]) * (plan[1] - (mode == _ENDS))
-    on = {"HAS_D": False, "HAS_Z": False, "HAS_H0": False, "HAS_STARTS": False, "BOUNDARIES": False} | flags
+    on = {
+        "HAS_D": False,
+        "HAS_Z": False,
+        "HAS_H0": False,
+        "HAS_STARTS": False,
+        "BOUNDARIES": False,
+        "FOLD": False,
+    } | flags
     arguments = (*x, *outputs, *strides(x.u, x.delta, x.B, x.C, x.z), length, channels, *plan)
     launch(forward_kernel, programs, x.u.device, *arguments, MODE=mode, **on, **_ONE_WARP)
 
@@ -170,20 +163,17 @@ def scan_forward(
     h_last = x.new(batch, channels, states)
     plan = plan or forward_plan_of(u, A, boundaries)
     flags = x.flags(plan.block, dt_softplus)
-    chunks = _Chunks(None, None, None)
+    outputs = (y, h_last, bound, None, *_chunk_scratch(x, plan.n_chunks))
     if plan.n_chunks > 1:
-        chunks = _Chunks.of(x, plan.n_chunks)
-        _walk(x, _ENDS, (plan.chunk, plan.n_chunks, plan.chunk, 0), (y, h_last, bound, *chunks), **flags)
-        chunks.carry(x.A, x.h0)
+        _walk(x, _ENDS, (plan.chunk, plan.n_chunks, plan.chunk, 0), outputs, **flags)
     on = {
         "HAS_D": D is not None,
         "HAS_Z": z is not None,
-        "HAS_H0": h0 is not None and plan.n_chunks == 1,
-        "HAS_STARTS": plan.n_chunks > 1,
+        "HAS_H0": h0 is not None,
         "BOUNDARIES": boundaries is not None,
+        "FOLD": plan.n_chunks > 1,
     }
-    steps = (plan.chunk, plan.n_chunks, boundaries or plan.chunk, n_bound)
-    _walk(x, _OUTPUTS, steps, (y, h_last, bound, *chunks), **flags, **on)
+    _walk(x, _OUTPUTS, (plan.chunk, plan.n_chunks, boundaries or plan.chunk, n_bound), outputs, **flags, **on)
     return y, h_last, bound
 
 
@@ -234,7 +224,8 @@ def scan_backward(
     out["dh0"] = x.new(batch, channels, states)
     summed = {"dA": x.A, "dD": x.D, "ddt_bias": x.dt_bias}
     out |= {name: None if like is None else x.new(*like.shape) for name, like in summed.items()}
-    arriving = (whole(h_boundary), dense(dy), whole(dh_last), whole(dh_boundary))
+    wide = torch.float32
+    arriving = (whole(h_boundary, wide), dense(dy), whole(dh_last, wide), whole(dh_boundary, wide))
     if batch == 0 or length == 0:
         for name in ("dh0", *summed):
             if out[name] is not None:
@@ -284,29 +275,27 @@ def _backward_rows(
         entering = fine
     sizes = (length, channels, plan.chunk, plan.n_chunks, boundaries, plan.segment, plan.n_segments, n_bound)
     flags |= {"HAS_Z": x.z is not None, "HAS_DBOUND": dh_boundary is not None}
-    starts = dh_last
+    ends, sums = _chunk_scratch(x, plan.n_chunks)
     if plan.n_chunks > 1:
-        chunks = _Chunks.of(x, plan.n_chunks)
-        pointers = (x.delta, x.A, x.C, x.z, x.dt_bias, x.lengths, dy, dh_boundary, chunks.ends, chunks.sums)
+        pointers = (x.delta, x.A, x.C, x.z, x.dt_bias, x.lengths, dy, dh_boundary, ends, sums)
         programs = blocks * batch * (plan.n_chunks - 1)
         rows = strides(x.delta, x.C, x.z, dy)
         launch(adjoint_kernel, programs, x.u.device, *pointers, *rows, *sizes, **flags, **_ONE_WARP)
-        chunks.carry(x.A, dh_last)
-        starts = chunks.starts
     programs = blocks * batch * plan.n_chunks
     partial = x.new(2, blocks, batch, length, states)
     dA = x.new(batch * plan.n_chunks, channels, states)
     dD = None if x.D is None else x.new(batch * plan.n_chunks, channels)
     ddt_bias = None if x.dt_bias is None else x.new(batch * plan.n_chunks, channels)
     scratch = x.new(programs, -(-plan.segment // 4), plan.block * padded(states))
-    pointers = (x.u, x.delta, x.A, x.B, x.C, x.D, x.z, x.dt_bias, x.lengths, entering, dy, dh_boundary, starts)
+    pointers = (x.u, x.delta, x.A, x.B, x.C, x.D, x.z, x.dt_bias, x.lengths, entering, dy, dh_boundary)
+    pointers += (dh_last, ends, sums)
     results = (out["du"], out["ddelta"], out["dz"], partial[0], partial[1], dA, dD, ddt_bias, out["dh0"], scratch)
     rows = strides(x.u, x.delta, x.B, x.C, x.z, dy)
-    flags |= {"HAS_D": x.D is not None, "HAS_STARTS": starts is not None}
+    flags |= {"HAS_D": x.D is not None, "HAS_DLAST": dh_last is not None, "FOLD": plan.n_chunks > 1}
     launch(backward_kernel, programs, x.u.device, *pointers, *results, *rows, *sizes, batch, **flags, **_ONE_WARP)
-    sums = (*partial, dA, dD, ddt_bias, *(out[name] for name in ("dB", "dC", "dA", "dD", "ddt_bias")))
+    added = (*partial, dA, dD, ddt_bias, *(out[name] for name in ("dB", "dC", "dA", "dD", "ddt_bias")))
     size, entries = batch * length * states, channels * states
     programs = 2 * triton.cdiv(size, _BLOCK) + triton.cdiv(entries, _BLOCK) + triton.cdiv(channels, _BLOCK)
     counts = (size, blocks, entries, channels, batch * plan.n_chunks)
     own = {"HAS_D": x.D is not None, "HAS_BIAS": x.dt_bias is not None, "ADD": add, "BLOCK": _BLOCK}
-    launch(sum_kernel, programs, x.u.device, *sums, *counts, **own, num_warps=4)
+    launch(sum_kernel, programs, x.u.device, *added, *counts, **own, num_warps=4, enable_fp_fusion=True)

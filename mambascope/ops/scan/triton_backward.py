@@ -19,7 +19,7 @@ chunks of time run side by side as in the forward: the adjoint is affine in what
 import triton
 import triton.language as tl
 
-from mambascope.ops.scan.triton_forward import advance, columns, group_delta, load_group, pinned, tile_of
+from mambascope.ops.scan.triton_forward import advance, columns, entering, group_delta, load_group, pinned, tile_of
 from mambascope.ops.scan.triton_math import LOG2E, sigmoid, sigmoids, steps
 
 __all__ = ["adjoint_kernel", "backward_kernel", "sum_kernel"]
@@ -145,16 +145,17 @@ def _reverse(cy, dA, a, rate, h_before, h, dt, x, g, b, c):
 
 @triton.jit(do_not_specialize=["L", "D", "chunk", "n_chunks", "interval", "seg", "n_segments", "n_bound", "batch"])
 def backward_kernel(
-    u, delta, A, B, C, skip, z, bias, lengths, states, dy, dbound, starts,
+    u, delta, A, B, C, skip, z, bias, lengths, states, dy, dbound, dh_last, ends, sums,
     du, ddelta, dz, dB_part, dC_part, dA_part, dskip_part, dbias_part, dh0, scratch,
     u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, dy_b, dy_l,
     L, D, chunk, n_chunks, interval, seg, n_segments, n_bound, batch,
     N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, HAS_DBOUND: tl.constexpr, HAS_STARTS: tl.constexpr,
+    HAS_LENGTHS: tl.constexpr, HAS_DBOUND: tl.constexpr, HAS_DLAST: tl.constexpr,
+    FOLD: tl.constexpr,
 ):  # fmt: skip
-    """All gradients. ``states`` B n_segments D N: state entering each segment; ``starts`` B n_chunks D N: adjoint
-    arriving at each chunk's right end (chunks counted from the right), zero if there is none.
+    """All gradients. ``states`` B n_segments D N: state entering each segment; with ``FOLD``, ``ends`` and ``sums`` are
+    the adjoint kernel's. Chunks are counted from the right.
 
     Grid: channel blocks × rows × chunks. ``chunk`` is a number of segments.
     """
@@ -199,9 +200,10 @@ def backward_kernel(
         real = tl.minimum(tl.load(lengths + row).to(tl.int32), L)
 
     cy = tl.zeros([NP, BD], tl.float32)
-    if HAS_STARTS:
-        at = (long_row * n_chunks + part) * D * N
-        cy = tl.load(starts + at + tile, mask=tile_in, other=0.0).to(tl.float32)
+    if HAS_DLAST:
+        cy = tl.load(dh_last + long_row * D * N + tile, mask=tile_in, other=0.0).to(tl.float32)
+    if FOLD:
+        cy = entering(cy, a, ends, sums, long_row * (n_chunks - 1), part, tile, tile_in, d, D, N, NP, BD)
     dA = tl.zeros([NP, BD], tl.float32)
     dskip = tl.zeros([BD, 4], tl.float32)
     dbias = tl.zeros([BD, 4], tl.float32)

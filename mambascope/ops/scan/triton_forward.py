@@ -2,9 +2,10 @@
 
 One program owns 32 channels (fewer for large N) of one row and holds all N states of a channel in one thread, so that
 the sum over N needs no exchange between threads. Where rows × channels are too few programs to fill the GPU, time is
-cut in chunks: ends (every chunk from a zero state), carry (start states of the chunks), outputs (every chunk again,
-from its start state). h over a chunk is affine in its start: ``h_end = exp(A Σ delta) h_start + end``; exponents are
-sums within one chunk and never positive, so nothing is divided and nothing overflows.
+cut in chunks, in two passes: the end state of every chunk from a zero state, then the outputs of every chunk from its
+start state. h over a chunk is affine in its start, ``h_end = exp(A Σ delta) h_start + end``, so a program of the second
+pass folds the ends of the chunks before its own. Exponents are sums within one chunk and never positive: nothing is
+divided, nothing overflows.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false
@@ -17,8 +18,8 @@ from mambascope.ops.scan.triton_math import LOG2E, product, silu, softplus, step
 
 __all__ = [
     "advance",
-    "carry_kernel",
     "columns",
+    "entering",
     "forward_kernel",
     "group_delta",
     "load_group",
@@ -81,6 +82,25 @@ def advance(h, a, dt, x, b):
 
 
 @triton.jit
+def entering(h, a, ends, sums, first, count, tile, tile_in, d, D, N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr):
+    """State entering a chunk, from the one that enters the first: ``h = exp(A sums[c]) h + ends[c]`` over ``count``
+    chunks whose ends begin at place ``first``. Four chunks are loaded at a time, ahead of the arithmetic."""
+    zero = tl.zeros([NP, BD], tl.int32)
+    for group in steps(0, tl.cdiv(count, 4)):
+        totals = ()
+        values = ()
+        for j in tl.static_range(4):
+            at = first + group * 4 + j
+            there = tile_in & (zero + group * 4 + j < count)
+            counted = (d < D) & (tl.zeros_like(d) + group * 4 + j < count)
+            totals = totals + (tl.load(sums + at * D + d, mask=counted, other=0.0),)
+            values = values + (tl.load(ends + at * D * N + tile, mask=there, other=0.0),)
+        for j in tl.static_range(4):
+            h = tl.fma(tl.exp2(a * totals[j][None, :]), h, values[j])
+    return h
+
+
+@triton.jit
 def _read(h, c):
     return tl.sum(h * c[:, None], axis=0)
 
@@ -94,13 +114,16 @@ def forward_kernel(
     N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, MODE: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
     HAS_H0: tl.constexpr, HAS_LENGTHS: tl.constexpr, HAS_STARTS: tl.constexpr, BOUNDARIES: tl.constexpr,
+    FOLD: tl.constexpr,
 ):  # fmt: skip
     """One walk over every chunk, in groups of four steps.
 
-    MODE ENDS: chunks 0 … n_chunks − 2 from zero; writes ``ends`` and ``sums``. MODE OUTPUTS: from the start states;
-    writes y, the last state and the boundary states. MODE STATES: from the start states; writes boundary states only.
-    MODE WINDOW: one chunk; writes the state after every step. Grid: channel blocks × rows × chunks. ``interval`` cuts
-    a chunk in segments, and the state entering each of them is a boundary state. A group does not cross a segment.
+    MODE ENDS: chunks 0 … n_chunks − 2 from zero; writes ``ends`` and ``sums``. MODE OUTPUTS: from h0, with ``FOLD`` by
+    way of the earlier chunks' ends; writes y, the last state and the boundary states. MODE STATES: every chunk from its
+    state in ``starts``; writes boundary states only. MODE WINDOW: one chunk; writes the state after every step.
+
+    Grid: channel blocks × rows × chunks. ``interval`` cuts a chunk in segments, and the state entering each of them is
+    a boundary state. A group does not cross a segment.
     """
     blocks = tl.cdiv(D, BD)
     pid = tl.program_id(0)
@@ -147,6 +170,8 @@ def forward_kernel(
             h = tl.load(starts + at + tile, mask=tile_in, other=0.0)
         elif HAS_H0:
             h = tl.load(h0 + long_row * D * N + tile, mask=tile_in, other=0.0).to(tl.float32)
+        if FOLD:
+            h = entering(h, a, ends, sums, long_row * (n_chunks - 1), part, tile, tile_in, d, D, N, NP, BD)
 
     t = part * chunk
     last = tl.minimum(t + chunk, L)
@@ -224,38 +249,3 @@ def forward_kernel(
         at = long_row * (n_chunks - 1) + part
         tl.store(ends + at * D * N + tile, h, mask=tile_in)
         tl.store(sums + at * D + d, tl.sum(total, axis=1), mask=d < D)
-
-
-@triton.jit(do_not_specialize=["D", "n_chunks"])
-def carry_kernel(
-    A, first, starts, ends, sums, D, n_chunks,
-    N: tl.constexpr, BLOCK: tl.constexpr, HAS_FIRST: tl.constexpr,
-):  # fmt: skip
-    """Start states of all chunks: ``starts[0] = first``, ``starts[c+1] = exp(A sums[c]) starts[c] + ends[c]``.
-
-    Grid: blocks of D·N entries × rows. Eight chunks are loaded at a time, ahead of the carry.
-    """
-    blocks = tl.cdiv(D * N, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    i = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < D * N
-    a = tl.load(A + i, mask=inside, other=0.0).to(tl.float32) * LOG2E
-    h = tl.zeros([BLOCK], tl.float32)
-    if HAS_FIRST:
-        h = tl.load(first + row * D * N + i, mask=inside, other=0.0).to(tl.float32)
-    tl.store(starts + row * n_chunks * D * N + i, h, mask=inside)
-    zero = tl.zeros_like(i)
-    for group in steps(0, tl.cdiv(n_chunks - 1, 8)):
-        totals = ()
-        locals_ = ()
-        for k in tl.static_range(8):
-            part = group * 8 + k
-            at = row * (n_chunks - 1) + part
-            there = inside & (zero + part < n_chunks - 1)
-            totals = totals + (tl.load(sums + at * D + i // N, mask=there, other=0.0),)
-            locals_ = locals_ + (tl.load(ends + at * D * N + i, mask=there, other=0.0),)
-        for k in tl.static_range(8):
-            part = group * 8 + k
-            h = tl.fma(tl.exp2(a * totals[k]), h, locals_[k])
-            there = inside & (zero + part < n_chunks - 1)
-            tl.store(starts + (row * n_chunks + part + 1) * D * N + i, h, mask=there)

@@ -52,9 +52,9 @@ def dense(x: Tensor | None) -> Tensor | None:
     return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def whole(x: Tensor | None) -> Tensor | None:
-    """The tensor itself if it is contiguous, else a copy."""
-    return None if x is None else x.contiguous()
+def whole(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """The tensor itself if it is contiguous (and of that dtype), else a copy."""
+    return None if x is None else (x if dtype is None else x.to(dtype)).contiguous()
 
 
 def strides(*tensors: Tensor | None) -> list[int]:
@@ -62,10 +62,38 @@ def strides(*tensors: Tensor | None) -> list[int]:
     return [0 if x is None else x.stride(axis) for x in tensors for axis in (0, 1)]
 
 
+_compiled: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+
+
+def _kind(x: Any) -> Any:
+    """What Triton may specialise a kernel on, and more: dtype and alignment, or an integer's divisibility and width."""
+    if x is None or type(x) is float:
+        return x is None
+    if type(x) is int:
+        return (x & 15 == 0) + 2 * (x == 1) + 4 * (x > 0x7FFFFFFF)
+    return x.dtype, x.data_ptr() & 15 == 0
+
+
 def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
-    """Launch on the tensors' own device, which need not be the current one."""
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[(programs,)](*args, **options)
-    else:
+    """Launch on the tensors' own device, which need not be the current one.
+
+    ``args`` are all parameters but the compile-time constants, which are in ``options`` with Triton's own. The compiled
+    kernel of the first launch is kept and called directly by later ones of the same kind: Triton's way to it takes
+    longer than the smaller kernels run.
+    """
+    if device.type != "cuda":
         kernel[(programs,)](*args, **options)
+        return
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, programs, device, *args, **options)
+        return
+    key = (id(kernel), device.index, *options.values(), *map(_kind, args))
+    found = _compiled.get(key)
+    if found is None:
+        compiled = kernel[(programs,)](*args, **options)
+        constants = tuple(options[name] for name in kernel.arg_names[len(args) :])
+        _compiled[key] = compiled, constants
+        return
+    compiled, constants = found
+    compiled[programs, 1, 1](*args, *constants)

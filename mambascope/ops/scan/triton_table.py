@@ -8,13 +8,14 @@ time is cut in chunks that run side by side, at the price of one more pass over 
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 __all__ = ["SEGMENT", "BackwardPlan", "ForwardPlan", "backward_plan", "forward_plan", "padded"]
 
 SEGMENT = 64
 """The backward replays at most this many steps from one state."""
 
-_MIN_CHUNK = 32  # steps
+_MIN_CHUNK, _MAX_CHUNKS = 32, 32  # steps of a chunk; chunks (each folds the ends of those before it)
 _WIDE = 16  # from here on, 32 channels a program
 _FORWARD_ENOUGH, _FORWARD_TARGET = 5, 12  # one pass from the first on, else chunks up to the second
 _BACKWARD_ENOUGH, _BACKWARD_TARGET = 5, 8
@@ -29,7 +30,7 @@ class ForwardPlan:
     n_chunks: int
 
     def __str__(self) -> str:
-        passes = "one pass" if self.n_chunks == 1 else f"{self.n_chunks} chunks of {self.chunk} steps in three passes"
+        passes = "one pass" if self.n_chunks == 1 else f"{self.n_chunks} chunks of {self.chunk} steps in two passes"
         return f"forward: {self.block} channels a program, {passes}"
 
 
@@ -44,7 +45,7 @@ class BackwardPlan:
     n_segments: int
 
     def __str__(self) -> str:
-        passes = "one pass" if self.n_chunks == 1 else f"{self.n_chunks} chunks of {self.chunk} of them in three passes"
+        passes = "one pass" if self.n_chunks == 1 else f"{self.n_chunks} chunks of {self.chunk} of them in two passes"
         return f"backward: {self.block} channels a program, segments of {self.segment} steps, {passes}"
 
 
@@ -64,6 +65,7 @@ def _block(B: int, D: int, N: int, processors: int) -> tuple[int, int]:
     return block, programs
 
 
+@lru_cache(4096)
 def forward_plan(B: int, L: int, D: int, N: int, processors: int, boundaries: int | None) -> ForwardPlan:
     """The forward's configuration for a shape on a GPU with that many multiprocessors.
 
@@ -72,11 +74,12 @@ def forward_plan(B: int, L: int, D: int, N: int, processors: int, boundaries: in
     block, programs = _block(B, D, N, processors)
     if programs >= _FORWARD_ENOUGH * processors or L < 2 * _MIN_CHUNK:
         return ForwardPlan(block, _round_up(max(L, 1), boundaries or 1), 1)
-    wanted = -(-_FORWARD_TARGET * processors // programs)
+    wanted = min(_MAX_CHUNKS, -(-_FORWARD_TARGET * processors // programs))
     chunk = _round_up(max(_MIN_CHUNK, -(-L // wanted)), boundaries or 8)
     return ForwardPlan(block, chunk, -(-L // chunk))
 
 
+@lru_cache(4096)
 def backward_plan(B: int, L: int, D: int, N: int, processors: int, boundaries: int) -> BackwardPlan:
     """The backward's configuration; ``boundaries`` is the interval of the states that it is given."""
     block, programs = _block(B, D, N, processors)
@@ -85,7 +88,7 @@ def backward_plan(B: int, L: int, D: int, N: int, processors: int, boundaries: i
     n_chunks = 1
     if programs < _BACKWARD_ENOUGH * processors:
         least = -(-_MIN_CHUNK // segment)  # segments
-        n_chunks = max(1, min(_BACKWARD_TARGET * processors // programs, n_segments // least))
+        n_chunks = max(1, min(_MAX_CHUNKS, _BACKWARD_TARGET * processors // programs, n_segments // least))
     chunk = -(-n_segments // n_chunks)
     return BackwardPlan(block, segment, chunk, -(-n_segments // chunk), n_segments)
 

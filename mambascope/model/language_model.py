@@ -2,25 +2,24 @@
 
 import hashlib
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformer_lens import HookedRootModule
 
 from mambascope import ops
 from mambascope.config import MambaConfig
-from mambascope.errors import BackendError, HookError, InputError, StateError
-from mambascope.hooks.cache import CacheRecorder, MambaCache, select_names
-from mambascope.hooks.points import hook_names, resolve_name
+from mambascope.errors import BackendError, InputError, StateError
+from mambascope.hooks.points import hook_names
 from mambascope.hooks.run import PathTaken, Recorder, Run
-from mambascope.hooks.sites import Clock, Padding, SitePoint, parse_site
+from mambascope.hooks.sites import Clock, Padding, SitePoint
 from mambascope.model.block import Block
 from mambascope.model.generation import GenerateMethods
 from mambascope.model.head import Output, last_positions, mean_loss, next_token_losses, unembed
+from mambascope.model.hooking import HookMethods
 from mambascope.model.inputs import Prepared, padding_of, prepare
 from mambascope.model.norm import RMSNorm
 from mambascope.model.state import MambaState, State
@@ -32,7 +31,7 @@ _PIECE = 16_384
 """Tokens (batch x length) that a forward without gradient, hooks or cache takes at a time."""
 
 
-class HookedMamba(TextMethods, GenerateMethods, HookedRootModule):
+class HookedMamba(TextMethods, GenerateMethods, HookMethods):
     """A Mamba-1 language model (Gu & Dao, 2312.00752), open at every intermediate.
 
     Use :func:`mambascope.load` for a checkpoint; the constructor gives fresh random weights. Hook points are
@@ -129,99 +128,6 @@ class HookedMamba(TextMethods, GenerateMethods, HookedRootModule):
     def explain_path(self) -> list[PathTaken]:
         """How each layer was computed in the last forward pass: backend, form and the reason for it."""
         return [cast(Block, block).mixer.path for block in self.blocks]
-
-    # ---- hooks ------------------------------------------------------------------------------------
-
-    def add_hook(  # type: ignore[override]
-        self,
-        name: str | Callable[[str], bool],
-        hook: Callable[..., Any],
-        dir: Literal["fwd", "bwd"] = "fwd",
-        is_permanent: bool = False,
-        level: int | None = None,
-        prepend: bool = False,
-    ) -> None:
-        """Add a hook at a site, or at every hook point whose name a function accepts (one at least)."""
-        for point, index in self._points_for(name):
-            point.add_hook(hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend, index=index)
-
-    def _points_for(self, name: str | Callable[[str], bool]) -> list[tuple[SitePoint, Any]]:
-        if isinstance(name, str):
-            bare, index = parse_site(name)
-            return [(cast(SitePoint, self.hook_dict[resolve_name(bare, self.hook_dict)]), index)]  # type: ignore[arg-type]
-        if not callable(name):
-            raise HookError(f"a site is a string or a function of names, got {type(name).__name__}")
-        found = [(cast(SitePoint, point), None) for key, point in self.hook_dict.items() if name(key)]
-        if not found:
-            raise HookError("the function given as a site accepts no hook point, so its hook would never fire")
-        return found
-
-    def _enable_hook(self, name: Any, hook: Callable[..., Any], dir: Literal["fwd", "bwd"]) -> None:
-        self.add_hook(name, hook, dir=dir, level=self.context_level)
-
-    def run_with_hooks(  # type: ignore[override]
-        self,
-        *model_args: Any,
-        fwd_hooks: list[Any] = [],  # noqa: B006  (TransformerLens' signature)
-        bwd_hooks: list[Any] = [],  # noqa: B006
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-        **model_kwargs: Any,
-    ) -> Any:
-        """One forward pass with hooks ``[(site, fn), …]``; they are gone afterwards, also after an error.
-
-        Backward hooks stay attached to the graph of this call: they fire when its output is differentiated.
-        """
-        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
-            return self(*model_args, **model_kwargs)
-
-    @contextmanager
-    def _recording(self, recorder: Recorder | None) -> Iterator[None]:
-        before, self._recorder = self._recorder, recorder
-        try:
-            yield
-        finally:
-            self._recorder = before
-
-    def run_with_cache(  # type: ignore[override]
-        self,
-        *model_args: Any,
-        names_filter: Any = None,
-        device: Any = None,
-        remove_batch_dim: bool = False,
-        incl_bwd: bool = False,
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-        pos_slice: Any = None,
-        return_cache_object: bool = True,
-        **model_kwargs: Any,
-    ) -> tuple[Any, Any]:
-        """Run and return ``(output, cache)``; see :class:`mambascope.hooks.cache.MambaCache`.
-
-        Without ``names_filter`` everything is readable while little is stored: each block's input and its
-        state every 64 tokens; the rest is computed on first read. With a filter (a name, a list, a function)
-        those activations are stored. ``incl_bwd`` differentiates the output, which must be a scalar
-        (``return_type="loss"``), and stores everything with gradients as ``name + "_grad"``.
-        """
-        names = select_names(names_filter, list(self.hook_dict))
-        recorder = CacheRecorder(self, names, everything=names_filter is None, eager=incl_bwd or pos_slice is not None)
-        backward: list[Any] = [(n, recorder.take_gradient) for n in recorder.gradient_names()] if incl_bwd else []
-        with self.hooks(bwd_hooks=backward, reset_hooks_end=reset_hooks_end, clear_contexts=clear_contexts):
-            with self._recording(recorder):
-                out = self(*model_args, **model_kwargs)
-            if incl_bwd:
-                result = out[0] if isinstance(out, tuple) else out
-                if not isinstance(result, Tensor) or result.numel() != 1:
-                    raise InputError("incl_bwd needs a scalar output; call with return_type='loss'")
-                result.backward()
-        cache = MambaCache(recorder.finish(), self)
-        if pos_slice is not None:
-            cache = cache.at_positions(pos_slice)
-        if device is not None:
-            cache = cache.to(device)
-        if remove_batch_dim:
-            cache = cache.remove_batch_dim()
-        return out, cache if return_cache_object else dict(cache.items())
 
     # ---- running ----------------------------------------------------------------------------------
 

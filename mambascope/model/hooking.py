@@ -1,0 +1,116 @@
+"""Hooks by site, and caching: TransformerLens' methods, strict where they would be silent."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+from torch import Tensor
+from transformer_lens import HookedRootModule
+
+from mambascope.errors import HookError, InputError
+from mambascope.hooks.cache import CacheRecorder, MambaCache, select_names
+from mambascope.hooks.model_protocol import Scope
+from mambascope.hooks.points import resolve_name
+from mambascope.hooks.run import Recorder
+from mambascope.hooks.sites import SitePoint, parse_site
+
+__all__ = ["HookMethods"]
+
+
+class HookMethods(HookedRootModule):
+    """The base of HookedMamba that knows hooks but not the model."""
+
+    _recorder: Recorder | None
+
+    def add_hook(  # type: ignore[override]
+        self,
+        name: str | Callable[[str], bool],
+        hook: Callable[..., Any],
+        dir: Literal["fwd", "bwd"] = "fwd",
+        is_permanent: bool = False,
+        level: int | None = None,
+        prepend: bool = False,
+    ) -> None:
+        """Add a hook at a site, or at every hook point whose name a function accepts (one at least)."""
+        for point, index in self._points_for(name):
+            point.add_hook(hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend, index=index)
+
+    def _points_for(self, name: str | Callable[[str], bool]) -> list[tuple[SitePoint, Any]]:
+        if isinstance(name, str):
+            bare, index = parse_site(name)
+            return [(cast(SitePoint, self.hook_dict[resolve_name(bare, self.hook_dict)]), index)]  # type: ignore[arg-type]
+        if not callable(name):
+            raise HookError(f"a site is a string or a function of names, got {type(name).__name__}")
+        found = [(cast(SitePoint, point), None) for key, point in self.hook_dict.items() if name(key)]
+        if not found:
+            raise HookError("the function given as a site accepts no hook point, so its hook would never fire")
+        return found
+
+    def _enable_hook(self, name: Any, hook: Callable[..., Any], dir: Literal["fwd", "bwd"]) -> None:
+        self.add_hook(name, hook, dir=dir, level=self.context_level)
+
+    def run_with_hooks(  # type: ignore[override]
+        self,
+        *model_args: Any,
+        fwd_hooks: list[Any] = [],  # noqa: B006  (TransformerLens' signature)
+        bwd_hooks: list[Any] = [],  # noqa: B006
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **model_kwargs: Any,
+    ) -> Any:
+        """One forward pass with hooks ``[(site, fn), …]``; they are gone afterwards, also after an error.
+
+        Backward hooks stay attached to the graph of this call: they fire when its output is differentiated.
+        """
+        with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
+            return self(*model_args, **model_kwargs)
+
+    @contextmanager
+    def _recording(self, recorder: Recorder | None) -> Iterator[None]:
+        before, self._recorder = self._recorder, recorder
+        try:
+            yield
+        finally:
+            self._recorder = before
+
+    def run_with_cache(  # type: ignore[override]
+        self,
+        *model_args: Any,
+        names_filter: Any = None,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        incl_bwd: bool = False,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        pos_slice: Any = None,
+        return_cache_object: bool = True,
+        **model_kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """Run and return ``(output, cache)``; see :class:`mambascope.hooks.cache.MambaCache`.
+
+        Without ``names_filter`` everything is readable while little is stored: each block's input and its
+        state every 64 tokens; the rest is computed on first read. With a filter (a name, a list, a function)
+        those activations are stored. ``incl_bwd`` differentiates the output, which must be a scalar
+        (``return_type="loss"``), and stores everything with gradients as ``name + "_grad"``.
+        """
+        names = select_names(names_filter, list(self.hook_dict))
+        recorder = CacheRecorder(
+            cast(Scope, self), names, everything=names_filter is None, eager=incl_bwd or pos_slice is not None
+        )
+        backward: list[Any] = [(n, recorder.take_gradient) for n in recorder.gradient_names()] if incl_bwd else []
+        with self.hooks(bwd_hooks=backward, reset_hooks_end=reset_hooks_end, clear_contexts=clear_contexts):
+            with self._recording(recorder):
+                out = self(*model_args, **model_kwargs)
+            if incl_bwd:
+                result = out[0] if isinstance(out, tuple) else out
+                if not isinstance(result, Tensor) or result.numel() != 1:
+                    raise InputError("incl_bwd needs a scalar output; call with return_type='loss'")
+                result.backward()
+        cache = MambaCache(recorder.finish(), cast(Scope, self))
+        if pos_slice is not None:
+            cache = cache.at_positions(pos_slice)
+        if device is not None:
+            cache = cache.to(device)
+        if remove_batch_dim:
+            cache = cache.remove_batch_dim()
+        return out, cache if return_cache_object else dict(cache.items())

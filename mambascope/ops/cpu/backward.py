@@ -53,6 +53,7 @@ from mambascope.ops.cpu.vector import (
     keep,
     lane_sum,
     load,
+    load_float,
     load_int,
     load_part,
     load_splat,
@@ -93,6 +94,18 @@ def open_gate(
 
 
 @njit
+def add_sums(source: int, vectors: int, target: int) -> None:
+    "adds the sum of each vector's lanes to a row of floats"
+    done = 0
+    while done + WIDTH <= vectors:
+        at = target + 4 * done
+        store(at, load(at) + sum_each(source + BYTES * done))
+        done += WIDTH
+    for i in range(done, vectors):
+        store_float(target + 4 * i, load_float(target + 4 * i) + lane_sum(load(source + BYTES * i)))
+
+
+@njit
 def walk_back(
     h: int,
     A_bar: int,
@@ -110,10 +123,12 @@ def walk_back(
     dA: int,
     dB: int,
     dC: int,
+    by_channel: int,
     through_B: int,
     through_A: int,
 ) -> None:
-    "from the last step to the first: G becomes dL/dh before the first; dA, dB and dC are added to"
+    """From the last step to the first: G becomes dL/dh before the first; dA (vectors), dB and dC (rows of N floats) are
+    added to. Summing over channels at once, through `by_channel` (2 N vectors), keeps a tile in the nearer caches."""
     for j in range(steps - 1, -1, -1):
         dy, delta, write = load(dys + BYTES * j), load(deltas + BYTES * j), load(writes + BYTES * j)
         sum_B, sum_A = splat(ZERO), splat(ZERO)
@@ -121,14 +136,16 @@ def walk_back(
         for n in range(N):
             at = BYTES * n
             g = fma(dy, load_splat(C + 4 * (j * C_row + n)), load(G + at))
-            store(dC + row + at, fma(dy, load(h + BYTES * N + row + at), load(dC + row + at)))
-            store(dB + row + at, fma(g, write, load(dB + row + at)))
+            store(by_channel + BYTES * N + at, dy * load(h + BYTES * N + row + at))
+            store(by_channel + at, g * write)
             sum_B = fma(g, load_splat(B + 4 * (j * B_row + n)), sum_B)
             g = g * load(A_bar + row + at)
             store(G + at, g)
             g = g * load(h + row + at)
             sum_A = fma(g, load(a + at), sum_A)
             store(dA + at, fma(g, delta, load(dA + at)))
+        add_sums(by_channel, N, dB + 4 * j * N)
+        add_sums(by_channel + BYTES * N, N, dC + 4 * j * N)
         store(through_B + BYTES * j, sum_B)
         store(through_A + BYTES * j, sum_A)
 
@@ -184,16 +201,6 @@ def add_vectors(target: int, source: int, vectors: int) -> None:
         store(target + BYTES * i, load(target + BYTES * i) + load(source + BYTES * i))
 
 
-@njit
-def sum_lanes(source: int, vectors: int, target: int) -> None:
-    done = 0
-    while done + WIDTH <= vectors:
-        store(target + 4 * done, sum_each(source + BYTES * done))
-        done += WIDTH
-    for i in range(done, vectors):
-        store_float(target + 4 * i, lane_sum(load(source + BYTES * i)))
-
-
 @kernel(SCAN_BACKWARD)
 def scan_backward_units(address: int) -> None:
     p = read(address)
@@ -205,7 +212,7 @@ def scan_backward_units(address: int) -> None:
     per_interval = (p.interval + TILE - 1) // TILE
     tile = min(TILE, p.interval)
     # for each block of the group
-    memory, a = scratch(p.group * ((3 + per_interval) * N + 6) + (4 * tile + 2) * N + 5 * tile)
+    memory, a = scratch(p.group * ((3 + per_interval) * N + 6) + (2 * tile + 4) * N + 5 * tile)
     G = a + state * p.group
     dA = G + state * p.group
     entering = dA + state * p.group  # states entering each tile of an interval
@@ -215,9 +222,8 @@ def scan_backward_units(address: int) -> None:
     # for the tile at hand
     h = sums + 2 * BYTES * p.group
     A_bar = h + state * (tile + 1)
-    dB = A_bar + state * tile
-    dC = dB + state * tile
-    spare = dC + state * tile
+    by_channel = A_bar + state * tile
+    spare = by_channel + 2 * state
     deltas = spare + state
     writes = deltas + BYTES * tile
     totals = writes + BYTES * tile
@@ -258,8 +264,11 @@ def scan_backward_units(address: int) -> None:
                 moving = min(max(real - begin, 0), steps)
                 B = p.B + 4 * (b * p.B_batch + begin * p.B_row)
                 C = p.C + 4 * (b * p.C_batch + begin * p.C_row)
-                clear(dB, steps * N)
-                clear(dC, steps * N)
+                share = 4 * ((group * p.batch + b) * p.length + begin) * N
+                dB, dC = p.dB + share, p.dC + share
+                for k in range(steps * N):
+                    store_float(dB + 4 * k, ZERO)
+                    store_float(dC + 4 * k, ZERO)
                 for i in range(count):
                     d = (first + i) * WIDTH
                     lanes = min(WIDTH, p.channels - d)
@@ -315,7 +324,7 @@ def scan_backward_units(address: int) -> None:
                     clear(spare, N)
                     walk_back(
                         *(h, A_bar, a + state * i, N, deltas, writes, totals, B, p.B_row, C, p.C_row, steps),
-                        *(G + state * i, spare, dB, dC, through_B, through_A),
+                        *(G + state * i, spare, dB, dC, by_channel, through_B, through_A),
                     )
                     add_vectors(dA + state * i, spare, N)
                     finish(
@@ -323,9 +332,6 @@ def scan_backward_units(address: int) -> None:
                         *(through_B, through_A, p.du + out, p.ddelta + out, p.channels, moving, steps, lanes),
                         sums + 2 * BYTES * i,
                     )
-                share = 4 * ((group * p.batch + b) * p.length + begin) * N
-                sum_lanes(dB, steps * N, p.dB + share)
-                sum_lanes(dC, steps * N, p.dC + share)
 
             if p.dh_boundary != 0:
                 for i in range(count):
@@ -368,7 +374,7 @@ def scan_backward(
     """Gradients of `scan_forward`: du, ddelta, dA, dB, dC, dD, dz, ddt_bias, dh0, in their tensors' dtypes.
 
     ``h_boundary`` must be the forward's, at interval ``boundaries``. dD, dz and ddt_bias are None where D, z and
-    dt_bias are; dh0 (float32) always comes. Memory beyond the results: 256·N·min(T, 64) bytes a thread, a state for
+    dt_bias are; dh0 (float32) always comes. Memory beyond the results: 128·N·min(T, 64) bytes a thread, a state for
     every 64 steps of an interval, and at most 16 shares of dB and dC."""
     batch, length, channels = u.shape
     states = A.shape[1]

@@ -105,6 +105,26 @@ class MambaConfig:
         return True
 
     @property
+    def n_heads(self) -> int:
+        """1: a Mamba block has no heads; TransformerLens' patchers ask for the number all the same."""
+        return 1
+
+    @property
+    def n_key_value_heads(self) -> None:
+        return None
+
+    @property
+    def device(self) -> Any:
+        """Where the model that this config belongs to lies; None for a config alone."""
+        return self.__dict__.get("_device")
+
+    def on(self, device: Any) -> "MambaConfig":
+        """A copy that tells this device: a model keeps such a copy for TransformerLens' helpers."""
+        copy = dataclasses.replace(self)
+        object.__setattr__(copy, "_device", device)
+        return copy
+
+    @property
     def model_name(self) -> str:
         return self.name
 

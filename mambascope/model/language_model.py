@@ -48,7 +48,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         backend: ops.Backend = "auto",
     ) -> None:
         super().__init__()
-        self.cfg = cfg
+        self._cfg = cfg
         self.tokenizer = tokenizer
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
         self.hook_embed = SitePoint()
@@ -73,19 +73,26 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         self.eval()  # nothing differs between the modes; tools that patch activations insist on this one
 
     def _init_weights(self) -> None:
-        std = self.cfg.initializer_range
+        std = self._cfg.initializer_range
         nn.init.normal_(self.embed.weight, std=std)
         nn.init.normal_(self.unembed.weight, std=std)
         for block in self.blocks:
             # Residual writes shrink with depth (GPT-2's rule, which the authors' code follows as well).
             with torch.no_grad():
-                cast(Block, block).mixer.out_proj.weight.div_(self.cfg.n_layers**0.5)
+                cast(Block, block).mixer.out_proj.weight.div_(self._cfg.n_layers**0.5)
 
     # ---- what it is -------------------------------------------------------------------------------
 
     @property
-    def device(self) -> torch.device:  # type: ignore[override]
+    def device(self) -> torch.device:
         return self.embed.weight.device
+
+    @property
+    def cfg(self) -> MambaConfig:
+        """The model's shape and options; its ``device`` follows the model."""
+        if self._cfg.device != self.device:
+            self._cfg = self._cfg.on(self.device)
+        return self._cfg
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,7 +104,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         return self.embed.weight
 
     @property
-    def W_U(self) -> Tensor:  # type: ignore[override]
+    def W_U(self) -> Tensor:
         """Unembedding, ``M V``."""
         return self.unembed.weight.T
 

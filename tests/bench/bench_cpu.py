@@ -134,8 +134,8 @@ print(middle - start, time.process_time() - middle)
 def as_cpu(name: str) -> dict[str, str]:
     """The environment in which numba compiles for that processor, and in which freed memory stays with the process.
 
-    glibc may give back a freed result and take its pages afresh at the next call, or not, as its history has it: 2 to 4 ms
-    a backward call that come and go from process to process, and are no property of the kernels."""
+    glibc may give back a freed result and take its pages afresh at the next call, or not, as its history has it: 2 to
+    4 ms a backward call that come and go from process to process, and are no property of the kernels."""
     steady = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
     return {**steady, "NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": ""} if name else steady
 

@@ -35,6 +35,7 @@ from mambascope.ops.cpu.vector import (
     load,
     load_int,
     load_part,
+    prefetch,
     reader,
     sigmoid,
     silu,
@@ -45,6 +46,8 @@ from mambascope.ops.cpu.vector import (
 
 ONE = np.float32(1)
 SECTION = 64  # steps whose share of a weight's gradient is summed by itself, so that long sums keep their digits
+
+AHEAD = 16  # rows; they lie pages apart, where no hardware guesses them
 
 CONV = Arguments("length channels width with_silu x x_batch x_row weight bias state lengths y new_state")
 read = reader(CONV)
@@ -84,6 +87,7 @@ def conv_forward_units(address: int) -> None:
                     total = fma(load(taps + BYTES * k), load(early + BYTES * (t + k)), total)
             else:
                 source = first + (t - past) * row
+                prefetch(source + (past + AHEAD) * row)
                 for k in range(K):
                     total = fma(load(taps + BYTES * k), load_part(source, lanes), total)
                     source += row
@@ -141,6 +145,8 @@ def conv_backward_units(address: int) -> None:
                 clear(section, K)
                 section_bias = splat(ZERO)
                 for t in range(start, min(start + SECTION, p.length)):
+                    prefetch(x + 4 * (t + AHEAD) * p.x_row)
+                    prefetch(dy + 4 * (t + AHEAD) * p.dy_row)
                     copy(window + BYTES, window, past)
                     store(window + BYTES * past, load_part(x + 4 * t * p.x_row, lanes))
                     d_pre = load_part(dy + 4 * t * p.dy_row, lanes)

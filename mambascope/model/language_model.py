@@ -84,11 +84,11 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
     # ---- what it is -------------------------------------------------------------------------------
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # type: ignore[override]
         return self.embed.weight.device
 
     @property
-    def cfg(self) -> MambaConfig:
+    def cfg(self) -> MambaConfig:  # type: ignore[override]
         """The model's shape and options; its ``device`` follows the model."""
         if self._cfg.device != self.device:
             self._cfg = self._cfg.on(self.device)
@@ -104,7 +104,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         return self.embed.weight
 
     @property
-    def W_U(self) -> Tensor:
+    def W_U(self) -> Tensor:  # type: ignore[override]
         """Unembedding, ``M V``."""
         return self.unembed.weight.T
 

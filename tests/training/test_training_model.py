@@ -151,10 +151,10 @@ def test_the_answer_is_what_is_scored():
     from mambascope.training.build import induction_batches
 
     batch: Batch = induction_batches(recipe)(7)
-    assert batch.tokens.shape == (8, 12)
-    assert batch.targets.shape == (8, 1)
+    assert batch.tokens.shape == (64, 12)
+    assert batch.targets.shape == (64, 1)
     first = (batch.tokens == 15).int().argmax(1)
-    assert torch.equal(batch.tokens[torch.arange(8), first + 1], batch.targets[:, 0])
+    assert torch.equal(batch.tokens[torch.arange(64), first + 1], batch.targets[:, 0])
     assert torch.equal(batch.tokens, induction_batches(recipe)(7).tokens)
 
 

@@ -24,7 +24,7 @@ def test_shipped_recipes():
     assert mini.text.sources[0].share == (0.05, 0.20)
     for end in (0, 1):
         assert sum(source.share[end] for source in mini.text.sources) == pytest.approx(1)
-    assert (induction.train.optimizer, induction.train.batch, induction.train.length) == ("adam", 8, 256)
+    assert (induction.train.optimizer, induction.train.batch, induction.train.length) == ("adam", 64, 256)
     assert induction.train.weight_decay == 0
     assert induction.train.lr == 1e-3
     assert induction.model.d_vocab == 16

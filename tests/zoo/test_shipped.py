@@ -9,7 +9,7 @@ import torch
 import mambascope as ms
 from mambascope import zoo
 from mambascope.analyses.tasks import induction
-from mambascope.training.recipe import load_recipe
+from mambascope.training.recipe import Recipe, load_recipe
 
 MODELS = ("lm-mini", "induction-2l")
 
@@ -17,7 +17,7 @@ MODELS = ("lm-mini", "induction-2l")
 @pytest.mark.parametrize("name", MODELS)
 def test_the_card_tells_the_recipe_that_is_in_the_repository(name: str) -> None:
     card = json.loads((zoo.model_folder(name) / "card.json").read_text())
-    assert card["recipe"] == json.loads(json.dumps(load_recipe(zoo.recipe_path(name)).to_dict()))
+    assert Recipe.from_dict(card["recipe"]) == load_recipe(zoo.recipe_path(name))
     assert card["licence"]
     text = (zoo.model_folder(name) / "card.md").read_text()
     assert card["licence"] in text

@@ -2,13 +2,14 @@
 
     python -m tests.bench.bench_model [--threads 2] [--csv FILE]
 
-First a correctness gate (logits against transformers), then medians and their ratios: forward against the
+First a correctness gate (logits against float64, beside transformers'), then medians and their ratios: forward against the
 model's own matrix products and against transformers, forward + backward, one generated token, everything
 open (run_with_cache without a filter), one layer's delta read afterwards, memory. Timings are only
 meaningful on a quiet machine; the ratios are what the table is for.
 """
 
 import argparse
+import copy
 import csv
 import gc
 import platform
@@ -145,6 +146,26 @@ def token_rows(model: HookedMamba, peer: torch.nn.Module, repeats: int) -> dict[
         return medians(cases, repeats)
 
 
+def check(model: HookedMamba, peer: torch.nn.Module) -> None:
+    """The correctness gate: against float64 our logits must be no further off than transformers' own.
+
+    A random 24-layer model amplifies rounding (all float32 implementations are 2e-4 off), so the peer's
+    error is the yardstick here; the tests compare well-conditioned models to 2e-5.
+    """
+    ids = torch.randint(0, VOCAB, (1, 48))
+    with torch.no_grad():
+        exact_model = copy.deepcopy(model).double()
+        exact_model.backend = "reference"
+        exact = exact_model(ids)
+        ours, theirs = (
+            ((logits.double() - exact).abs().max() / exact.abs().max()).item()
+            for logits in (model(ids), peer(ids, use_cache=False).logits)
+        )
+    print(f"gate: error against float64, ours {ours:.1e}, transformers {theirs:.1e}")
+    if not ours <= 2 * theirs:
+        sys.exit("the correctness gate failed: no timings")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
@@ -153,13 +174,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, peer = build()
-    ids = torch.randint(0, VOCAB, (1, 48))
-    with torch.no_grad():
-        ours, theirs = model(ids), peer(ids, use_cache=False).logits
-    error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
-    print(f"gate: logits against transformers, relative error {error:.1e}")
-    if not error < 2e-5:
-        sys.exit("the correctness gate failed: no timings")
+    check(model, peer)
     rows: list[tuple[str, float, str]] = []
 
     def add(what: str, value: float, bar: str) -> None:

@@ -2,7 +2,7 @@
 
     python -m tests.bench.bench_model [--threads 2] [--csv FILE]
 
-First a correctness gate (logits against float64, beside transformers'), then medians and their ratios: forward against the
+First a correctness gate (logits against float64, beside transformers), then medians and ratios: forward against the
 model's own matrix products and against transformers, forward + backward, one generated token, everything
 open (run_with_cache without a filter), one layer's delta read afterwards, memory. Timings are only
 meaningful on a quiet machine; the ratios are what the table is for.

@@ -1,6 +1,9 @@
 """What forward takes and gives, and how it refuses."""
 
 import gc
+import os
+import subprocess
+import sys
 import tracemalloc
 
 import pytest
@@ -99,12 +102,23 @@ def test_bad_options_are_refused(tokens: torch.Tensor) -> None:
             model(tokens, **options)
     with pytest.raises(InputError, match="two tokens"):
         model(tokens[:, :1], return_type="loss")
-    model.backend = "triton"
-    with pytest.raises(BackendError, match="triton"):
-        model(tokens)
     model.backend = "fast"
     with pytest.raises(BackendError, match="fast"):
         model(tokens)
+
+
+def test_triton_without_a_gpu_says_why() -> None:
+    # In a process of its own: the tests of the Triton kernels switch its interpreter on, which runs on the CPU.
+    code = (
+        "import torch, mambascope as ms\n"
+        "model = ms.load('induction-2l', device='cpu')\nmodel.backend = 'triton'\n"
+        "try:\n    model(torch.ones(1, 3, dtype=torch.long))\nexcept Exception as error:\n"
+        "    print(type(error).__name__, error)"
+    )
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout
+    assert out.startswith("BackendError")
+    assert "triton" in out
 
 
 def test_long_texts_run_in_pieces_with_the_same_numbers(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,8 +57,10 @@ def call(operator: str, backend: str, *args: Any) -> Any:
     return getattr(torch.ops.mambascope, f"{operator}_{backend}")(*args)
 
 
-def _preferred_interval(backend: str) -> int:
-    return getattr(scan_module(backend), "REPLAY_INTERVAL", REPLAY_INTERVAL)
+def _preferred_interval(backend: str, device: torch.device, dtype: torch.dtype, states: int) -> int:
+    module = scan_module(backend)
+    own = getattr(module, "preferred_interval", None)
+    return own(device, dtype, states) if own else getattr(module, "REPLAY_INTERVAL", REPLAY_INTERVAL)
 
 
 _preferred_interval._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch.resolve_backend
@@ -80,7 +82,10 @@ def scan(
     """The scan operator; ``inputs`` are u, delta, A, B, C, D, z, dt_bias, h0, lengths."""
     interval = boundaries or 0
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        interval = replay_interval(boundaries, _preferred_interval(backend))
+        u, A = inputs[0], inputs[2]
+        assert u is not None
+        assert A is not None
+        interval = replay_interval(boundaries, _preferred_interval(backend, u.device, u.dtype, A.shape[1]))
     y, h_last, h_boundary = call("selective_scan", backend, *inputs, dt_softplus, interval)
     if boundaries is None:
         return y, h_last, None

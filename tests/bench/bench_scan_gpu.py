@@ -159,19 +159,36 @@ def error(a: Tensor, b: Tensor) -> float:
 # --- the gate ---
 
 
-def compare(batch: int, length: int, channels: int, states: int, dtype: str, boundaries: int, **kind: Any) -> list[str]:
-    """Complaints about one shape (none: it passed)."""
-    one_pass = kind.pop("one_pass", False)
+def compare(
+    batch: int,
+    length: int,
+    channels: int,
+    states: int,
+    dtype: str,
+    boundaries: int,
+    *,
+    portable: bool = False,
+    one_pass: bool = False,
+    hopper: tuple[Any, Any] | None = None,
+    **kind: Any,
+) -> list[str]:
+    """Complaints about one shape (none: it passed), of the kernels that the dispatch takes, of the ``portable`` ones
+    (in ``one_pass``), or of the ``hopper`` ones with these forward and backward plans (``boundaries`` 16)."""
     x = problem(batch, length, channels, states, DTYPES[dtype], **kind)
     softplus = x[7] is not None
     k = kernels()
     plans: tuple[Any, Any] = (None, None)
+    if hopper is not None:
+        from mambascope.ops.scan import gluon
+
+        k, plans = gluon, hopper
+    elif portable or one_pass:
+        plans = k.forward_plan_of(x[0], x[2], boundaries), k.backward_plan_of(x[0], x[2], boundaries)
     if one_pass:
-        chosen = k.forward_plan_of(x[0], x[2], boundaries), k.backward_plan_of(x[0], x[2], boundaries)
         steps = -(-length // boundaries) * boundaries
         plans = (
-            type(chosen[0])(chosen[0].block, steps, 1),
-            type(chosen[1])(chosen[1].block, chosen[1].segment, chosen[1].n_segments, 1, chosen[1].n_segments),
+            type(plans[0])(plans[0].block, steps, 1),
+            type(plans[1])(plans[1].block, plans[1].segment, plans[1].n_segments, 1, plans[1].n_segments),
         )
     found = list(k.scan_forward(*x, dt_softplus=softplus, boundaries=boundaries, plan=plans[0]))
     seeds = [torch.randn_like(t.float()) for t in found]
@@ -405,7 +422,7 @@ def our_calls(batch: int, length: int, dtype: torch.dtype) -> dict[str, Callable
         x = problem(batch, length, CHANNELS, STATES, dtype, padded=False)
         inputs.append(x)
         grads.append(torch.randn(batch, length, CHANNELS, device=DEVICE).to(dtype))
-    interval = k.REPLAY_INTERVAL
+    interval = k.preferred_interval(torch.device(DEVICE), torch.bfloat16, STATES)
 
     def forward(i: int) -> Any:
         return k.scan_forward(*inputs[i % sets], dt_softplus=True, boundaries=None)

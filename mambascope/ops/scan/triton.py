@@ -7,6 +7,8 @@ in time, or a different plan, agrees within rounding only.
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
+import importlib
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +29,9 @@ __all__ = [
     "conv_forward",
     "forward_plan_of",
     "gate_forward",
+    "hopper",
     "norm_forward",
+    "preferred_interval",
     "scan_backward",
     "scan_forward",
     "silu_forward",
@@ -42,6 +46,31 @@ REPLAY_INTERVAL = 32
 _MAX_SCRATCH = 1 << 30  # bytes of partial sums and replayed states; above it the backward takes the rows in slices
 _ENDS, _OUTPUTS, _STATES, _WINDOW = 0, 1, 2, 3  # modes of forward_kernel
 _BLOCK = 256  # entries of a sum a program
+
+
+_hopper_kernels: dict[None, Any] = {}  # the module of the Hopper kernels, or why there is none
+
+
+def hopper(device: torch.device, dtype: torch.dtype, states: int, interval: int | None) -> Any:
+    """The module with the kernels for Hopper-class GPUs if they take N ``states``, and states saved or gradients given
+    every ``interval`` steps; else None."""
+    if device.type != "cuda" or states > 16 or (interval is not None and interval % 16):
+        return None
+    if None not in _hopper_kernels:
+        try:
+            _hopper_kernels[None] = importlib.import_module("mambascope.ops.scan.gluon")
+        except ImportError as error:  # Gluon is newer than Triton's language, and still moves
+            _hopper_kernels[None] = None
+            if torch.cuda.get_device_capability(device)[0] == 9:
+                warnings.warn(f"the Hopper kernels cannot be imported ({error}): using the portable ones", stacklevel=2)
+    module = _hopper_kernels[None]
+    return None if module is None or module.supports(device, dtype, states) else module
+
+
+def preferred_interval(device: torch.device, dtype: torch.dtype, states: int) -> int:
+    """Steps between the states that are best kept for the backward pass."""
+    module = hopper(device, dtype, states, None)
+    return REPLAY_INTERVAL if module is None else module.REPLAY_INTERVAL
 
 
 def forward_plan_of(u: Tensor, A: Tensor, boundaries: int | None) -> ForwardPlan:
@@ -160,6 +189,10 @@ def scan_forward(
     Time O(B L D N), in one pass or in chunks of time as the table says; ``plan`` overrides it (tests, measurements).
     y has u's dtype with z, float32 without. Raises `BackendError` where `supports` gives a reason.
     """
+    fast = hopper(u.device, u.dtype, A.shape[1], boundaries) if plan is None and u.numel() else None
+    if fast is not None:
+        inputs = (u, delta, A, B, C, D, z, dt_bias, h0, lengths)
+        return fast.scan_forward(*inputs, dt_softplus=dt_softplus, boundaries=boundaries)
     x = _Operands.of(u, delta, A, B, C, D, z, dt_bias, h0, lengths)
     batch, length, channels, states = x.sizes
     y = torch.empty(u.shape, dtype=torch.float32 if z is None else u.dtype, device=u.device)
@@ -222,6 +255,13 @@ def scan_backward(
     wider ones are filled in first. Time O(B L D N). Scratch, mostly the partial sums of dB and dC, is at most about
     1 GiB (or one row's): beyond that, rows are taken in slices. Every sum has a fixed order: two calls, the same bits.
     """
+    fast = hopper(u.device, u.dtype, A.shape[1], boundaries) if plan is None and u.numel() else None
+    if fast is not None:
+        inputs = (u, delta, A, B, C, D, z, dt_bias, h0, lengths)
+        if boundaries != fast.REPLAY_INTERVAL:
+            h_boundary = _finer_states(_Operands.of(*inputs), h_boundary, boundaries, fast.REPLAY_INTERVAL, dt_softplus)
+        arriving = (h_boundary, dy, dh_last, dh_boundary)
+        return fast.scan_backward(*inputs, *arriving, dt_softplus=dt_softplus, boundaries=boundaries)
     x = _Operands.of(u, delta, A, B, C, D, z, dt_bias, h0, lengths)
     batch, length, channels, states = x.sizes
     by_row = {"du": x.u, "ddelta": x.delta, "dB": x.B, "dC": x.C, "dz": x.z}
@@ -249,6 +289,17 @@ def scan_backward(
         some = [None if t is None else t[part] for t in arriving]
         _backward_rows(x.rows(part), some, views, plan, dt_softplus, boundaries, add=begin > 0)
     return out
+
+
+def _finer_states(x: _Operands, h_boundary: Tensor, interval: int, finer: int, dt_softplus: bool) -> Tensor:
+    """States every ``finer`` steps, replayed from those every ``interval`` steps, a multiple of it."""
+    batch, length, channels, states = x.sizes
+    fine = x.new(batch, -(-length // finer), channels, states)
+    flags = x.flags(forward_plan_of(x.u, x.A, None).block, dt_softplus)
+    outputs = (x.u, None, fine, whole(h_boundary, torch.float32), None, None)
+    steps = (interval, -(-length // interval), finer, fine.shape[1])
+    _walk(x, _STATES, steps, outputs, **flags, HAS_STARTS=True, BOUNDARIES=True)
+    return fine
 
 
 def _scratch_of_row(x: _Operands, plan: BackwardPlan, boundaries: int) -> int:

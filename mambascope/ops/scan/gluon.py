@@ -1,0 +1,181 @@
+"""The scan for Hopper-class GPUs (compute capability 9.x), in Triton's Gluon; up to 16 states a channel.
+
+Same interface as the portable kernels, which serve everything else. h has the same bits however a text is split, and
+whatever the table chooses: states are walked in order, with one arithmetic. y's and the gradients' bits depend on the
+form of the kernel only through the order of sums over states. Two runs give the same bits; so do the fused form and the
+same steps apart. The sums over time in dA, dD and the bias's gradient depend on how the table cuts time.
+"""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from mambascope.ops.scan.gluon_backward import backward_kernel
+from mambascope.ops.scan.gluon_forward import forward_kernel
+from mambascope.ops.scan.gluon_table import (
+    BACKWARD_TILE,
+    BackwardPlan,
+    ForwardPlan,
+    backward_cuts,
+    backward_plan,
+    forward_cuts,
+    forward_plan,
+)
+from mambascope.ops.scan.triton_backward import sum_kernel
+from mambascope.ops.scan.triton_launch import dense, launch, processor_count, strides, whole
+
+__all__ = ["MAX_STATE", "REPLAY_INTERVAL", "scan_backward", "scan_forward", "supports"]
+
+MAX_STATE = 16
+REPLAY_INTERVAL = BACKWARD_TILE
+
+_PADDED = 16  # states as the kernels hold them
+_MAX_SCRATCH = 1 << 30  # bytes of partial sums; above it the backward takes the rows in slices
+_BLOCK = 256  # entries of a sum a program
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_capability: dict[torch.device, bool] = {}
+
+
+def supports(device: torch.device, dtype: torch.dtype, N: int, K: int = 1) -> str:
+    """'' if the kernels can take it, else the reason in words."""
+    if device.type != "cuda":
+        return f"the Hopper kernels run on CUDA tensors, these are on {device}"
+    if device not in _capability:
+        _capability[device] = torch.cuda.get_device_capability(device)[0] == 9
+    if not _capability[device]:
+        return f"the Hopper kernels want compute capability 9.x, {device} has another"
+    if dtype not in _DTYPES:
+        return f"the Hopper kernels take float32, bfloat16 and float16, got {dtype}"
+    if N > MAX_STATE:
+        return f"the Hopper kernels hold at most N = {MAX_STATE} states a channel, got {N}"
+    return ""
+
+
+def _new(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def scan_forward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    h0: Tensor | None,
+    lengths: Tensor | None,
+    *,
+    dt_softplus: bool,
+    boundaries: int | None,
+    plan: ForwardPlan | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As the portable `scan_forward`; ``boundaries`` must be a multiple of 16. Time O(B L D N), one launch."""
+    batch, length, channels = u.shape
+    states = A.shape[1]
+    plan = plan or forward_plan(batch, length, channels, processor_count(u.device))
+    y = torch.empty((batch, length, channels), dtype=torch.float32 if z is None else u.dtype, device=u.device)
+    h_last = _new(u, batch, channels, states)
+    n_bound = -(-length // boundaries) if boundaries else 0
+    bound = _new(u, batch, n_bound, channels, states) if boundaries else None
+    u, delta, B, C, z = dense(u), dense(delta), dense(B), dense(C), dense(z)  # type: ignore[assignment]
+    launch(
+        forward_kernel,
+        batch * -(-channels // plan.block) * plan.parts,
+        u.device,
+        u, delta, whole(A, torch.float32), B, C, whole(D), z, whole(dt_bias), whole(h0, torch.float32), lengths,
+        y, h_last, bound,
+        *strides(u, delta, B, C, z),
+        length, (boundaries or BACKWARD_TILE) // BACKWARD_TILE, n_bound,
+        *forward_cuts(plan, length),
+        D=channels, N=states, NP=_PADDED, BD=plan.block, NL=plan.lanes, T=plan.tile, NB=plan.stages, NY=plan.sums,
+        KE=plan.per_thread, AHEAD=plan.ahead, PARTS=plan.parts,
+        PRODUCER_REGISTERS=plan.producer_registers, FINISHER_REGISTERS=plan.finisher_registers,
+        SOFTPLUS=dt_softplus, HAS_BIAS=dt_bias is not None, HAS_D=D is not None, HAS_Z=z is not None,
+        HAS_H0=h0 is not None, HAS_LENGTHS=lengths is not None, BOUNDARIES=boundaries is not None,
+        num_warps=plan.block * plan.lanes // 32, maxnreg=plan.registers,
+    )  # fmt: skip
+    return y, h_last, bound
+
+
+def scan_backward(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    h0: Tensor | None,
+    lengths: Tensor | None,
+    h_boundary: Tensor,
+    dy: Tensor,
+    dh_last: Tensor | None,
+    dh_boundary: Tensor | None,
+    *,
+    dt_softplus: bool,
+    boundaries: int,
+    plan: BackwardPlan | None = None,
+) -> dict[str, Tensor | None]:
+    """As the portable `scan_backward`, but ``h_boundary`` holds the states every 16 steps whatever ``boundaries`` is,
+    the interval of ``dh_boundary`` (a multiple of 16)."""
+    batch, length, channels = u.shape
+    states = A.shape[1]
+    plan = plan or backward_plan(batch, length, channels, processor_count(u.device))
+    wide = torch.float32
+    shared = {"dA": A, "dD": D, "ddt_bias": dt_bias}
+    out: dict[str, Any] = {
+        name: None if like is None else torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        for name, like in {"du": u, "ddelta": delta, "dB": B, "dC": C, "dz": z}.items()
+    }
+    out |= {name: None if like is None else _new(u, *like.shape) for name, like in shared.items()}
+    out["dh0"] = _new(u, batch, channels, states)
+    whole_A, whole_D, whole_bias = whole(A, wide), whole(D), whole(dt_bias)
+    by_row = (dense(u), dense(delta), dense(B), dense(C), dense(z), lengths)
+    by_row += (whole(h_boundary, wide), dense(dy), whole(dh_boundary, wide), whole(dh_last, wide))
+    blocks = -(-channels // plan.block)
+    rows = max(1, min(batch, _MAX_SCRATCH // (8 * blocks * length * states)))
+    flags = {
+        "D": channels, "N": states, "NP": _PADDED, "BD": plan.block, "NL": plan.lanes, "KE": plan.per_thread,
+        "PARTS": plan.parts, "SOFTPLUS": dt_softplus, "HAS_BIAS": dt_bias is not None, "HAS_D": D is not None,
+        "HAS_Z": z is not None, "HAS_LENGTHS": lengths is not None, "HAS_DBOUND": dh_boundary is not None,
+        "HAS_DLAST": dh_last is not None, "num_warps": plan.block * plan.lanes // 32,
+    }  # fmt: skip
+    if plan.registers:
+        flags["maxnreg"] = plan.registers
+    n_bound = -(-length // boundaries)
+    for begin in range(0, batch, rows):
+        cut = slice(begin, min(batch, begin + rows))
+        count = cut.stop - begin
+        u_, delta_, B_, C_, z_, lengths_, h_, dy_, dbound_, dlast_ = (
+            x if x is None or count == batch else x[cut] for x in by_row
+        )
+        views = {k: v if v is None or k in shared or count == batch else v[cut] for k, v in out.items()}
+        partial = _new(u, 2, blocks, count, length, states)
+        terms = count * plan.parts
+        dA = _new(u, terms, channels, states)
+        dD = None if D is None else _new(u, terms, channels)
+        ddt_bias = None if dt_bias is None else _new(u, terms, channels)
+        launch(
+            backward_kernel,
+            blocks * plan.parts * count,
+            u.device,
+            u_, delta_, whole_A, B_, C_, whole_D, z_, whole_bias, lengths_, h_, dy_, dbound_, dlast_,
+            views["du"], views["ddelta"], views["dz"], partial, dA, dD, ddt_bias, views["dh0"],
+            *strides(u_, delta_, B_, C_, z_, dy_),
+            length, boundaries, n_bound, *backward_cuts(plan, length),
+            **flags,
+        )  # fmt: skip
+        added = (partial[0], partial[1], dA, dD, ddt_bias, *(views[k] for k in ("dB", "dC", "dA", "dD", "ddt_bias")))
+        size, entries = count * length * states, channels * states
+        programs = 2 * triton.cdiv(size, _BLOCK) + triton.cdiv(entries, _BLOCK) + triton.cdiv(channels, _BLOCK)
+        own = {"HAS_D": D is not None, "HAS_BIAS": dt_bias is not None, "ADD": begin > 0, "BLOCK": _BLOCK}
+        counts = (size, blocks, entries, channels, terms)
+        launch(sum_kernel, programs, u.device, *added, *counts, **own, num_warps=4, enable_fp_fusion=False)
+    return out

@@ -1,0 +1,435 @@
+"""The selective scan's backward on Hopper-class GPUs, in Triton's Gluon: one kernel, time walked in reverse.
+
+With ``q[t]`` the loss's derivative by ``h[t]``, ``g[t]`` by ``y[t]`` and ``e[t] = exp(delta[t] A)``::
+
+    q[t] = C[t] g[t] + e[t+1] q[t+1]                (+ what arrives at h_last or at a boundary state)
+    du = delta Σ_n q B + D g                        ddelta = u Σ_n q B + Σ_n A e q h[t-1]
+    dB = Σ_d q delta u     dC = Σ_d g h             dA = Σ_t delta e q h[t-1]
+
+A program owns BD channels of one row and walks tiles of 16 steps, whose entering states the forward has saved. In a tile
+the state entering every group of four steps is replayed in registers, then each group, from the last, is replayed and
+walked in reverse. dB and dC are summed over a warp's channels by shuffles that transpose as they add, over warps through
+shared memory, and over programs as partial sums in a fixed order: two runs give the same bits.
+
+A short batch is cut in PARTS ranges of time as in the forward, counted from the right: a program first walks the adjoint
+alone over the steps to the right of its range.
+"""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false
+# ruff: noqa: RUF005
+
+from typing import Any
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from mambascope.ops.scan.gluon_forward import advance, range_of
+from mambascope.ops.scan.gluon_layouts import (
+    group_layout,
+    partial_layout,
+    rows_layout,
+    state_layout,
+    sums_layout,
+    transposed_states,
+)
+from mambascope.ops.scan.gluon_math import (
+    LOG2E,
+    by_channel,
+    by_state,
+    columns,
+    exp2,
+    group_of,
+    load_rows,
+    places,
+    sigmoid,
+    sigmoids,
+    softplus,
+)
+
+__all__ = ["backward_kernel"]
+
+
+@gluon.constexpr_function
+def _added_layout(W: int, PL: int, NL: int, warps: int) -> Any:
+    """``[4, W, PL, NL, 4]``: the last axis and W in registers, NL then PL over lanes, groups over warps."""
+
+    def unit(axis: int, x: int) -> list[int]:
+        return [x if i == axis else 0 for i in range(5)]
+
+    def bits(axis: int, size: int) -> list[list[int]]:
+        return [unit(axis, 1 << bit) for bit in range(size.bit_length() - 1)]
+
+    groups = bits(0, 4)
+    across = warps.bit_length() - 1
+    registers = bits(4, 4) + bits(1, W) + groups[across:]
+    spread = groups[:across] + [[0] * 5] * (across - 2)
+    return gl.DistributedLinearLayout(registers, bits(3, NL) + bits(2, PL), spread, [], [4, W, PL, NL, 4])
+
+
+@gluon.jit
+def _lane_xor_2(x):
+    return gl.inline_asm_elementwise(
+        "shfl.sync.bfly.b32 $0, $1, 2, 0x1f, 0xffffffff;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _lane_xor_8(x):
+    return gl.inline_asm_elementwise(
+        "shfl.sync.bfly.b32 $0, $1, 8, 0x1f, 0xffffffff;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+@gluon.jit
+def _lane_xor_16(x):
+    return gl.inline_asm_elementwise(
+        "shfl.sync.bfly.b32 $0, $1, 16, 0x1f, 0xffffffff;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
+    )
+
+
+# Two sums over one lane bit for one shuffle: lanes whose bit is 0 keep the first, the others the second.
+@gluon.jit
+def _fold_2(second, x, y):
+    return gl.where(second, y, x) + _lane_xor_2(gl.where(second, x, y))
+
+
+@gluon.jit
+def _fold_8(second, x, y):
+    return gl.where(second, y, x) + _lane_xor_8(gl.where(second, x, y))
+
+
+@gluon.jit
+def _fold_16(second, x, y):
+    return gl.where(second, y, x) + _lane_xor_16(gl.where(second, x, y))
+
+
+@gluon.jit
+def _forward_step(h, a, dt, x, b):
+    e = exp2(a * dt[:, None, None])
+    return e, gl.fma(e, h, x[:, None, None] * b[None, :, :])
+
+
+@gluon.jit
+def _adjoint_step(cy, a, dt, g, c):
+    return exp2(a * dt[:, None, None]) * gl.fma(c[None, :, :], g[:, None, None], cy)
+
+
+@gluon.jit
+def _reverse_step(cy, dA, e, h_before, h, rate, dt, x, g, b, c):
+    """One step of the adjoint: what goes on to the left, and this step's contributions."""
+    q = gl.fma(c[None, :, :], g[:, None, None], cy)
+    y = gl.sum(h * c[None, :, :], axis=1)
+    through = gl.sum(q * b[None, :, :], axis=1)
+    dC = g[:, None, None] * h
+    dB = x[:, None, None] * q
+    cy = e * q
+    r = cy * h_before
+    by_rate = gl.sum(r * rate, axis=1)
+    dA = gl.fma(r, dt[:, None, None], dA)
+    return cy, dA, y, through, by_rate, dB, dC
+
+
+@gluon.jit
+def _add_boundary(cy, dbound, row, i, interval, n_bound, tile, tile_in, D: gl.constexpr, N: gl.constexpr):
+    """What arrives at the state entering tile i, if one was given out there."""
+    begins = (i * 16) % interval == 0
+    at = (row.to(gl.int64) * n_bound + (i * 16) // interval) * (D * N)
+    return cy + gl.load(dbound + at + tile, mask=tile_in & begins, other=0.0)
+
+
+@gluon.jit(do_not_specialize=["L", "interval", "n_bound", "cut1", "cut2", "cut3"])
+def backward_kernel(
+    u, delta, A, B, C, skip, z, bias, lengths, states, dy, dbound, dh_last,
+    du, ddelta, dz, partial, dA_part, dskip_part, dbias_part, dh0,
+    u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, dy_b, dy_l,
+    L, interval, n_bound, cut1, cut2, cut3,
+    D: gl.constexpr, N: gl.constexpr, NP: gl.constexpr, BD: gl.constexpr, NL: gl.constexpr, KE: gl.constexpr,
+    PARTS: gl.constexpr,
+    SOFTPLUS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_D: gl.constexpr, HAS_Z: gl.constexpr,
+    HAS_LENGTHS: gl.constexpr, HAS_DBOUND: gl.constexpr, HAS_DLAST: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """All gradients. Grid: channel blocks × PARTS × rows. ``states`` B ceil(L/16) D N; cuts are in tiles, from the right.
+
+    ``partial`` is 2 (dB, dC) × blocks × B × L × N; the other partial sums have B × PARTS terms.
+    """
+    T: gl.constexpr = 16
+    TK: gl.constexpr = 4
+    NS: gl.constexpr = NP // NL
+    E: gl.constexpr = BD // 2
+    PL: gl.constexpr = 32 // NL  # channels of a warp
+    W: gl.constexpr = BD // PL  # warps
+    D_ALL: gl.constexpr = 0 if D % BD == 0 else D
+    N_ALL: gl.constexpr = 0 if N == NP else N
+    L4: gl.constexpr = group_layout(BD, NS, NL, 4, num_warps)
+    LS: gl.constexpr = state_layout(BD, NS, NL, num_warps)
+    LD: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, L4))  # BD 4
+    LK: gl.constexpr = gl.SliceLayout(0, L4)  # NS NL 4
+    L1: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LS))  # BD
+    LB: gl.constexpr = gl.SliceLayout(0, LS)  # NS NL
+    LE: gl.constexpr = rows_layout(BD, KE, num_warps)
+    LN: gl.constexpr = rows_layout(NP, 1, num_warps)
+    LY: gl.constexpr = sums_layout(BD, NL, KE, num_warps)
+    S2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    S3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
+    S4: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [3, 2, 1, 0])
+    S5: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [4, 3, 2, 1, 0])
+    SB: gl.constexpr = transposed_states([TK], NS, NL, 4)
+    SP: gl.constexpr = partial_layout([TK], NL, BD, False)
+    SPK: gl.constexpr = partial_layout([], NL, BD, False)
+    SPE: gl.constexpr = partial_layout([TK], NL, BD, True)
+
+    sd = gl.allocate_shared_memory(gl.float32, [TK, BD, 4], S3)
+    sx = gl.allocate_shared_memory(gl.float32, [TK, BD, 4], S3)
+    sg = gl.allocate_shared_memory(gl.float32, [TK, BD, 4], S3)
+    sb = gl.allocate_shared_memory(gl.float32, [TK, NP, 4], SB)
+    sc = gl.allocate_shared_memory(gl.float32, [TK, NP, 4], SB)
+    sv = gl.allocate_shared_memory(gl.float32, [TK, NL, BD, 4], SP)
+    sw = gl.allocate_shared_memory(gl.float32, [TK, NL, BD, 4], SP)
+    sr = gl.allocate_shared_memory(gl.float32, [TK, BD, NL, 4], S4)
+    dd = sd._reinterpret(gl.float32, [TK, BD, 4], S2)
+    dx = sx._reinterpret(gl.float32, [TK, BD, 4], S2)
+    dg = sg._reinterpret(gl.float32, [TK, BD, 4], S2)
+    db = sb._reinterpret(gl.float32, [TK, NS, NL, 4], S3)
+    dc = sc._reinterpret(gl.float32, [TK, NS, NL, 4], S3)
+    v_in = sv._reinterpret(gl.float32, [TK, NL, BD, 4], SPK)
+    v_out = sv._reinterpret(gl.float32, [1, TK, NL, 2, E, 4], SPE)
+    w_in = sw._reinterpret(gl.float32, [TK, NL, BD, 4], SPK)
+    w_out = sw._reinterpret(gl.float32, [1, TK, NL, 2, E, 4], SPE)
+    r_in = sr._reinterpret(gl.float32, [TK, BD, NL, 4], S3)
+    r_out = sr._reinterpret(gl.float32, [1, TK, W, PL, NL, 4], S5)
+    if HAS_Z:
+        sy = gl.allocate_shared_memory(gl.float32, [TK, NL, BD, 4], SP)
+        y_in = sy._reinterpret(gl.float32, [TK, NL, BD, 4], SPK)
+        y_out = sy._reinterpret(gl.float32, [1, TK, NL, 2, E, 4], SPE)
+
+    BLOCKS: gl.constexpr = (D + BD - 1) // BD
+    pid = gl.program_id(0)
+    block = pid % BLOCKS
+    part = (pid // BLOCKS) % PARTS
+    row = pid // (BLOCKS * PARTS)
+    rows = gl.num_programs(0) // (BLOCKS * PARTS)
+    long_row = row.to(gl.int64)
+    tiles = gl.cdiv(L, T)
+    first, end = range_of(part, tiles, cut1, cut2, cut3, PARTS)
+    live = L
+    if HAS_LENGTHS:
+        live = gl.minimum(gl.load(lengths + row).to(gl.int32), L)
+
+    p = gl.arange(0, BD, L1)
+    ch = block * BD + (p % E) * 2 + p // E
+    s = gl.arange(0, NS, gl.SliceLayout(1, LB))
+    lane = gl.arange(0, NL, gl.SliceLayout(0, LB))
+    n = (lane * NS)[None, :] + s[:, None]
+    tile = (ch * N)[:, None, None] + n[None, :, :]
+    tile_in = (ch < D)[:, None, None] & (n < N)[None, :, :]
+    rate = gl.load(A + tile, mask=tile_in, other=0.0).to(gl.float32)
+    a = rate * LOG2E
+    cy = gl.zeros([BD, NS, NL], gl.float32, LS)
+    if HAS_DLAST:
+        cy = gl.load(dh_last + long_row * (D * N) + tile, mask=tile_in, other=0.0)
+
+    t, column = places(T, BD, LE)
+    tn, column_n = places(T, NP, LN)
+    d = block * BD + column
+    b_dt = 0.0
+    if HAS_BIAS:
+        b_dt = gl.load(bias + d, mask=d < D, other=0.0).to(gl.float32)
+    w_skip = 0.0
+    if HAS_D:
+        w_skip = gl.load(skip + d, mask=d < D, other=0.0).to(gl.float32)
+    u += long_row * u_b
+    delta += long_row * delta_b
+    B += long_row * B_b
+    C += long_row * C_b
+    dy += long_row * dy_b
+    if HAS_Z:
+        z += long_row * z_b
+
+    if PARTS > 1:
+        # The adjoint alone, over the steps to the right of this program's own.
+        at = (tiles - 1) * T
+        raw_next = load_rows(delta, delta_l, at, t, d, L - at, D_ALL)
+        g_next = load_rows(dy, dy_l, at, t, d, L - at, D_ALL)
+        c_next = load_rows(C, C_l, at, tn, column_n, L - at, N_ALL)
+        if HAS_Z:
+            z_next = load_rows(z, z_l, at, t, d, L - at, D_ALL)
+        for back in range(0, first):
+            i = tiles - 1 - back
+            raw = raw_next.to(gl.float32)
+            if SOFTPLUS:
+                raw = softplus(raw + b_dt)
+            g = g_next.to(gl.float32)
+            if HAS_Z:
+                gate = z_next.to(gl.float32)
+                g = g * (gate * sigmoid(gate))
+            sd.store(by_channel(gl.where((t < live - i * T) & (column >= 0), raw, 0.0), T, BD))
+            sg.store(by_channel(g, T, BD))
+            sc.store(by_state(c_next.to(gl.float32), T, NP))
+            at = gl.maximum(i - 1, 0) * T
+            raw_next = load_rows(delta, delta_l, at, t, d, L - at, D_ALL)
+            g_next = load_rows(dy, dy_l, at, t, d, L - at, D_ALL)
+            c_next = load_rows(C, C_l, at, tn, column_n, L - at, N_ALL)
+            if HAS_Z:
+                z_next = load_rows(z, z_l, at, t, d, L - at, D_ALL)
+            for kk in gl.static_range(TK):
+                k = TK - 1 - kk
+                d0, d1, d2, d3 = columns(dd.index(k).load(LD), [BD], L1)
+                g0, g1, g2, g3 = columns(dg.index(k).load(LD), [BD], L1)
+                c0, c1, c2, c3 = columns(dc.index(k).load(LK), [NS, NL], LB)
+                cy = _adjoint_step(cy, a, d3, g3, c3)
+                cy = _adjoint_step(cy, a, d2, g2, c2)
+                cy = _adjoint_step(cy, a, d1, g1, c1)
+                cy = _adjoint_step(cy, a, d0, g0, c0)
+            if HAS_DBOUND:
+                cy = _add_boundary(cy, dbound, row, i, interval, n_bound, tile, tile_in, D, N)
+
+    du += long_row * L * D
+    ddelta += long_row * L * D
+    if HAS_Z:
+        dz += long_row * L * D
+    states += long_row * tiles * (D * N)
+    RL: gl.constexpr = _added_layout(W, PL, NL, num_warps)
+    RO: gl.constexpr = gl.SliceLayout(1, RL)  # TK PL NL 4
+    og = gl.arange(0, TK, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, RO))))
+    op = gl.arange(0, PL, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, RO))))
+    ol = gl.arange(0, NL, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, RO))))
+    oj = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, RO))))
+    # What a lane holds after the folds: its channel's lowest bit says dB or dC, the next ones which of four steps.
+    half = (op & 1)[None, :, None, None].to(gl.int64) * BLOCKS * rows * L * N
+    if NL == 4:
+        ot = (
+            (og * 4)[:, None, None, None]
+            + (2 * ((op >> 1) & 1) + ((op >> 2) & 1))[None, :, None, None]
+            + (oj * 0)[None, None, None, :]
+        )
+        on = (ol * NS)[None, None, :, None] + oj[None, None, None, :]
+    else:
+        ot = (og * 4)[:, None, None, None] + (2 * ((op >> 1) & 1))[None, :, None, None] + (oj >> 1)[None, None, None, :]
+        on = (ol * NS)[None, None, :, None] + (oj & 1)[None, None, None, :]
+    to = partial + ((block.to(gl.int64) * rows + row) * L * N + half) + (ot * N + on)
+    bit0 = ((p & 1) == 1)[:, None, None]
+    bit1 = ((p & 2) == 2)[:, None, None]
+    bit2 = ((p & 4) == 4)[:, None, None]
+    dA = gl.zeros([BD, NS, NL], gl.float32, LS)
+    dskip = gl.zeros([TK, 4, E, 2], gl.float32, LE)
+    dbias = gl.zeros([TK, 4, E, 2], gl.float32, LE)
+
+    at = (tiles - 1 - first) * T
+    u_next = load_rows(u, u_l, at, t, d, L - at, D_ALL)
+    raw_next = load_rows(delta, delta_l, at, t, d, L - at, D_ALL)
+    g_next = load_rows(dy, dy_l, at, t, d, L - at, D_ALL)
+    b_next = load_rows(B, B_l, at, tn, column_n, L - at, N_ALL)
+    c_next = load_rows(C, C_l, at, tn, column_n, L - at, N_ALL)
+    if HAS_Z:
+        z_next = load_rows(z, z_l, at, t, d, L - at, D_ALL)
+    h_next = gl.load(states + (tiles - 1 - first).to(gl.int64) * (D * N) + tile, mask=tile_in, other=0.0)
+    for back in range(first, end):
+        i = tiles - 1 - back
+        raw = raw_next.to(gl.float32) + b_dt
+        dt = raw
+        if SOFTPLUS:
+            dt = softplus(raw)
+        counted = (t < live - i * T) & (column >= 0)
+        dt = gl.where(counted, dt, 0.0)
+        u_now = u_next.to(gl.float32)
+        dout = g_next.to(gl.float32)
+        g = dout
+        if HAS_Z:
+            gate = z_next.to(gl.float32)
+            g = dout * (gate * sigmoid(gate))
+        sd.store(by_channel(dt, T, BD))
+        sx.store(by_channel(dt * u_now, T, BD))
+        sg.store(by_channel(g, T, BD))
+        sb.store(by_state(b_next.to(gl.float32), T, NP))
+        sc.store(by_state(c_next.to(gl.float32), T, NP))
+        h = h_next
+        before = gl.maximum(i - 1, 0)
+        at = before * T
+        u_next = load_rows(u, u_l, at, t, d, L - at, D_ALL)
+        raw_next = load_rows(delta, delta_l, at, t, d, L - at, D_ALL)
+        g_next = load_rows(dy, dy_l, at, t, d, L - at, D_ALL)
+        b_next = load_rows(B, B_l, at, tn, column_n, L - at, N_ALL)
+        c_next = load_rows(C, C_l, at, tn, column_n, L - at, N_ALL)
+        if HAS_Z:
+            z_next = load_rows(z, z_l, at, t, d, L - at, D_ALL)
+        h_next = gl.load(states + before.to(gl.int64) * (D * N) + tile, mask=tile_in, other=0.0)
+
+        heads = (h,)  # states entering the groups
+        for k in gl.static_range(TK - 1):
+            d0, d1, d2, d3 = columns(dd.index(k).load(LD), [BD], L1)
+            x0, x1, x2, x3 = columns(dx.index(k).load(LD), [BD], L1)
+            b0, b1, b2, b3 = columns(db.index(k).load(LK), [NS, NL], LB)
+            h = advance(h, a, d0, x0, b0)
+            h = advance(h, a, d1, x1, b1)
+            h = advance(h, a, d2, x2, b2)
+            h = advance(h, a, d3, x3, b3)
+            heads = heads + (h,)
+        for kk in gl.static_range(TK):
+            k = TK - 1 - kk
+            d0, d1, d2, d3 = columns(dd.index(k).load(LD), [BD], L1)
+            x0, x1, x2, x3 = columns(dx.index(k).load(LD), [BD], L1)
+            g0, g1, g2, g3 = columns(dg.index(k).load(LD), [BD], L1)
+            b0, b1, b2, b3 = columns(db.index(k).load(LK), [NS, NL], LB)
+            c0, c1, c2, c3 = columns(dc.index(k).load(LK), [NS, NL], LB)
+            head = heads[TK - 1 - kk]
+            e0, h0 = _forward_step(head, a, d0, x0, b0)
+            e1, h1 = _forward_step(h0, a, d1, x1, b1)
+            e2, h2 = _forward_step(h1, a, d2, x2, b2)
+            e3, h3 = _forward_step(h2, a, d3, x3, b3)
+            cy, dA, y3, v3, w3, B3, C3 = _reverse_step(cy, dA, e3, h2, h3, rate, d3, x3, g3, b3, c3)
+            cy, dA, y2, v2, w2, B2, C2 = _reverse_step(cy, dA, e2, h1, h2, rate, d2, x2, g2, b2, c2)
+            cy, dA, y1, v1, w1, B1, C1 = _reverse_step(cy, dA, e1, h0, h1, rate, d1, x1, g1, b1, c1)
+            cy, dA, y0, v0, w0, B0, C0 = _reverse_step(cy, dA, e0, head, h0, rate, d0, x0, g0, b0, c0)
+            if HAS_Z:
+                y_in.index(k).store(gl.permute(group_of(y0, y1, y2, y3, [BD, NL]), (1, 0, 2)))
+            v_in.index(k).store(gl.permute(group_of(v0, v1, v2, v3, [BD, NL]), (1, 0, 2)))
+            w_in.index(k).store(gl.permute(group_of(w0, w1, w2, w3, [BD, NL]), (1, 0, 2)))
+            f0 = _fold_2(bit0, B0, C0)
+            f1 = _fold_2(bit0, B1, C1)
+            f2 = _fold_2(bit0, B2, C2)
+            f3 = _fold_2(bit0, B3, C3)
+            if NL == 4:
+                f = _fold_16(bit2, _fold_8(bit1, f0, f2), _fold_8(bit1, f1, f3))  # BD NS NL
+                r_in.index(k).store(gl.permute(f, (0, 2, 1)))
+            else:
+                f = gl.join(_fold_16(bit1, f0, f2), _fold_16(bit1, f1, f3))  # BD NS NL 2 steps
+                r_in.index(k).store(gl.permute(f, (0, 2, 3, 1)).reshape([BD, NL, 4]))
+        if HAS_DBOUND:
+            cy = _add_boundary(cy, dbound, row, i, interval, n_bound, tile, tile_in, D, N)
+
+        sums = gl.sum(r_out.index(0).load(RL), axis=1)
+        gl.store(to + i.to(gl.int64) * (T * N), sums, mask=(ot < L - i * T) & (on < N))
+        through = gl.convert_layout(gl.permute(gl.sum(v_out.index(0).load(LY), axis=1), (0, 3, 2, 1)), LE)
+        by_rate = gl.convert_layout(gl.permute(gl.sum(w_out.index(0).load(LY), axis=1), (0, 3, 2, 1)), LE)
+        d_u = through * dt
+        d_dt = gl.fma(through, u_now, by_rate)
+        if SOFTPLUS:
+            d_dt = d_dt * sigmoid(raw)
+        d_dt = gl.where(counted, d_dt, 0.0)
+        inside = (t < L - i * T) & (d < D)
+        out_at = (i * T).to(gl.int64) * D
+        if HAS_Z:
+            y = gl.convert_layout(gl.permute(gl.sum(y_out.index(0).load(LY), axis=1), (0, 3, 2, 1)), LE)
+            if HAS_D:
+                y = gl.fma(w_skip, u_now, y)
+            share, rest = sigmoids(gate)
+            d_gate = dout * y * share * gl.fma(gate, rest, 1.0)
+            gl.store(dz + out_at + (t * D + d), d_gate.to(dz.dtype.element_ty), mask=inside)
+        if HAS_D:
+            d_u = gl.fma(w_skip, g, d_u)
+            dskip = gl.fma(g, u_now, dskip)
+        if HAS_BIAS:
+            dbias += d_dt
+        gl.store(du + out_at + (t * D + d), d_u.to(du.dtype.element_ty), mask=inside)
+        gl.store(ddelta + out_at + (t * D + d), d_dt.to(ddelta.dtype.element_ty), mask=inside)
+
+    own_part = long_row * PARTS + part
+    gl.store(dA_part + own_part * (D * N) + tile, dA, mask=tile_in)
+    pair = gl.arange(0, E, gl.SliceLayout(1, gl.SliceLayout(0, gl.SliceLayout(0, LE))))
+    one = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, LE))))
+    own = block * BD + (pair * 2)[:, None] + one[None, :]
+    if HAS_D:
+        gl.store(dskip_part + own_part * D + own, gl.sum(gl.sum(dskip, axis=0), axis=0), mask=own < D)
+    if HAS_BIAS:
+        gl.store(dbias_part + own_part * D + own, gl.sum(gl.sum(dbias, axis=0), axis=0), mask=own < D)
+    gl.store(dh0 + long_row * (D * N) + tile, cy, mask=tile_in & (part == PARTS - 1))

@@ -1,0 +1,93 @@
+"""What the Hopper kernels share: the portable kernels' arithmetic, and loads and stores of tiles of rows."""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from mambascope.ops.scan import triton_math
+
+__all__ = [
+    "LOG2E",
+    "by_channel",
+    "by_state",
+    "columns",
+    "exp2",
+    "group_of",
+    "load_rows",
+    "places",
+    "product",
+    "sigmoid",
+    "sigmoids",
+    "silu",
+    "softplus",
+]
+
+LOG2E = gl.constexpr(1.4426950408889634)
+
+# The same source as in the portable kernels, so that a fused scan and the elementwise kernels give the same bits.
+exp = gluon.jit(triton_math.exp.fn)
+product = gluon.jit(triton_math.product.fn)
+sigmoid = gluon.jit(triton_math.sigmoid.fn)
+sigmoids = gluon.jit(triton_math.sigmoids.fn)
+silu = gluon.jit(triton_math.silu.fn)
+softplus = gluon.jit(triton_math.softplus.fn)
+
+
+@gluon.jit
+def exp2(x):
+    """One instruction: without ``ftz`` the compiler surrounds it with code for denormal results."""
+    return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def columns(x, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """``[*SHAPE, 4]`` → the four tensors ``SHAPE`` of its last axis."""
+    even, odd = gl.split(x.reshape(SHAPE + [2, 2]))
+    c0, c2 = gl.split(even)
+    c1, c3 = gl.split(odd)
+    return (
+        gl.convert_layout(c0, LAYOUT),
+        gl.convert_layout(c1, LAYOUT),
+        gl.convert_layout(c2, LAYOUT),
+        gl.convert_layout(c3, LAYOUT),
+    )
+
+
+@gluon.jit
+def group_of(c0, c1, c2, c3, SHAPE: gl.constexpr):
+    """The tensor ``[*SHAPE, 4]`` of four columns."""
+    return gl.join(gl.join(c0, c2), gl.join(c1, c3)).reshape(SHAPE + [4])
+
+
+@gluon.jit
+def places(T: gl.constexpr, width: gl.constexpr, LAYOUT: gl.constexpr):
+    """Step ``[T/4, 4, 1, 1]`` and column ``[1, 1, width/2, 2]`` of the entries of a tile of rows."""
+    group = gl.arange(0, T // 4, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))))
+    step = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))))
+    pair = gl.arange(0, width // 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, LAYOUT))))
+    one = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))))
+    t = (group * 4)[:, None, None, None] + step[None, :, None, None]
+    return t, (pair * 2)[None, None, :, None] + one[None, None, None, :]
+
+
+@gluon.jit
+def load_rows(rows, stride, first, t, column, left, ALL: gl.constexpr):
+    """A tile of rows that begins at row ``first``: zeros from row ``left`` of the tile on, and from column ``ALL`` on
+    if that is not 0."""
+    inside = (t < left) & (column >= 0)
+    if ALL > 0:
+        inside = inside & (column < ALL)
+    return gl.load(rows + first.to(gl.int64) * stride + (t * stride + column), mask=inside, other=0.0)
+
+
+@gluon.jit
+def by_state(x, T: gl.constexpr, width: gl.constexpr):
+    """A tile of rows as ``[T/4, width, 4]``, columns in their own order."""
+    return gl.permute(x, (0, 2, 3, 1)).reshape([T // 4, width, 4])
+
+
+@gluon.jit
+def by_channel(x, T: gl.constexpr, width: gl.constexpr):
+    """A tile of rows as ``[T/4, width, 4]``, even columns first."""
+    return gl.permute(x, (0, 3, 2, 1)).reshape([T // 4, width, 4])

@@ -1,0 +1,433 @@
+"""The Hopper scan kernels on a GPU of compute capability 9.x: gate, times beside the portable kernels, a sweep of plans.
+
+    python tests/bench/bench_hopper.py [--csv FILE] [--only gate|times|sweep] [--workers N] [--limit SECONDS]
+
+The gate compares every plan that the table can choose with the float64 recurrence, and bits: of two runs, of the fused
+form and its steps apart, of h under different plans and cuts of the text. Times are medians by CUDA events; ratios are
+to mamba_ssm 2.3.2's times on an H100 as recorded in bench_scan_gpu. The sweep times plans beside the table's own.
+"""
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from math import exp, log
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torch import Tensor
+
+from mambascope.ops.scan import gluon_table as table
+from tests.bench.bench_scan_gpu import (
+    CHANNELS,
+    DEVICE,
+    DTYPES,
+    RECORDED,
+    SHAPES,
+    STATES,
+    commit,
+    compare,
+    graphed,
+    kernels,
+    our_calls,
+    problem,
+    same,
+    timed,
+    write,
+)
+
+WIDE, NARROW = table._FORWARD_WIDE, table._FORWARD_NARROW
+BACK_WIDE, BACK_NARROW = table._BACKWARD_WIDE, table._BACKWARD_NARROW
+
+
+def plans(parts: int, wide: bool) -> tuple[Any, Any]:
+    return (replace(WIDE if wide else NARROW, parts=parts), replace(BACK_WIDE if wide else BACK_NARROW, parts=parts))
+
+
+def cut_time(x: list[Tensor | None], begin: int, end: int) -> list[Tensor | None]:
+    timed_ones = (0, 1, 3, 4, 6)
+    return [t[:, begin:end] if t is not None and i in timed_ones else t for i, t in enumerate(x)]
+
+
+def check_bits() -> list[str]:
+    """Fused = apart; h whatever the plan; split and resume; boundary states do not change y."""
+    from mambascope.ops.scan import gluon
+
+    k, bad = kernels(), []
+    for batch, length, dtype in (
+        (1, 1000, "bf16"),
+        (48, 65, "bf16"),
+        (1, 1000, "fp32"),
+        (48, 65, "fp32"),
+        (3, 40, "fp16"),
+    ):
+        what = f"{batch} x {length} {dtype}"
+        x = problem(batch, length, CHANNELS, STATES, DTYPES[dtype], padded=False)
+        u, raw, A, B, C, D, z, bias, h0, lengths = x
+        assert u is not None and raw is not None and D is not None
+        y, h, bound = k.scan_forward(*x, dt_softplus=True, boundaries=64)
+        delta = k.softplus_forward(raw.float() + bias)
+        apart, h2, _ = k.scan_forward(
+            u, delta, A, B, C, None, None, None, h0, lengths, dt_softplus=False, boundaries=None
+        )
+        if not same(h, h2):
+            bad.append(f"{what}: h of fused and apart differ in bits")
+        gated = k.gate_forward(apart + D * u.float(), z)
+        if not same(y, gated):
+            bad.append(f"{what}: fused and apart differ in bits in {int((y != gated).sum())} of {y.numel()} places")
+        if not same(y, k.scan_forward(*x, dt_softplus=True, boundaries=None)[0]):
+            bad.append(f"{what}: y changes with boundaries")
+        for wide in (False, True):
+            for parts in (1, 2, 3, 4):
+                other = gluon.scan_forward(*x, dt_softplus=True, boundaries=64, plan=plans(parts, wide)[0])
+                if not same(h, other[1]) or not same(bound, other[2]):
+                    bad.append(f"{what}: h differs in bits in {parts} parts, wide {wide}")
+        for at in (1, 16, 33):
+            y1, h1, _ = k.scan_forward(*cut_time(x, 0, at), dt_softplus=True, boundaries=None)
+            rest = cut_time(x, at, length)
+            rest[8] = h1
+            y2, h2, _ = k.scan_forward(*rest, dt_softplus=True, boundaries=None)
+            if not same(h2, h) or not same(torch.cat((y1, y2), 1), y):
+                bad.append(f"{what}: cut at {at}, other bits")
+    return bad
+
+
+def check_repeats() -> list[str]:
+    """Thirty runs, the same bits."""
+    from mambascope.ops.scan import gluon
+
+    bad = []
+    for batch, length, dtype in ((8, 2048, "bf16"), (1, 2048, "bf16"), (5, 1111, "fp32"), (1, 512, "fp32")):
+        x = problem(batch, length, CHANNELS, STATES, DTYPES[dtype])
+        dy = torch.randn(batch, length, CHANNELS, device=DEVICE).to(DTYPES[dtype])
+        y0, h0, bound = gluon.scan_forward(*x, dt_softplus=True, boundaries=16)
+        first = gluon.scan_backward(*x, bound, dy, h0, None, dt_softplus=True, boundaries=16)
+        for _ in range(30):
+            y, h, other = gluon.scan_forward(*x, dt_softplus=True, boundaries=16)
+            if not (same(y, y0) and same(h, h0) and same(bound, other)):
+                bad.append(f"{batch} x {length} {dtype}: forward, other bits")
+                break
+        for _ in range(15):
+            again = gluon.scan_backward(*x, bound, dy, h0, None, dt_softplus=True, boundaries=16)
+            wrong = [n for n, v in first.items() if v is not None and not same(v, again[n])]
+            if wrong:
+                bad.append(f"{batch} x {length} {dtype}: backward, other bits in {wrong}")
+                break
+    return bad
+
+
+Case = tuple[str, Callable[..., list[str]], tuple[Any, ...], dict[str, Any]]
+
+
+def cases() -> list[Case]:
+    found: list[Case] = []
+    for parts in (1, 2, 3, 4):
+        for wide in (False, True):
+            for dtype in ("fp32", "bf16"):
+                name = f"2 x 700, D 1536, {dtype}, {'wide' if wide else 'narrow'}, {parts} parts"
+                found.append((name, compare, (2, 700, 1536, 16, dtype, 16), {"hopper": plans(parts, wide)}))
+    for length in (1, 15, 16, 17, 63, 64, 65):
+        found.append((f"2 x {length}, D 1536, fp32", compare, (2, length, 1536, 16, "fp32", 16), {}))
+    for batch, length, channels, states, dtype, interval, kind in (
+        (1, 1000, 1536, 16, "bf16", 64, {"padded": False}),
+        (3, 300, 1000, 16, "fp32", 64, {}),
+        (2, 200, 40, 16, "fp32", 32, {}),
+        (2, 63, 1000, 7, "fp32", 16, {}),
+        (3, 300, 1000, 1, "bf16", 64, {}),
+        (2, 200, 1000, 16, "fp32", 16, {"wild": True}),
+        (2, 200, 1536, 16, "fp32", 128, {"wild": True}),
+        (2, 65, 512, 16, "bf16", 32, {"bare": True}),
+        (2, 65, 512, 16, "fp32", 16, {"bare": True}),
+        (2, 65, 40, 16, "fp16", 16, {}),
+        (32, 512, 512, 16, "bf16", 32, {}),
+        (48, 65, 1536, 16, "fp32", 64, {}),
+    ):
+        name = f"{batch} x {length}, D {channels}, N {states}, {dtype}, every {interval} {' '.join(kind)}"
+        found.append((name, compare, (batch, length, channels, states, dtype, interval), kind))
+    found.append(("1 x 300, D 1536, fp32, portable", compare, (1, 300, 1536, 16, "fp32", 32), {"portable": True}))
+    found.append(("bits", check_bits, (), {}))
+    found.append(("repeats", check_repeats, (), {}))
+    return found
+
+
+def run_case(index: int) -> tuple[int, list[str], float]:
+    start = time.time()
+    try:
+        torch.manual_seed(index)
+        torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty gives NaN
+        torch.backends.cuda.matmul.allow_tf32 = False
+        _, function, arguments, options = cases()[index]
+        bad = function(*arguments, **options)
+        torch.cuda.synchronize()
+    except Exception as fault:
+        where = traceback.format_exc().strip().splitlines()
+        bad = [f"{type(fault).__name__}: {str(fault)[:400]}", *where[-7:-1]]
+    torch.cuda.empty_cache()
+    return index, bad, time.time() - start
+
+
+def gate(workers: int, limit: float) -> bool:
+    start, failed, every = time.time(), 0, cases()
+    order = sorted(range(len(every)), key=lambda i: every[i][1] is compare)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        waiting = [pool.submit(run_case, i) for i in order]
+        try:
+            for done in as_completed(waiting, timeout=limit):
+                index, bad, seconds = done.result()
+                failed += bool(bad)
+                if bad:
+                    print(f"  FAIL  {every[index][0]}  ({seconds:.1f} s)", flush=True)
+                    for line in bad[:14]:
+                        print(f"        {line}", flush=True)
+        except TimeoutError:
+            left = [every[i][0] for i, f in zip(order, waiting, strict=True) if not f.done()]
+            print(f"  gate: no answer within {limit:.0f} s from {left}", flush=True)
+            failed += len(left)
+            for process in list((pool._processes or {}).values()):
+                process.kill()
+    print(f"gate: {len(every) - failed} of {len(every)} passed in {time.time() - start:.0f} s", flush=True)
+    return not failed
+
+
+# --- plans beside the table's ---
+
+
+def forward_plans(batch: int) -> dict[str, Any]:
+    lean = {"producer_registers": 56, "finisher_registers": 48, "registers": 56}
+    found = {}
+    if batch == 1:
+        for parts in (1, 2, 3, 4):
+            found[f"n{parts}"] = replace(NARROW, parts=parts)
+        found["n2 lean"] = replace(NARROW, parts=2, **lean)
+        found["n3 lean"] = replace(NARROW, parts=3, **lean)
+        found["n2 no prefetch"] = replace(NARROW, parts=2, ahead=0)
+        found["n2 T16"] = replace(NARROW, parts=2, tile=16)
+        found["w2"] = replace(WIDE, parts=2)
+        found["w4"] = replace(WIDE, parts=4)
+        found["32/8 1"] = replace(NARROW, block=32, parts=1)
+        found["32/8 2"] = replace(NARROW, block=32, parts=2)
+    else:
+        found["w"] = WIDE
+        found["w no prefetch"] = replace(WIDE, ahead=0)
+        found["w 64"] = replace(WIDE, producer_registers=64, finisher_registers=56, registers=64)
+        found["w 80"] = replace(WIDE, producer_registers=72, finisher_registers=64, registers=80)
+        found["w T32"] = replace(WIDE, tile=32)
+        found["w 56/40"] = replace(WIDE, finisher_registers=40)
+        found["w stages 3"] = replace(WIDE, stages=3)
+        found["n lean"] = replace(NARROW, **lean)
+    return found
+
+
+def backward_plans(batch: int) -> dict[str, Any]:
+    found = {}
+    if batch == 1:
+        for parts in (1, 2, 3, 4):
+            found[f"n{parts}"] = replace(BACK_NARROW, parts=parts)
+        found["n3 128"] = replace(BACK_NARROW, parts=3, registers=128)
+        found["w2"] = replace(BACK_WIDE, parts=2, registers=0)
+        found["w4"] = replace(BACK_WIDE, parts=4)
+        found["w4 free"] = replace(BACK_WIDE, parts=4, registers=0)
+    else:
+        found["w"] = BACK_WIDE
+        found["w free"] = replace(BACK_WIDE, registers=0)
+        found["n"] = BACK_NARROW
+        found["n 128"] = replace(BACK_NARROW, registers=128)
+    return found
+
+
+def compile_one(job: tuple[int, str, str, str]) -> str:
+    batch, kind, name, dtype = job
+    from mambascope.ops.scan import gluon
+
+    try:
+        x = problem(1, 64, CHANNELS, STATES, DTYPES[dtype], padded=False)
+        if kind == "forward":
+            for interval in (None, 16):
+                gluon.scan_forward(*x, dt_softplus=True, boundaries=interval, plan=forward_plans(batch)[name])
+        else:
+            bound = torch.zeros(1, 4, CHANNELS, STATES, device=DEVICE)
+            dy = torch.randn(1, 64, CHANNELS, device=DEVICE).to(DTYPES[dtype])
+            plan = backward_plans(batch)[name]
+            gluon.scan_backward(*x, bound, dy, None, None, dt_softplus=True, boundaries=16, plan=plan)
+        torch.cuda.synchronize()
+    except Exception as fault:
+        return f"{job}: {type(fault).__name__}: {str(fault)[:200]}"
+    return ""
+
+
+def compile_all(workers: int) -> None:
+    start = time.time()
+    jobs = [(b, "forward", n, "bf16") for b in (1, 8) for n in forward_plans(b)]
+    jobs += [(b, "backward", n, "bf16") for b in (1, 8) for n in backward_plans(b)]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for complaint in pool.map(compile_one, jobs):
+            if complaint:
+                print(f"  does not compile or run: {complaint}", flush=True)
+    print(f"compiled {len(jobs)} plans in {time.time() - start:.0f} s", flush=True)
+
+
+def sweep(started: float, limit: float) -> list[dict[str, Any]]:
+    from mambascope.ops.scan import gluon
+
+    rows = []
+    for batch, length in SHAPES:
+        if time.time() - started > limit:
+            print(f"  out of time before the sweep of {batch} x {length}", flush=True)
+            break
+        x = problem(batch, length, CHANNELS, STATES, torch.bfloat16, padded=False)
+        dy = torch.randn(batch, length, CHANNELS, device=DEVICE).bfloat16()
+        own = table.forward_plan(batch, length, CHANNELS, 132), table.backward_plan(batch, length, CHANNELS, 132)
+        bound = gluon.scan_forward(*x, dt_softplus=True, boundaries=16)[2]
+        measure = graphed if batch * length <= 20000 else timed
+        for kind, options in (("forward", forward_plans(batch)), ("backward", backward_plans(batch))):
+            line = []
+            for name, plan in options.items():
+                try:
+                    if kind == "forward":
+                        t = measure(lambda _, p=plan: gluon.scan_forward(*x, dt_softplus=True, boundaries=None, plan=p))
+                    else:
+                        t = measure(
+                            lambda _, p=plan: gluon.scan_backward(
+                                *x, bound, dy, None, None, dt_softplus=True, boundaries=16, plan=p
+                            )
+                        )
+                except Exception as fault:
+                    line.append((9e9, f"{name} {type(fault).__name__} {str(fault)[:60]}"))
+                    continue
+                line.append((t, f"{name}{' *' if plan in own else ''} {t:.1f}"))
+                rows.append({"B": batch, "L": length, "pass": kind, "plan": name, "us": t})
+            print(f"  {batch}x{length} {kind}: " + ", ".join(text for _, text in sorted(line)), flush=True)
+        with_states = measure(lambda _: gluon.scan_forward(*x, dt_softplus=True, boundaries=16))
+        with_64 = measure(lambda _: gluon.scan_forward(*x, dt_softplus=True, boundaries=64))
+        print(
+            f"  {batch}x{length} forward with states every 16: {with_states:.1f}, every 64: {with_64:.1f}", flush=True
+        )
+        del x, dy, bound
+        torch.cuda.empty_cache()
+    return rows
+
+
+# --- times ---
+
+
+def host_cost() -> None:
+    """Host microseconds of a call at 1 x 512, the device never waited for."""
+    calls = our_calls(1, 512, torch.bfloat16)
+    for what, call in calls.items():
+        for _ in range(5):
+            call(0)
+        torch.cuda.synchronize()
+        best = 1e9
+        for _ in range(7):
+            start = time.perf_counter()
+            for _ in range(20):
+                call(0)
+            best = min(best, (time.perf_counter() - start) / 20 * 1e6)
+            torch.cuda.synchronize()
+        print(f"  host cost at 1x512, {what}: {best:.1f} us", flush=True)
+    x = problem(1, 512, CHANNELS, STATES, torch.bfloat16, padded=False)
+    start = time.perf_counter()
+    for _ in range(1000):
+        torch.empty((1, 512, CHANNELS), dtype=torch.bfloat16, device=x[0].device)  # type: ignore[union-attr]
+    print(f"  host cost of torch.empty: {(time.perf_counter() - start) * 1e3:.2f} us", flush=True)
+
+
+def portable_times(batch: int, length: int, dtype: torch.dtype) -> tuple[float, float]:
+    k = kernels()
+    x = problem(batch, length, CHANNELS, STATES, dtype, padded=False)
+    dy = torch.randn(batch, length, CHANNELS, device=DEVICE).to(dtype)
+    f, b = k.forward_plan_of(x[0], x[2], 32), k.backward_plan_of(x[0], x[2], 32)
+
+    def forward(_: int) -> Any:
+        return k.scan_forward(*x, dt_softplus=True, boundaries=None, plan=k.forward_plan_of(x[0], x[2], None))
+
+    def both(_: int) -> Any:
+        bound = k.scan_forward(*x, dt_softplus=True, boundaries=32, plan=f)[2]
+        return k.scan_backward(*x, bound, dy, None, None, dt_softplus=True, boundaries=32, plan=b)
+
+    measure = graphed if batch * length <= 20000 else timed
+    return measure(forward), measure(both)
+
+
+def times(started: float, limit: float) -> list[dict[str, Any]]:
+    rows = []
+    keys = ("fwd graph", "fwd+states", "public fwd", "f+b graph", "public f+b", "portable fwd", "portable f+b")
+    print("  " + " ".join(f"{h:>12}" for h in ("shape", "type", *keys, "x fwd", "x f+b", "x graph")), flush=True)
+    for batch, length in SHAPES:
+        for name in ("bf16", "fp32"):
+            if time.time() - started > limit:
+                print(f"  out of time before {batch} x {length} {name}", flush=True)
+                return rows
+            row: dict[str, Any] = {"B": batch, "L": length, "dtype": name}
+            try:
+                calls = our_calls(batch, length, DTYPES[name])
+                row["fwd+states"] = timed(calls["fwd+states"])
+                row["public fwd"], row["public f+b"] = timed(calls["public fwd"]), timed(calls["public f+b"])
+                small = batch * length <= 20000
+                for what in ("fwd", "f+b"):
+                    row[f"{what} graph"] = graphed(calls[what]) if small else timed(calls[what])
+                del calls
+                torch.cuda.empty_cache()
+                if time.time() - started < limit - 20:
+                    row["portable fwd"], row["portable f+b"] = portable_times(batch, length, DTYPES[name])
+            except Exception as fault:
+                print(f"  {batch} x {length} {name}: {type(fault).__name__}: {str(fault)[:300]}", flush=True)
+                torch.cuda.empty_cache()
+                continue
+            forward, both = RECORDED[batch, length][name]
+            row["recorded fwd"], row["recorded f+b"] = forward, both
+            ratios = (forward / row["public fwd"], both / row["public f+b"])
+            graph = (forward / row["fwd graph"], both / row["f+b graph"])
+            row["x fwd"], row["x f+b"], row["x fwd graph"], row["x f+b graph"] = *ratios, *graph
+            cells = [f"{batch}x{length}", name, *(f"{row[k]:.1f}" if k in row else "-" for k in keys)]
+            cells += [f"{ratios[0]:.2f}", f"{ratios[1]:.2f}", f"{graph[0]:.2f},{graph[1]:.2f}"]
+            print("  " + " ".join(f"{c:>12}" for c in cells), flush=True)
+            rows.append(row)
+            torch.cuda.empty_cache()
+    for name in ("bf16", "fp32"):
+        mine = [r for r in rows if r["dtype"] == name]
+        means = {
+            k: exp(sum(log(r[k]) for r in mine) / len(mine)) for k in ("x fwd", "x f+b", "x fwd graph", "x f+b graph")
+        }
+        print(f"  {name}: geometric means " + ", ".join(f"{k} {v:.2f}" for k, v in means.items()), flush=True)
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--csv", default=os.path.join(os.environ.get("OUT", "."), "bench_hopper.csv"))
+    parser.add_argument("--only", choices=("gate", "times", "sweep"))
+    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
+    parser.add_argument("--limit", type=float, default=225.0, help="seconds after which no further shape is timed")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        print("this benchmark needs a CUDA GPU of compute capability 9.x")
+        return 2
+    started = time.time()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {commit()}", flush=True)
+    passed = gate(arguments.workers, 100.0) if arguments.only in (None, "gate") else None
+    rows: list[dict[str, Any]] = []
+    if arguments.only in (None, "times"):
+        try:
+            host_cost()
+        except Exception as fault:
+            print(f"  host cost: {type(fault).__name__}: {str(fault)[:300]}", flush=True)
+        rows = times(started, arguments.limit - 60)
+        write(arguments.csv, rows, passed)
+    if arguments.only in (None, "sweep"):
+        compile_all(arguments.workers)
+        write(arguments.csv.removesuffix(".csv") + "_sweep.csv", sweep(started, arguments.limit), passed)
+    print(f"total {time.time() - started:.0f} s")
+    return 1 if passed is False else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

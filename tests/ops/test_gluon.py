@@ -1,0 +1,166 @@
+"""The Hopper kernels compiled for sm_90 without a GPU, with the arguments that the host code really passes.
+
+A stand-in for the GPU's driver compiles each launch and keeps what would have been launched, in a process of its own,
+because here Triton may be interpreting. What the kernels compute is tested on a GPU: tests/bench/bench_hopper.py.
+"""
+
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mambascope.ops.scan import gluon_table as table
+
+PROGRAM = r"""
+import json, os, re, subprocess, sys, tempfile
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+launched = []
+
+
+class Launcher:
+    def __init__(self, source, metadata):
+        self.name = source.fn.__name__
+
+    def __call__(self, *arguments):
+        launched.append((self.name, arguments))
+
+
+class Utils:
+    def load_binary(self, *_):
+        return 1, 2, 32, 0, 1024
+
+    def get_device_properties(self, _):
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
+
+
+class Driver:
+    utils, launcher_cls = Utils(), Launcher
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device=None: 7)
+    set_current_device = staticmethod(lambda device: None)
+
+
+driver.set_active(Driver())
+torch.cuda.current_device = lambda: 0
+from mambascope.ops.scan import gluon, triton_launch
+
+
+class Gpu:
+    type, index = "cuda", 0
+
+
+def launch(kernel, programs, device, *arguments, **options):
+    triton_launch.launch(kernel, programs, Gpu, *arguments, **options)
+
+
+gluon.launch = launch
+gluon.processor_count = lambda device: 132
+
+
+def scan(batch, length, channels, states, boundaries, dtype, full):
+    half = lambda *shape: torch.empty(*shape, dtype=dtype)
+    one = lambda *shape: torch.empty(*shape) if full else None
+    bln = (half(batch, length, states), half(batch, length, states))
+    x = (half(batch, length, channels), half(batch, length, channels), torch.empty(channels, states), *bln)
+    z = half(batch, length, channels) if full else None
+    lengths = torch.full((batch,), length) if full else None
+    x = (*x, one(channels), z, one(channels), one(batch, channels, states), lengths)
+    y, h, bound = gluon.scan_forward(*x, dt_softplus=full, boundaries=boundaries)
+    gluon.scan_forward(*x, dt_softplus=full, boundaries=None)
+    if boundaries == 16:
+        arriving = (h, bound) if full else (None, None)
+        found = gluon.scan_backward(*x, bound, y, *arriving, dt_softplus=full, boundaries=boundaries)
+        for name, like in zip(("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "ddt_bias"), x):
+            assert (found[name] is None) == (like is None), name
+            assert like is None or found[name].shape == like.shape, name
+
+
+def all_of_it():
+    scan(1, 512, 1536, 16, 16, torch.bfloat16, True)
+    scan(8, 48, 1536, 16, 16, torch.bfloat16, True)
+    scan(1, 2048, 1536, 16, 16, torch.float32, False)
+    scan(8, 48, 1000, 7, 64, torch.float16, True)
+    scan(2, 100, 40, 1, 16, torch.float32, True)
+
+
+all_of_it()
+kinds, count = len(triton_launch._compiled), len(launched)
+all_of_it()
+assert len(triton_launch._compiled) == kinds, "a second call of the same kind was not recognised"
+assert len(launched) == 2 * count
+
+import triton as package
+
+tool = os.path.join(package.__path__[0], "backends", "nvidia", "bin")
+usage = []
+for compiled, constants in triton_launch._compiled.values():
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        said = subprocess.run([tool + "/cuobjdump", "-res-usage", file.name], capture_output=True, text=True)
+        code = subprocess.run([tool + "/nvdisasm", "-c", file.name], capture_output=True, text=True).stdout
+    numbers = re.search(r"REG:(\d+) STACK:(\d+)", said.stdout + said.stderr)
+    counts = {k: len(re.findall(k, code)) for k in ("LDS.128", "MUFU.EX2", "LDG.E.U16", "LDG.E", "USETMAXREG")}
+    usage.append([compiled.name, *(int(n) for n in numbers.groups()), compiled.metadata.shared, counts])
+print("RESULT" + json.dumps(usage))
+"""
+
+
+def _needs_gluon() -> None:
+    for name in ("triton", "triton.backends.nvidia", "triton.experimental.gluon"):
+        try:
+            found = importlib.util.find_spec(name)
+        except ImportError:
+            found = None
+        if found is None:
+            pytest.skip(f"{name} is not installed: the Hopper kernels cannot be compiled here")
+
+
+def test_kernels_compile_for_hopper_without_a_gpu() -> None:
+    _needs_gluon()
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    usage = json.loads(done.stdout.split("RESULT")[1])
+    assert {"forward_kernel", "backward_kernel", "sum_kernel"} <= {name for name, *_ in usage}
+    for name, registers, stack, shared, counts in usage:
+        if name == "sum_kernel":
+            continue
+        assert counts["LDS.128"] > 20, f"{name}: the scan's shared loads are not 16 bytes wide: {counts}"
+        assert counts["MUFU.EX2"] > 60, f"{name}: {counts}"
+        assert shared <= 75_000, f"{name}: {shared} bytes of shared memory leave no room for three programs"
+        assert stack <= 384, f"{name}: {registers} registers and {stack} bytes of spilled ones"
+        if name == "forward_kernel":
+            assert counts["USETMAXREG"] > 0, "the roles of warps do not share registers out"
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 5, 16, 17, 1024])
+@pytest.mark.parametrize("parts", [1, 2, 3, 4])
+@pytest.mark.parametrize("cheap", [0.25, 0.6])
+def test_cuts_are_in_order_and_balance_the_parts(tiles: int, parts: int, cheap: float) -> None:
+    found = table.cuts(tiles, parts, cheap)
+    edges = [0, *found[: parts - 1], tiles]
+    assert edges == sorted(edges)
+    assert list(found[parts - 1 :]) == [tiles] * (4 - parts)
+    if tiles >= 16 * parts:
+        costs = [cheap * a + (b - a) for a, b in itertools.pairwise(edges)]
+        assert max(costs) - min(costs) <= 2.0  # rounding to tiles
+        assert max(costs) <= tiles
+
+
+def test_the_table_takes_the_wide_form_where_programs_abound_and_parts_where_they_lack() -> None:
+    assert table.forward_plan(64, 2048, 1536, 132).block == 32
+    assert table.forward_plan(8, 2048, 1536, 132).parts == 1
+    assert table.forward_plan(1, 2048, 1536, 132).parts > 1
+    assert table.forward_plan(1, 20, 1536, 132).parts == 1
+    assert table.backward_plan(8, 2048, 1536, 132).block == 32
+    assert table.backward_plan(1, 2048, 1536, 132).parts > 1
+    assert "parts of time" in str(table.forward_plan(1, 2048, 1536, 132))

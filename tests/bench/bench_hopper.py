@@ -1,4 +1,4 @@
-"""The Hopper scan kernels on a GPU of compute capability 9.x: gate, times beside the portable kernels, a sweep of plans.
+"""The Hopper scan kernels on a GPU of compute capability 9.x: gate, times beside the portable ones, a sweep of plans.
 
     python tests/bench/bench_hopper.py [--csv FILE] [--only gate|times|sweep] [--workers N] [--limit SECONDS]
 

@@ -6,13 +6,13 @@ With ``q[t]`` the loss's derivative by ``h[t]``, ``g[t]`` by ``y[t]`` and ``e[t]
     du = delta Σ_n q B + D g                        ddelta = u Σ_n q B + Σ_n A e q h[t-1]
     dB = Σ_d q delta u     dC = Σ_d g h             dA = Σ_t delta e q h[t-1]
 
-A program owns BD channels of one row and walks tiles of 16 steps, whose entering states the forward has saved. In a tile
-the state entering every group of four steps is replayed in registers, then each group, from the last, is replayed and
-walked in reverse. dB and dC are summed over a warp's channels by shuffles that transpose as they add, over warps through
-shared memory, and over programs as partial sums in a fixed order: two runs give the same bits.
+A program owns BD channels of one row and walks tiles of 16 steps, whose entering states the forward has saved. In a
+tile the state entering every group of four steps is replayed in registers, then each group, from the last, is replayed
+and walked in reverse. dB and dC are summed over a warp's channels by shuffles that transpose as they add, over warps
+through shared memory, and over programs as partial sums in a fixed order: two runs give the same bits.
 
-A short batch is cut in PARTS ranges of time as in the forward, counted from the right: a program first walks the adjoint
-alone over the steps to the right of its range.
+A short batch is cut in PARTS ranges of time as in the forward, counted from the right: a program first walks the
+adjoint alone over the steps to the right of its range.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false
@@ -148,7 +148,7 @@ def backward_kernel(
     SOFTPLUS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_D: gl.constexpr, HAS_Z: gl.constexpr,
     HAS_LENGTHS: gl.constexpr, HAS_DBOUND: gl.constexpr, HAS_DLAST: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """All gradients. Grid: channel blocks × PARTS × rows. ``states`` B ceil(L/16) D N; cuts are in tiles, from the right.
+    """All gradients. Grid: channel blocks × PARTS × rows. ``states`` B ceil(L/16) D N; cuts in tiles, from the right.
 
     ``partial`` is 2 (dB, dC) × blocks × B × L × N; the other partial sums have B × PARTS terms.
     """

@@ -9,7 +9,7 @@ which owns BD channels of one row and walks all of its time in tiles of T steps:
 
 A short batch gives too few programs. Then time is cut in PARTS ranges of unequal length that run side by side; each
 program first walks the steps before its own range without outputs, which costs about 0.6 of a full step, and ranges
-are cut so that all end together. Nothing is handed from program to program, and h has the same bits however time is cut.
+are cut so that all end together. Nothing is handed from program to program; h has the same bits however time is cut.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false
@@ -164,7 +164,6 @@ def _produce(
     HAS_Z: gl.constexpr,
 ):  # fmt: skip
     """Producers: global loads run a tile ahead of their use in registers, and AHEAD tiles ahead into the L2 cache."""
-    TK: gl.constexpr = T // 4
     LE: gl.constexpr = rows_layout(BD, KE, WARPS)
     LN: gl.constexpr = rows_layout(NP, 2, WARPS)
     D_ALL: gl.constexpr = 0 if D % BD == 0 else D

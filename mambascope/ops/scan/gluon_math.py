@@ -1,6 +1,7 @@
 """What the Hopper kernels share: the portable kernels' arithmetic, and loads and stores of tiles of rows."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+# ruff: noqa: RUF005
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

@@ -403,3 +403,12 @@ def test_supports_says_why_not() -> None:
     assert "xpu" in kernels.supports(torch.device("xpu"), torch.float32, 16, 4)
     with pytest.raises(BackendError, match="float64"):
         kernels.softplus_forward(torch.zeros(3, dtype=torch.float64, device=DEVICE))
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 200, 512, 2048, 16384])
+def test_asking_for_states_does_not_change_how_time_is_cut(length: int) -> None:
+    cuts = {
+        (plan.n_chunks, plan.chunk if plan.n_chunks > 1 else None)
+        for plan in (forward_plan(1, length, 1536, 16, 132, boundaries) for boundaries in (None, 16, 32, 64))
+    }
+    assert len(cuts) == 1

@@ -69,13 +69,14 @@ def _block(B: int, D: int, N: int, processors: int) -> tuple[int, int]:
 def forward_plan(B: int, L: int, D: int, N: int, processors: int, boundaries: int | None) -> ForwardPlan:
     """The forward's configuration for a shape on a GPU with that many multiprocessors.
 
-    A chunk holds whole intervals between boundary states, so a very wide interval limits the number of chunks.
+    A chunk holds whole intervals between boundary states, so a very wide interval limits the number of chunks. Without
+    boundaries chunks are cut as for the intervals that divide 64: asking for states must not change a bit of y.
     """
     block, programs = _block(B, D, N, processors)
     if programs >= _FORWARD_ENOUGH * processors or L < 2 * _MIN_CHUNK:
         return ForwardPlan(block, _round_up(max(L, 1), boundaries or 1), 1)
     wanted = min(_MAX_CHUNKS, -(-_FORWARD_TARGET * processors // programs))
-    chunk = _round_up(max(_MIN_CHUNK, -(-L // wanted)), boundaries or 8)
+    chunk = _round_up(max(_MIN_CHUNK, -(-L // wanted)), _round_up(SEGMENT, boundaries) if boundaries else SEGMENT)
     return ForwardPlan(block, chunk, -(-L // chunk))
 
 

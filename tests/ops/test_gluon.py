@@ -135,7 +135,8 @@ def test_kernels_compile_for_hopper_without_a_gpu() -> None:
         if name == "sum_kernel":
             continue
         assert counts["LDS.128"] > 20, f"{name}: the scan's shared loads are not 16 bytes wide: {counts}"
-        assert counts["MUFU.EX2"] > 60, f"{name}: {counts}"
+        # The decays of a group of four steps; softplus and gate, where they are fused, come on top.
+        assert counts["MUFU.EX2"] >= 32, f"{name}: {counts}"
         assert shared <= 75_000, f"{name}: {shared} bytes of shared memory leave no room for three programs"
         assert stack <= 384, f"{name}: {registers} registers and {stack} bytes of spilled ones"
         if name == "forward_kernel":

@@ -14,7 +14,7 @@ from mambascope.memory import require_bytes
 if TYPE_CHECKING:
     from mambascope.model.language_model import HookedMamba
 
-__all__ = ["Output", "last_positions", "mean_loss", "next_token_losses", "unembed"]
+__all__ = ["Output", "check_logits", "last_positions", "mean_loss", "next_token_losses", "unembed"]
 
 _CHUNK = 1 << 24  # logits held at a time by the loss: 64 MB in float32
 
@@ -26,15 +26,16 @@ class Output(NamedTuple):
     loss: Tensor
 
 
-def unembed(model: "HookedMamba", normed: Tensor) -> Tensor:
-    """Logits ``… V`` of the normalised residual; refused before it starts where they cannot fit."""
-    rows = normed.reshape(-1, normed.shape[-1])
-    need = rows.shape[0] * model.cfg.d_vocab * normed.element_size()
+def check_logits(model: "HookedMamba", rows: int) -> None:
+    """InputError, before anything runs, if the logits of ``rows`` positions cannot fit."""
+    need = rows * model.cfg.d_vocab * torch.empty((), dtype=model.dtype).element_size()
     way_out = "ask for the last ones with logits_to_keep=, for return_type='loss', or for fewer tokens at a time"
-    require_bytes(
-        need, normed.device, f"logits of {rows.shape[0]:,} tokens x {model.cfg.d_vocab:,}", way_out, InputError
-    )
-    return model.unembed(rows).view(*normed.shape[:-1], -1)
+    require_bytes(need, model.device, f"logits of {rows:,} tokens x {model.cfg.d_vocab:,}", way_out, InputError)
+
+
+def unembed(model: "HookedMamba", normed: Tensor) -> Tensor:
+    """Logits ``… V`` of the normalised residual."""
+    return model.unembed(normed.reshape(-1, normed.shape[-1])).view(*normed.shape[:-1], -1)
 
 
 def last_positions(x: Tensor, keep: int, padding: Padding | None) -> Tensor:

@@ -18,7 +18,7 @@ from mambascope.hooks.run import PathTaken, Recorder, Run
 from mambascope.hooks.sites import Clock, Padding, SitePoint
 from mambascope.model.block import Block
 from mambascope.model.generation import GenerateMethods
-from mambascope.model.head import Output, last_positions, mean_loss, next_token_losses, unembed
+from mambascope.model.head import Output, check_logits, last_positions, mean_loss, next_token_losses, unembed
 from mambascope.model.hooking import HookMethods
 from mambascope.model.inputs import Prepared, padding_of, prepare
 from mambascope.model.norm import RMSNorm
@@ -194,6 +194,8 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         wants_loss, wants_logits = return_type in ("loss", "both"), return_type in ("logits", "both")
         if wants_loss and stop is None and entry.length < 2:
             raise InputError("the loss needs at least two tokens: one to predict from, one to predict")
+        if wants_logits and stop is None and keep is None:
+            check_logits(self, entry.batch * entry.length)
         kept, losses = [], []
         for begin, end in self._pieces_of(entry, run, stop):
             resid = entry.resid if entry.tokens is None else self.hooked_embed(entry.tokens[:, begin:end], run)

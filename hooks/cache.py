@@ -3,6 +3,7 @@
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from mambascope.hooks.recorder import BlockRecord, CacheRecorder, Recording, joi
 from mambascope.hooks.residual import ResidualMethods
 from mambascope.hooks.run import Anchors, compute_dtype
 from mambascope.hooks.sites import Padding, padding_of
+from mambascope.ops.dispatch import BACKENDS
 from mambascope.storage import read_tensors, write_tensors
 
 __all__ = ["CacheRecorder", "MambaCache", "load_cache", "select_names"]
@@ -408,8 +410,12 @@ def load_cache(path: str | Path, model: Scope) -> MambaCache:
         shape = tuple(int(n) for n in json.loads(meta["shape"]))
         names, about = list(json.loads(meta["names"])), dict(json.loads(meta["blocks"]))
         batch, bos = bool(json.loads(meta["batch"])), json.loads(meta["bos"])
+        if meta["backend"] not in BACKENDS:
+            raise ValueError(f"unknown backend {meta['backend']!r}")
         tensors = {name: value.to(model.device) for name, value in tensors.items()}
-        blocks = {int(i): _block_from(int(i), facts, tensors, model) for i, facts in about.items()}
+        blocks = {
+            int(i): _block_from(int(i), facts, tensors, model, (shape[0], shape[1])) for i, facts in about.items()
+        }
     except (KeyError, ValueError, TypeError, AttributeError) as cause:
         raise CacheError(f"{path} is damaged: {cause!r}") from None
     top = {n.removeprefix("top/"): v for n, v in tensors.items() if n.startswith("top/")}
@@ -431,7 +437,9 @@ def load_cache(path: str | Path, model: Scope) -> MambaCache:
     return MambaCache(recording, model, batch)
 
 
-def _block_from(layer: int, facts: dict[str, Any], tensors: dict[str, Tensor], model: Scope) -> BlockRecord:
+def _block_from(
+    layer: int, facts: dict[str, Any], tensors: dict[str, Tensor], model: Scope, shape: tuple[int, int]
+) -> BlockRecord:
     prefix = f"block/{layer}/"
     mine = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
 
@@ -440,7 +448,13 @@ def _block_from(layer: int, facts: dict[str, Any], tensors: dict[str, Tensor], m
 
     state, anchors = part("state"), None
     if "anchors" in mine:
-        anchors = Anchors([int(c) for c in facts["columns"]], mine["anchors"], bool(facts["aligned"]))
+        columns = [int(c) for c in facts["columns"]]
+        ordered = all(a < b for a, b in pairwise(columns)) and columns[:1] == [-1] and columns[-1] < shape[1]
+        if not ordered or mine["anchors"].shape[:2] != (shape[0], len(columns)):
+            raise ValueError(f"block {layer}: its states do not fit their positions")
+        anchors = Anchors(columns, mine["anchors"], bool(facts["aligned"]))
+    if "x" in mine and mine["x"].shape != (*shape, model.cfg.d_model):
+        raise ValueError(f"block {layer}: its input has shape {tuple(mine['x'].shape)}")
     return BlockRecord(
         layer,
         mine.get("x"),

@@ -1,8 +1,10 @@
 """The cache: little stored, everything readable, never stale, never anything but what happened."""
 
 import itertools
+import json
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -313,3 +315,43 @@ def test_short_forms_of_transformer_lens_resolve(model: HookedMamba, tokens: tor
         assert torch.equal(cache[short], cache[name]), short
     substrings = ("hook_q", "hook_k", "hook_v", "hook_z")
     assert not [pair for pair in itertools.product(model.hook_dict, substrings) if pair[1] in pair[0]]
+
+
+def test_a_tampered_file_is_refused(tokens: torch.Tensor, tmp_path: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    model = make_model(backend="cpu")
+    file = tmp_path / "cache"
+    with torch.no_grad():
+        model.run_with_cache(tokens)[1].save(file)
+
+    def tampered(change: Callable[[dict[str, torch.Tensor], dict[str, str]], object]) -> None:
+        with safe_open(file, "pt") as source:
+            meta, tensors = dict(source.metadata()), {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
+        change(tensors, meta)
+        save_file(tensors, tmp_path / "other", meta)
+        ms.load_cache(tmp_path / "other", model)
+
+    def columns(new: list[int]) -> Callable[[dict[str, torch.Tensor], dict[str, str]], object]:
+        def change(_: dict[str, torch.Tensor], meta: dict[str, str]) -> None:
+            about = json.loads(meta["blocks"])
+            about["1"]["columns"] = new
+            meta["blocks"] = json.dumps(about)
+
+        return change
+
+    tampered(lambda tensors, meta: None)
+    for change in (
+        columns([-1, 10**9, 10**9 + 1]),
+        columns([-1]),
+        columns([5, 6, 7]),
+        columns([-1, 60, 50]),
+        lambda tensors, meta: meta.update(backend="evil"),
+        lambda tensors, meta: meta.update(shape="[1000000000, 70]"),
+        lambda tensors, meta: meta.update(blocks="nonsense"),
+        lambda tensors, meta: meta.pop("names"),
+        lambda tensors, meta: tensors.update({"block/1/x": tensors["block/1/x"][:, :5].contiguous()}),
+    ):
+        with pytest.raises(CacheError, match="is damaged"):
+            tampered(change)

@@ -3,6 +3,7 @@
 Tensors are ``B L D``. Nothing here knows of models or hooks.
 """
 
+from mambascope.ops.compat import selective_scan_fn
 from mambascope.ops.conv import ConvOutput, causal_conv
 from mambascope.ops.dispatch import BACKENDS, Backend, resolve_backend
 from mambascope.ops.elementwise import gate, silu, softplus
@@ -21,6 +22,7 @@ __all__ = [
     "resolve_backend",
     "rms_norm",
     "selective_scan",
+    "selective_scan_fn",
     "silu",
     "softplus",
     "state_window",

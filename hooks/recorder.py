@@ -91,6 +91,7 @@ class Recording:
     versions: dict[str, tuple[int, int]]
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Recording":
+        """The same recording with every tensor replaced."""
         padding = self.padding
         if padding is not None:
             padding = Padding(fn(padding.mask), fn(padding.left), fn(padding.lengths))

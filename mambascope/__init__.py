@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mambascope.config import MambaConfig
     from mambascope.errors import MambascopeError
-    from mambascope.hooks.cache import MambaCache, load_cache
+    from mambascope.hooks.cache import MambaCache
+    from mambascope.hooks.cache_file import load_cache
     from mambascope.hooks.points import HOOK_POINTS
     from mambascope.loading import list_models, load
     from mambascope.loading.tokenizer import Tokenizer
@@ -43,7 +44,7 @@ _HOME = {
     "Tokenizer": "mambascope.loading.tokenizer",
     "list_models": "mambascope.loading",
     "load": "mambascope.loading",
-    "load_cache": "mambascope.hooks.cache",
+    "load_cache": "mambascope.hooks.cache_file",
 }
 _SUBPACKAGES = ("analyses", "errors", "hooks", "loading", "model", "ops", "training", "zoo")
 

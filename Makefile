@@ -33,6 +33,7 @@ imports: $(VENV)/.dev
 
 bench: $(VENV)/.test
 	$(BIN)/python -m tests.bench.bench_cpu
+	$(BIN)/python -m tests.bench.bench_model
 
 clean:
 	rm -rf $(VENV) demo build *.egg-info .pytest_cache .ruff_cache

@@ -3,7 +3,6 @@
 Only this file speaks ``B D L``. In the errors and comments here D is the number of channels and L the last axis.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -248,7 +247,11 @@ def _check(
             raise InputError(f"{name} must be {letters[name]} = ({wanted}), got shape {_shape(x)}")
     if z is not None and z.dtype != u.dtype:
         raise InputError(f"z must have u's dtype {u.dtype}, got {z.dtype}; convert one of them")
-    return math.lcm(*(_groups(name, x, batch, channels, states, length) for name, x in (("B", B), ("C", C))))
+    of_B, of_C = (_groups(name, x, batch, channels, states, length) for name, x in (("B", B), ("C", C)))
+    groups = of_B
+    while groups % of_C:  # the least common multiple, in terms that a compiler can follow
+        groups += of_B
+    return groups
 
 
 def _groups(name: str, X: Tensor, batch: int, channels: int, states: int, length: int) -> int:

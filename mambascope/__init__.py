@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from mambascope.hooks.cache_file import load_cache
     from mambascope.hooks.points import HOOK_POINTS
     from mambascope.loading import list_models, load
+    from mambascope.loading.accelerate import accelerate
     from mambascope.loading.tokenizer import Tokenizer
     from mambascope.model import HookedMamba
     from mambascope.model.state import State
@@ -42,6 +43,7 @@ _HOME = {
     "MambascopeError": "mambascope.errors",
     "State": "mambascope.model.state",
     "Tokenizer": "mambascope.loading.tokenizer",
+    "accelerate": "mambascope.loading.accelerate",
     "list_models": "mambascope.loading",
     "load": "mambascope.loading",
     "load_cache": "mambascope.hooks.cache_file",
@@ -57,6 +59,7 @@ __all__ = [
     "State",
     "Tokenizer",
     "__version__",
+    "accelerate",
     "list_models",
     "load",
     "load_cache",

@@ -10,6 +10,7 @@ import pickle
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -468,3 +469,13 @@ def test_nothing_is_imported_before_a_transformers_model_is_there() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_the_page_about_it_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "drop-in.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        names: dict[str, Any] = {}
+        exec(block, names)
+    assert names["out"].shape == (2, 64, 100) and names["last_state"].shape == (2, 64, 16)

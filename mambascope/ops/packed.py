@@ -27,7 +27,9 @@ def takes(backend: Backend, inputs: Inputs) -> bool:
     What it does not take may still be right, or is refused with its reason by `selective_scan_fn`.
     """
     u, delta, A, B, C, D, z, bias = inputs
-    if layout.observed(*inputs) or u.device.type != "cuda" or u.dim() != 3 or A.dim() != 2 or not u.numel():
+    if layout.observed(*inputs) or any(not isinstance(x, Tensor) for x in (u, delta, A, B, C)):
+        return False
+    if u.device.type != "cuda" or u.dim() != 3 or A.dim() != 2 or not u.numel():
         return False
     batch, channels, length = u.shape
     states, shape = A.shape[1], (batch, A.shape[1], length)

@@ -105,10 +105,14 @@ def test_second_derivatives_are_refused_by_name() -> None:
         torch.autograd.grad(out.sum(), x["u"], create_graph=True)
 
 
-def test_what_goes_another_way() -> None:
-    x = inputs(2, 13, 35, 5)
-    plain = tuple(x[name] for name in ORDER)
-    assert packed.takes("auto", plain) is CUDA  # type: ignore[arg-type]
+@pytest.mark.parametrize("missing", ["u", "delta", "A", "B", "C"])
+def test_what_goes_another_way(missing: str) -> None:
+    x = on_device(inputs(2, 13, 35, 5))
+    assert packed.takes("auto", tuple(x[name] for name in ORDER)) is CUDA  # type: ignore[arg-type]
+    bad = x | {missing: None}  # for selective_scan_fn to name
+    assert packed.takes("auto", tuple(bad[name] for name in ORDER)) is False  # type: ignore[arg-type]
+    narrow = x | {missing: x[missing][:1]}
+    assert packed.takes("auto", tuple(narrow[name] for name in ORDER)) is False  # type: ignore[arg-type]
 
 
 PROGRAM = r"""

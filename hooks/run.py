@@ -98,16 +98,28 @@ class Run:
         stays theirs.
         """
         if self.hooks:
-            value = point(value.clone() if fork and point.live else value)
+            value = self._shown(point, self._given(value, fork)) if point.live else point(value)
         if self.recorder is not None:
             self.recorder.take(str(point.name), value)
         return value
 
     def emit_checked(self, point: SitePoint, value: Tensor) -> tuple[Tensor, bool]:
-        """Like :meth:`emit`; also tells whether a hook replaced the value or changed it in place."""
-        witness = Witness(value) if self.hooks and point.live else None
-        out = self.emit(point, value)
-        return out, out is not value or (witness is not None and witness.changed(value))
+        """Like :meth:`emit`; also tells whether a hook replaced the value, changed it in place, or wants a gradient."""
+        if not (self.hooks and point.live):
+            return self.emit(point, value), False
+        given = self._given(value, False)
+        witness = Witness(given)
+        out = self._shown(point, given)
+        if self.recorder is not None:
+            self.recorder.take(str(point.name), out)
+        return out, out is not given or witness.changed(given)
+
+    def _given(self, value: Tensor, fork: bool) -> Tensor:
+        """What the hooks get: a copy where others read the value, autograd among them."""
+        return value.clone() if fork or (value.requires_grad and torch.is_grad_enabled()) else value
+
+    def _shown(self, point: SitePoint, given: Tensor) -> Tensor:
+        return point.attach(point.checked(point(given), given))
 
     @property
     def boundaries(self) -> int | None:

@@ -5,18 +5,21 @@ notation on the position axis. Positions count a row's real tokens, from the sta
 given; in ``generate`` and ``step`` they are absolute, from where the state began.
 """
 
+import dataclasses
 import re
+from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint, LensHandle
 
 from mambascope.errors import HookError, InputError
 
-__all__ = ["Clock", "Index", "Padding", "SitePoint", "Witness", "padding_of", "parse_site"]
+__all__ = ["Clock", "Index", "Padding", "Placed", "SitePoint", "Witness", "padding_of", "parse_site"]
 
 Index = int | slice | None
 _SITE = re.compile(r"^(?P<name>[^\[\]]+)(\[(?P<index>[^\[\]]*)\])?$")
@@ -100,7 +103,6 @@ class Clock:
     start: int | Tensor = 0  # absolute position of the first real token, one number or B
     padding: Padding | None = None
     absolute: bool = False  # generate, step: indices are absolute, negative ones refused
-    fired: set[int] = field(default_factory=set)
 
     def columns(self, index: int | slice, name: str) -> tuple[Any, Any] | None:
         """The columns that ``index`` means and the absolute positions there; None if not in this piece."""
@@ -166,11 +168,21 @@ def _positions(where: int | slice, start: int | Tensor) -> Any:
     return steps + start
 
 
+@dataclass
+class Placed:
+    """A hook of ours at a point: its handle, the positions it was given, its direction."""
+
+    handle: LensHandle
+    index: Index
+    dir: Literal["fwd", "bwd"]
+
+
 class SitePoint(HookPoint):
     """TransformerLens' HookPoint with positions, and with a check of what a hook gives back.
 
     ``pos`` holds, while a hook runs, the absolute positions that it was given: an int for one position of
-    unpadded text, else a LongTensor. A returned tensor must keep shape, dtype and device.
+    unpadded text, else a LongTensor. A returned tensor must keep shape, dtype and device. A backward hook
+    belongs to the forward passes that ran while it was there, and counts positions as they did.
     """
 
     clock: Clock
@@ -180,7 +192,9 @@ class SitePoint(HookPoint):
         self.lazy = lazy
         self.clock = Clock()
         self.pos: Any = None
-        self.indices: list[tuple[LensHandle, Index]] = []
+        self.reached = False  # set when a hook of ours is called, or attached to a graph
+        self.placed: list[Placed] = []
+        self._on_gradient: OrderedDict[int, Callable[[Tensor, Any], Tensor | None]] = OrderedDict()
 
     @property
     def live(self) -> bool:
@@ -189,13 +203,17 @@ class SitePoint(HookPoint):
         nnsight replaces a wrapped module's ``forward`` instead of adding hooks. It wraps every module, so at
         the lazy points (``B L D N``) that alone does not count: exposing them costs too much to do unasked.
         """
-        if self._forward_hooks or self._backward_hooks or self._forward_pre_hooks or self._backward_pre_hooks:
+        if self._forward_hooks or self._forward_pre_hooks or self.live_backward:
             return True
         return not self.lazy and "forward" in self.__dict__
 
     @property
     def live_backward(self) -> bool:
-        return bool(self._backward_hooks or self._backward_pre_hooks)
+        return bool(self._on_gradient or self._backward_hooks or self._backward_pre_hooks)
+
+    def here(self) -> list[Placed]:
+        """Our hooks that are still attached (a handle's ``hook.remove()`` tells nobody)."""
+        return [p for p in self.placed if p.handle.hook.id in (self._forward_hooks, self._on_gradient)[p.dir == "bwd"]]
 
     def add_hook(
         self,
@@ -212,48 +230,110 @@ class SitePoint(HookPoint):
             raise HookError(f"{self.name}: direction must be 'fwd' or 'bwd', got {dir!r}")
         if not callable(hook):
             raise HookError(f"{self.name}: a hook must be callable, got {type(hook).__name__}")
-
-        def guarded(value: Any, hook: Any) -> Any:
-            return self._call(user, value, hook, index)
-
         user = hook
-        handle = super().add_hook(
-            guarded, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend, alias_names=alias_names
-        )
-        handle.user_hook = user
-        self.indices.append((handle, index))
+        if dir == "fwd":
+
+            def guarded(value: Any, hook: Any) -> Any:
+                return self._call(user, value, hook, index, self._moment())
+
+            handle = super().add_hook(
+                guarded, is_permanent=is_permanent, level=level, prepend=prepend, alias_names=alias_names
+            )
+            handle.user_hook = user
+        else:
+            if alias_names is not None:
+                raise HookError(f"{self.name}: a backward hook has no alias names; add it once for each name")
+            attached = RemovableHandle(self._on_gradient)
+            self._on_gradient[attached.id] = lambda grad, moment: self._call(user, grad, self, index, moment)
+            if prepend:
+                self._on_gradient.move_to_end(attached.id, last=False)
+            handle = LensHandle(attached, is_permanent, level, user)
+            self.bwd_hooks.insert(0 if prepend else len(self.bwd_hooks), handle)
+        self.placed.append(Placed(handle, index, dir))
         return handle
 
     def remove_hooks(self, *args: Any, **kwargs: Any) -> None:
         super().remove_hooks(*args, **kwargs)
-        kept = {id(handle) for handle in (*self.fwd_hooks, *self.bwd_hooks)}
-        self.indices = [(handle, index) for handle, index in self.indices if id(handle) in kept]
+        self.placed = self.here()
 
-    def _call(self, fn: Callable[..., Any], value: Any, point: Any, index: Index) -> Any:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's hooks are its own: they were bound to the point that was copied."""
+        super().__setstate__(state)
+        mine = {id(p.handle): p for p in self.here()}
+        again = [mine[id(handle)] for handle in (*self.fwd_hooks, *self.bwd_hooks) if id(handle) in mine]
+        for p in again:
+            (self._forward_hooks if p.dir == "fwd" else self._on_gradient).pop(p.handle.hook.id)
+        self.fwd_hooks, self.bwd_hooks, self.placed = [], [], []
+        for p in again:
+            user, permanent, level = p.handle.user_hook, p.handle.is_permanent, p.handle.context_level
+            assert user is not None
+            self.add_hook(user, p.dir, is_permanent=permanent, level=level, index=p.index)
+
+    def attach(self, value: Tensor) -> Tensor:
+        """Let the backward hooks see the gradient of ``value``, with the positions of the running call."""
+        if not self._on_gradient or not value.requires_grad:
+            return value
+        moment = self._moment()
+        for p in self.here():
+            if p.dir == "bwd" and p.index is not None:
+                self._find(p.index, moment)  # a position that is not there is an error now, not in the backward pass
+        value = value.view_as(value)  # a node of its own: what else reads the value is not part of this point
+        hooks = list(self._on_gradient.values())
+
+        def on_gradient(grad: Tensor) -> Tensor | None:
+            out = grad
+            for fn in hooks:
+                given = out.clone()  # autograd may share a gradient among readers: an edit in place stays here
+                witness = Witness(given)
+                answer = fn(given, moment)
+                if answer is not None or witness.changed(given):
+                    out = given if answer is None else answer
+            return None if out is grad else out
+
+        value.register_hook(on_gradient)
+        self.reached = True
+        return value
+
+    def _moment(self) -> Any:
+        """What the positions of the running call are, to be asked again in the backward pass."""
+        return dataclasses.replace(self.clock)
+
+    def _find(self, index: int | slice, moment: Any) -> tuple[Any, Any] | None:
+        return moment.columns(index, str(self.name))
+
+    def _call(self, fn: Callable[..., Any], value: Any, point: Any, index: Index, moment: Any) -> Any:
         if index is None:
-            self.pos = None
-            return self._checked(fn(value, hook=point), value)
-        found = self.clock.columns(index, str(self.name))
+            return self._told(None, fn, value, point)
+        found = self._find(index, moment)
         if found is None:
             return None
-        where, self.pos = found
+        where, pos = found
         if isinstance(where, Tensor):
             rows = torch.arange(value.shape[0], device=value.device)
             where = (rows if where.ndim == 1 else rows[:, None], where.to(value.device))
         else:
             where = (slice(None), where)
         piece = value[where]
-        witness = Witness(piece)
-        answer = self._checked(fn(piece, hook=point), piece)
+        witness = Witness(piece) if isinstance(where[0], Tensor) else None
+        answer = self._told(pos, fn, piece, point)
         if answer is None or answer is piece:
-            if not isinstance(where[0], Tensor) or not witness.changed(piece):
+            if not (watched(piece) if witness is None else witness.changed(piece)):
                 return None  # nothing changed, or it was changed in place through the view
             answer = piece
         whole = value.clone()
         whole[where] = answer
         return whole
 
-    def _checked(self, answer: Any, value: Any) -> Any:
+    def _told(self, pos: Any, fn: Callable[..., Any], value: Any, point: Any) -> Any:
+        """Call a hook with ``pos`` set while it runs (a hook may run the model, and with it this point, again)."""
+        before, self.pos, self.reached = self.pos, pos, True
+        try:
+            return self.checked(fn(value, hook=point), value)
+        finally:
+            self.pos = before
+
+    def checked(self, answer: Any, value: Any) -> Any:
+        """What a hook returned, if it can stand in for ``value``; HookError if not."""
         if answer is None or answer is value:
             return answer
         if not isinstance(answer, Tensor):
@@ -266,15 +346,25 @@ class SitePoint(HookPoint):
         return answer
 
 
+def watched(value: Tensor) -> bool:
+    """Whether somebody asked for this tensor's gradient, so that it must be part of the graph."""
+    return value.requires_grad and (value.retains_grad or bool(value._backward_hooks))
+
+
 class Witness:
-    """Tells whether a tensor was changed in place since."""
+    """Tells whether a tensor was changed in place since, or is :func:`watched` now.
+
+    Versions miss edits through ``.data`` or numpy, and inference tensors have none, so a copy bears witness.
+    """
 
     def __init__(self, value: Tensor) -> None:
-        # Inference tensors count no versions, so a copy has to bear witness.
-        self._copy = value.clone() if value.is_inference() else None
-        self._version = -1 if value.is_inference() else value._version
+        self._version = None if value.is_inference() else value._version
+        self._copy = value.detach().clone()
 
     def changed(self, value: Tensor) -> bool:
-        if self._copy is not None:
-            return not torch.equal(value, self._copy)
-        return value._version != self._version
+        if self._version is not None and value._version != self._version:
+            return True
+        if watched(value):
+            return True
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[value.element_size()]
+        return not torch.equal(value.detach().view(bits), self._copy.view(bits))  # bits: NaN equals itself

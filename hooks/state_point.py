@@ -1,14 +1,26 @@
 """The hook point of the recurrent state: called step by step, inside the recurrence."""
 
+import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mambascope.hooks.sites import Index, SitePoint, Witness, _resolve
+from mambascope.hooks.sites import Clock, Index, SitePoint, Witness, _resolve
 
-__all__ = ["StatePoint"]
+__all__ = ["Plan", "StatePoint"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One call's addressed steps: in order, and for each index the steps that it means in each row (None: all)."""
+
+    clock: Clock
+    steps: list[int]
+    rows: dict[str, list[set[int]] | None]
+    step: int = -1  # where the recurrence stands
 
 
 class StatePoint(SitePoint):
@@ -21,27 +33,27 @@ class StatePoint(SitePoint):
     def __init__(self) -> None:
         super().__init__(lazy=True)
         self.rows: Tensor | None = None
-        self._step = 0
-        self._steps: dict[str, list[set[int]] | None] = {}
+        self._plan: Plan | None = None
 
-    def begin(self) -> list[int]:
-        """Resolve every hook's positions for the running call; the addressed steps in order."""
+    def begin(self) -> Plan:
+        """Resolve every hook's positions for the running call."""
         length, padding = self.clock.length, self.clock.padding
         lengths = [length] if padding is None else [int(n) for n in padding.lengths.tolist()]
         wanted: set[int] = set()
-        self._steps = {}
-        for _, index in self.indices:
+        steps: dict[str, list[set[int]] | None] = {}
+        ours = self.here()
+        for index in (p.index for p in ours):
             if index is None:
-                self._steps[repr(index)] = None
+                steps[repr(index)] = None
                 wanted |= set(range(max(lengths)))
                 continue
             rows = [self._row_steps(index, n, b) for b, n in enumerate(lengths)]
-            self._steps[repr(index)] = rows
+            steps[repr(index)] = rows
             wanted |= set().union(*rows)
-        foreign = len(self._forward_hooks) + len(self._backward_hooks) - len(self.indices)
-        if foreign > 0:  # another library's hook: it cannot name positions, so it sees every step
-            wanted |= set(range(max(lengths)))
-        return sorted(wanted)
+        hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
+        if sum(map(len, hooks)) > sum(p.dir == "fwd" for p in ours):
+            wanted |= set(range(max(lengths)))  # another library's hook cannot name positions: it sees every step
+        return Plan(dataclasses.replace(self.clock), sorted(wanted), steps)
 
     def _row_steps(self, index: int | slice, length: int, row: int) -> set[int]:
         if self.clock.absolute:
@@ -54,33 +66,45 @@ class StatePoint(SitePoint):
         where = _resolve(index, length, str(self.name), whose)
         return {where} if isinstance(where, int) else set(range(length)[where])
 
-    def at(self, step: int, h: Tensor) -> tuple[Tensor, bool]:
+    def at(self, step: int, h: Tensor, plan: Plan) -> tuple[Tensor, bool]:
         """Call the hooks of one step on h ``B D N``; the state to go on with, and whether it was edited."""
-        self._step = step
-        witness, before = Witness(h), h.clone() if self.clock.padding is not None else h
-        out = self(h)
-        edited = out is not h or witness.changed(h)
-        if edited and self.clock.padding is not None:
-            alive = step < self.clock.padding.lengths  # a row that has ended keeps its state
-            out = torch.where(alive[:, None, None], out, before)
+        before, self._plan = self._plan, dataclasses.replace(plan, step=step)
+        given = h.clone() if h.requires_grad and torch.is_grad_enabled() else h
+        witness, kept = Witness(given), h.clone() if plan.clock.padding is not None else h
+        try:
+            out = self.attach(self.checked(self(given), given))
+        finally:
+            self._plan = before  # a hook may run the model again, and with it this point
+        edited = out is not given or witness.changed(given)
+        if edited and plan.clock.padding is not None:
+            alive = step < plan.clock.padding.lengths  # a row that has ended keeps its state
+            out = torch.where(alive[:, None, None], out, kept)
         return out, edited
 
-    def _call(self, fn: Callable[..., Any], value: Any, point: Any, index: Index) -> Any:
-        start = self.clock.start
-        self.pos = self._step + start
-        rows = self._steps.get(repr(index))
-        if rows is None:  # no index: every step, every row
-            self.rows = None
-            return self._checked(fn(value, hook=point), value)
-        hit = [self._step in steps for steps in rows]
+    def _moment(self) -> Plan:
+        assert self._plan is not None
+        return self._plan
+
+    def _find(self, index: int | slice, moment: Plan) -> None:
+        """Nothing to find: begin() resolved the positions of this call."""
+
+    def _call(self, fn: Callable[..., Any], value: Any, point: Any, index: Index, moment: Plan) -> Any:
+        pos, steps = moment.step + moment.clock.start, moment.rows.get(repr(index))
+        if steps is None:  # no index: every step, every row
+            return self._told_rows(None, pos, fn, value, point)
+        hit = [moment.step in rows for rows in steps]
         if not any(hit):
             return None
         if all(hit):
-            self.rows = None
-            return self._checked(fn(value, hook=point), value)
-        self.rows = torch.tensor(hit, device=value.device)
+            return self._told_rows(None, pos, fn, value, point)
+        rows = torch.tensor(hit, device=value.device)
         before = value.clone()  # rows that the site does not address must keep their state
-        answer = self._checked(fn(value, hook=point), value)
-        if answer is None:
-            answer = value
-        return torch.where(self.rows[:, None, None], answer, before)
+        answer = self._told_rows(rows, pos, fn, value, point)
+        return torch.where(rows[:, None, None], value if answer is None else answer, before)
+
+    def _told_rows(self, rows: Tensor | None, pos: Any, fn: Callable[..., Any], value: Any, point: Any) -> Any:
+        before, self.rows = self.rows, rows
+        try:
+            return self._told(pos, fn, value, point)
+        finally:
+            self.rows = before

@@ -61,9 +61,20 @@ class HookMethods(HookedRootModule):
         """One forward pass with hooks ``[(site, fn), …]``; they are gone afterwards, also after an error.
 
         Backward hooks stay attached to the graph of this call: they fire when its output is differentiated.
+        A site named in words that the run does not reach is a HookError.
         """
+        named = [(site, self._points_for(site)[0][0]) for site, _ in (*fwd_hooks, *bwd_hooks) if isinstance(site, str)]
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
-            return self(*model_args, **model_kwargs)
+            for _, point in named:
+                point.reached = False
+            out = self(*model_args, **model_kwargs)
+        for site, point in named:
+            if not point.reached:
+                raise HookError(
+                    f"{site} was never reached, so its hook did nothing: the run left it out (start_at_layer, "
+                    "stop_at_layer), or no gradient flows there (torch.no_grad(), frozen weights)"
+                )
+        return out
 
     @contextmanager
     def _recording(self, recorder: Recorder | None) -> Iterator[None]:
@@ -105,6 +116,11 @@ class HookMethods(HookedRootModule):
                 result = out[0] if isinstance(out, tuple) else out
                 if not isinstance(result, Tensor) or result.numel() != 1:
                     raise InputError("incl_bwd needs a scalar output; call with return_type='loss'")
+                if not result.requires_grad:
+                    raise InputError(
+                        "incl_bwd: the output has no gradient; leave torch.no_grad(), or let a weight (or a hook's "
+                        "value) require one"
+                    )
                 result.backward()
         cache = MambaCache(recorder.finish(), cast(Scope, self))
         if pos_slice is not None:

@@ -55,7 +55,6 @@ class MambaMixer(nn.Module):
         self.hook_skip = SitePoint()
         self.hook_gated = SitePoint()
         self._points = Points(self.hook_A_bar, self.hook_B_bar, self.hook_write, self.hook_h)
-        self._A: tuple[tuple[int, int], Tensor] | None = None
         self.path = PathTaken("none", "none", "has not run yet")
         self._init_delta()
 
@@ -82,18 +81,11 @@ class MambaMixer(nn.Module):
             out = fn(t)
             return t.to(out.device) if out.dtype in (torch.bfloat16, torch.float16) else out
 
-        self._A = None
         return super()._apply(keep, recurse=False)
 
     def decay(self) -> Tensor:
-        """A = -exp(A_log), ``D N``; kept between calls while A_log stays as it is and no gradient is asked."""
-        if torch.is_grad_enabled() and self.A_log.requires_grad:
-            return -torch.exp(self.A_log.to(compute_dtype(self.A_log.dtype)))
-        key = (self.A_log.data_ptr(), self.A_log._version if not self.A_log.is_inference() else -1)
-        if self._A is None or self._A[0] != key or self._A[1].device != self.A_log.device:
-            with torch.no_grad():
-                self._A = (key, -torch.exp(self.A_log.detach().to(compute_dtype(self.A_log.dtype))))
-        return self._A[1]
+        """A = -exp(A_log), ``D N``. Never kept: fused optimizers and ``.data`` change A_log without its version."""
+        return torch.exp(self.A_log.to(compute_dtype(self.A_log.dtype))).neg()
 
     def initial_state(self, batch: int) -> MambaState:
         """The state before the first token: zeros."""
@@ -207,9 +199,15 @@ class MambaMixer(nn.Module):
         why: str,
     ) -> tuple[Tensor, Tensor]:
         delta = ops.softplus(raw, backend=run.backend)  # B L D, compute dtype
-        if run.padding is not None:  # after softplus: a padded step must neither decay nor write
-            delta = delta.masked_fill(~run.padding.mask[..., None], 0.0)
-        delta = run.emit(self.hook_delta, delta)
+        if run.padding is None:
+            delta = run.emit(self.hook_delta, delta)
+        else:  # after softplus: a padded step must neither decay nor write, whatever a hook makes of it
+            padded = ~run.padding.mask[..., None]
+            delta, edited = run.emit_checked(self.hook_delta, delta.masked_fill(padded, 0.0))
+            if edited:
+                delta = delta.masked_fill(padded, 0.0)
+                if run.recorder is not None:
+                    run.recorder.take(str(self.hook_delta.name), delta)
         if h0 is None:
             h0 = self.initial_state(raw.shape[0]).ssm
         inputs = Inputs(u_write, delta, self.decay(), B, C, h0)

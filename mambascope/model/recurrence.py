@@ -18,7 +18,7 @@ from mambascope.errors import InputError
 from mambascope.hooks.recorder import BOUNDARY
 from mambascope.hooks.run import Anchors, Run
 from mambascope.hooks.sites import SitePoint
-from mambascope.hooks.state_point import StatePoint
+from mambascope.hooks.state_point import Plan, StatePoint
 from mambascope.memory import require_bytes
 
 __all__ = ["Inputs", "Points", "anchors_of", "read_out", "run_recurrence"]
@@ -65,16 +65,15 @@ def run_recurrence(inputs: Inputs, points: Points, run: Run) -> tuple[Tensor, Te
     if run.hooks and points.h.live:
         padding = run.padding
         aligned = padding is not None and padding.any_left
-        if aligned:
-            inputs = _align(inputs, run)
-        steps = points.h.begin()
-        if steps:
-            y, h_last, anchors, edited = _split(inputs, points.h, steps, run)
+        plan = points.h.begin()
+        if plan.steps:
+            y, h_last, anchors, edited = _split(_align(inputs, run) if aligned else inputs, points.h, plan, run)
             if aligned and padding is not None:
                 y, anchors.aligned = padding.unalign(y), True
-            if run.recorder is not None:
-                run.recorder.take_anchors(str(points.h.name), anchors)
-            return y, h_last, "split" if edited else "open"
+            if edited or not aligned:  # aligned rows may round differently, which reading must not show
+                if run.recorder is not None:
+                    run.recorder.take_anchors(str(points.h.name), anchors)
+                return y, h_last, "split" if edited else "open"
     out = inputs.scan(run.backend, run.boundaries)
     if run.recorder is not None and out.h_boundary is not None and run.boundaries is not None:
         run.recorder.take_anchors(str(points.h.name), anchors_of(out, run.boundaries, inputs.u.shape[1]))
@@ -103,15 +102,15 @@ def read_out(h: Tensor, C: Tensor) -> Tensor:
     return (h * C[:, None, :].to(h.dtype)).sum(-1)
 
 
-def _split(inputs: Inputs, point: StatePoint, steps: list[int], run: Run) -> tuple[Tensor, Tensor, Anchors, bool]:
-    length = inputs.u.shape[1]
+def _split(inputs: Inputs, point: StatePoint, plan: Plan, run: Run) -> tuple[Tensor, Tensor, Anchors, bool]:
+    length, steps = inputs.u.shape[1], plan.steps
     interval = run.boundaries or BOUNDARY
     # A backward hook needs h inside the graph, so its steps are split even if nobody edits.
     first, edited_h, out = steps[0], None, None
     if not point.live_backward:
         out = inputs.scan(run.backend, interval)
         assert out.h_boundary is not None
-        first, edited_h = _read(inputs, out.h_boundary, interval, point, steps, run)
+        first, edited_h = _read(inputs, out.h_boundary, interval, point, plan, run)
         if edited_h is None:
             return out.y, out.h_last, anchors_of(out, interval, length), False
     pieces = _Pieces(inputs, run, interval)
@@ -121,17 +120,17 @@ def _split(inputs: Inputs, point: StatePoint, steps: list[int], run: Run) -> tup
         steps = [t for t in steps if t > first]
     for t in steps:
         h = pieces.scan_to(t)
-        h, _ = point.at(t, h)
+        h, _ = point.at(t, h, plan)
         pieces.put(t, h)
     pieces.finish(length)
     return torch.cat(pieces.y, 1), pieces.h, pieces.anchors(), True
 
 
 def _read(
-    inputs: Inputs, h_boundary: Tensor, interval: int, point: StatePoint, steps: list[int], run: Run
+    inputs: Inputs, h_boundary: Tensor, interval: int, point: StatePoint, plan: Plan, run: Run
 ) -> tuple[int, Tensor | None]:
     """Show the hooks h at their steps; stop at the first edit and return its step and state."""
-    window, begin = None, -1
+    window, begin, steps = None, -1, plan.steps
     # The kernels' windows carry no gradient; an edit that depends on h must pass one on.
     graph = torch.is_grad_enabled() and any(v.requires_grad for v in (inputs.u, inputs.delta, inputs.B, inputs.h0))
     backend = "torch" if graph and run.backend != "reference" else run.backend
@@ -142,7 +141,7 @@ def _read(
             stop = 1 + max(s for s in steps if s // interval == chunk)
             part = inputs.cut(begin, stop, h_boundary[:, chunk])
             window = ops.state_window(part.u, part.delta, part.A, part.B, part.h0, backend=backend)
-        h, edited = point.at(t, window[:, t - begin].contiguous())
+        h, edited = point.at(t, window[:, t - begin].contiguous(), plan)
         if edited:
             return t, h
     return steps[-1], None
@@ -206,25 +205,30 @@ class _Pieces:
 def _exposed(inputs: Inputs, points: Points, run: Run) -> tuple[Tensor, Tensor] | None:
     """Show A_bar, B_bar and write to their hooks; run on them if one was edited, else None."""
     batch, length, width = inputs.u.shape
-    need = 4 * batch * length * width * inputs.A.shape[1] * inputs.delta.element_size()
+    need = 5 * batch * length * width * inputs.A.shape[1] * inputs.delta.element_size()
     way_out = "hook fewer positions of hook_h instead, or a shorter text"
     require_bytes(need, inputs.u.device, f"exposing {points.A_bar.name}, B_bar and write", way_out, InputError)
+    real = None if run.padding is None else run.padding.mask[..., None, None]  # B L 1 1
     A_bar = torch.exp(inputs.delta[..., None] * inputs.A)  # B L D N
     A_bar, edited_A = run.emit_checked(points.A_bar, A_bar)
+    if edited_A and real is not None:  # whatever a hook wrote at padding: such a step neither decays nor writes
+        A_bar = torch.where(real, A_bar, 1.0)
     B_bar = inputs.delta[..., None] * inputs.B[:, :, None, :].to(inputs.delta.dtype)  # B L D N
     B_bar, edited_B = run.emit_checked(points.B_bar, B_bar)
     write = B_bar * inputs.u[..., None].to(B_bar.dtype)  # B L D N
     write, edited_write = run.emit_checked(points.write, write)
+    if (edited_B or edited_write) and real is not None:
+        B_bar, write = B_bar.masked_fill(~real, 0.0), write.masked_fill(~real, 0.0)
     if not (edited_A or edited_B or edited_write):
         return None
     if run.recorder is not None:
         for point, value in ((points.A_bar, A_bar), (points.B_bar, B_bar), (points.write, write)):
             run.recorder.take_anchors(str(point.name), Anchors([], value))
-    steps = set(points.h.begin()) if points.h.live else set()
-    if not steps:
+    plan = points.h.begin() if points.h.live else None
+    if plan is None or not plan.steps:
         y, h_last, h = ops.linear_scan(A_bar, write, inputs.C, inputs.h0)
     else:
-        y, h_last, h = _exposed_steps(A_bar, write, inputs, points.h, steps, run)
+        y, h_last, h = _exposed_steps(A_bar, write, inputs, points.h, plan, run)
     if run.recorder is not None:
         run.recorder.take_anchors(
             str(points.h.name), Anchors([-1, *range(length)], torch.cat([inputs.h0[:, None], h], 1))
@@ -233,18 +237,18 @@ def _exposed(inputs: Inputs, points: Points, run: Run) -> tuple[Tensor, Tensor] 
 
 
 def _exposed_steps(
-    A_bar: Tensor, write: Tensor, inputs: Inputs, point: StatePoint, steps: set[int], run: Run
+    A_bar: Tensor, write: Tensor, inputs: Inputs, point: StatePoint, plan: Plan, run: Run
 ) -> tuple[Tensor, Tensor, Tensor]:
     if run.padding is not None and run.padding.any_left:
         raise InputError(
             f"{point.name}: hooks on h together with edits of A_bar, B_bar or write need unpadded or right-padded "
             "text; pad on the right"
         )
-    h, states, ys = inputs.h0, [], []
+    h, states, ys, steps = inputs.h0, [], [], set(plan.steps)
     for t in range(A_bar.shape[1]):
         h = A_bar[:, t] * h + write[:, t]  # B D N
         if t in steps:
-            h, _ = point.at(t, h)
+            h, _ = point.at(t, h, plan)
         states.append(h)
         ys.append(read_out(h, inputs.C[:, t]))
     return torch.stack(ys, 1), h, torch.stack(states, 1)

@@ -54,6 +54,9 @@ def test_each_hook_alone_reads_without_a_trace_and_edits_with_one(
 
         assert error(model.run_with_hooks(tokens, fwd_hooks=[(name, in_place)]), edited) < 1e-5
         assert torch.equal(plain, model(tokens))
+    graph = model.run_with_hooks(tokens, fwd_hooks=[(name, lambda v, hook: None)])
+    assert torch.equal(plain, graph)  # where gradients flow, too
+    assert graph.requires_grad
 
 
 def test_positions_address_what_python_would(model: HookedMamba, tokens: torch.Tensor) -> None:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from mambascope.errors import CacheError, UnknownNameError
+from mambascope import ops
+from mambascope.errors import BackendError, CacheError, UnknownNameError
 from mambascope.hooks.lazy import LazyActivation, states_between
 from mambascope.hooks.model_protocol import Scope
 from mambascope.hooks.points import LAZY, hook_names, resolve_name, tail_of
-from mambascope.hooks.recorder import BlockRecord, CacheRecorder, Recording, joined, select_names, versions_of
+from mambascope.hooks.recorder import BlockRecord, CacheRecorder, Recording, compact, joined, select_names
 from mambascope.hooks.residual import ResidualMethods
 from mambascope.hooks.run import Anchors, compute_dtype
 from mambascope.hooks.sites import Padding
@@ -88,7 +89,16 @@ class MambaCache(ResidualMethods, ActivationCache):
         self.visible = frozenset(recording.names)
         self._device: torch.device | None = None
         self._replays: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
-        super().__init__(cast(Any, _Readable(self)), model, has_batch_dim)
+        super().__init__(cast(Any, None), model, has_batch_dim)
+
+    @property
+    def cache_dict(self) -> Any:  # type: ignore[override]
+        """The cache as a mapping from full names. Made anew each time: kept, it would keep dead caches alive."""
+        return _Readable(self)
+
+    @cache_dict.setter
+    def cache_dict(self, _: Any) -> None:
+        """The base class sets it; what is read comes from the recording."""
 
     # ---- reading
 
@@ -133,7 +143,7 @@ class MambaCache(ResidualMethods, ActivationCache):
         layer, tail = tail_of(name)
         if layer is None:
             return self._squeezed(self.recording.top[name])
-        if tail in LAZY:
+        if tail in LAZY and name not in self.recording.blocks[layer].stored:
             return LazyActivation(self, name)
         return self._squeezed(self._block_value(layer, name))
 
@@ -157,7 +167,9 @@ class MambaCache(ResidualMethods, ActivationCache):
             if record.x is None:
                 raise CacheError(f"block {layer} kept no input to recompute from")
             self._check_fresh(layer)
-            self._replays[layer] = self._run_again(record, record.x, record.state, self.recording.padding)
+            values = self._run_again(record, record.x, record.state, self.recording.padding)
+            self._check_same(layer, values)
+            self._replays[layer] = values
             while len(self._replays) > _REPLAYS:
                 self._replays.popitem(last=False)
         self._replays.move_to_end(layer)
@@ -168,20 +180,34 @@ class MambaCache(ResidualMethods, ActivationCache):
         if x.device != device:
             x, state = x.to(device), None if state is None else state.map(lambda t: t.to(device))
             padding = None if padding is None else _padding_to(padding, device)
-        replay = _Replay()
-        self.model.replay(record.layer, x, state, padding, self.recording.backend, replay)
+        replay, dtype = _Replay(), self.recording.autocast
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            self.model.replay(record.layer, x, state, padding, self.recording.backend, replay)
         return {name: value.to(self.device) for name, value in replay.values.items()}
 
     def _check_fresh(self, layer: int) -> None:
         """CacheError if a weight of this block was changed, trained or moved since the recording."""
-        now = versions_of(self.model)
-        prefix = f"blocks.{layer}."
-        for name, version in self.recording.versions.items():
-            if name.startswith(prefix) and now.get(name) != version:
-                raise CacheError(
-                    f"{name} has changed since this cache was recorded, so what was not stored cannot be recomputed; "
-                    "run the model again"
-                )
+        name = self.recording.weights.changed(self.model, layer)
+        if name is not None:
+            raise CacheError(
+                f"{name} has changed since this cache was recorded, so what was not stored cannot be recomputed; "
+                "run the model again"
+            )
+
+    def _check_same(self, layer: int, values: dict[str, Tensor]) -> None:
+        """CacheError if a block that ran again did not come out where it did when it was recorded."""
+        name, after = f"blocks.{layer}.hook_resid_post", self.recording.blocks.get(layer + 1)
+        then = self.recording.top.get(name) if after is None else after.x
+        if then is None:
+            return
+        now, written = values[name], values[f"blocks.{layer}.hook_mixer_out"]
+        rounding = max(5e-3, 8 * torch.finfo(written.dtype).eps)  # of other devices, threads, pieces
+        allowed = rounding * written.abs().max() + 2 * torch.finfo(now.dtype).eps * now.abs().max()
+        if bool(((now - then.to(now.device)).abs() > allowed).any()):
+            raise CacheError(
+                f"block {layer} does not compute any more what it did when this cache was recorded: its weights, its "
+                "config or a module in it has changed; run the model again"
+            )
 
     # ---- windows of the state
 
@@ -195,6 +221,10 @@ class MambaCache(ResidualMethods, ActivationCache):
 
     def lazy_window(self, name: str, rows: slice, start: int, stop: int, channels: slice) -> Tensor:
         """Steps [start, stop) of a lazy activation for some rows and channels, ``B W D N``."""
+        with torch.autocast(self.device.type, enabled=False):
+            return self._window(name, rows, start, stop, channels)
+
+    def _window(self, name: str, rows: slice, start: int, stop: int, channels: slice) -> Tensor:
         layer, tail = tail_of(name)
         record = self.recording.blocks[cast(int, layer)]
         if name in record.exposed:
@@ -213,9 +243,15 @@ class MambaCache(ResidualMethods, ActivationCache):
         u, delta = u[:, :, channels], delta[:, :, channels]
         if tail == "mixer.hook_h":
             states = Anchors(anchors.columns, anchors.states[rows][:, :, channels])
-            backend = self.recording.backend if delta.device == self.model.device else "auto"
-            return states_between((u, delta, A, B), states, first, start, stop, backend)
+            return states_between((u, delta, A, B), states, first, start, stop, self._backend(delta))
         return _exposed_value(tail, u, delta, A, B)
+
+    def _backend(self, like: Tensor) -> Any:
+        """The recording's backend, or what there is if it cannot run here."""
+        try:
+            return ops.resolve_backend(self.recording.backend, like.device, like.dtype)[0]
+        except BackendError:
+            return "auto"
 
     def _scan_inputs(self, record: BlockRecord, first: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
         """u, delta, B for columns [first, stop): stored, replayed, or from that window of the block's input."""
@@ -247,7 +283,7 @@ class MambaCache(ResidualMethods, ActivationCache):
             return value[rows, start:stop, channels]
         real = (torch.arange(length, device=delta.device) < padding.lengths[:, None])[..., None]
         inputs = (padding.align(u), padding.align(delta) * real, A, padding.align(B))
-        h = states_between(inputs, anchors, 0, 0, length, self.recording.backend)
+        h = states_between(inputs, anchors, 0, 0, length, self._backend(delta))
         pad = torch.arange(length, device=delta.device) < padding.left[:, None]  # nothing was read yet
         h = torch.where(pad[..., None, None], anchors.states[:, :1], padding.unalign(h))
         return h[rows, start:stop, channels]
@@ -284,8 +320,11 @@ class MambaCache(ResidualMethods, ActivationCache):
 
     def to(self, device: Any) -> "MambaCache":  # type: ignore[override]
         """Move what is stored; recomputation still runs where the model is, its results move too."""
-        self.recording = self.recording.map(lambda t: t.to(device))
-        self._device = torch.empty(0, device=device).device
+        if not isinstance(device, (str, int, torch.device)):
+            raise CacheError(f"a cache moves to a device, got {device!r}; what it stores keeps its dtype")
+        target = torch.empty(0, device=device).device
+        self.recording = self.recording.map(lambda t: t.to(target))
+        self._device = target
         self._replays.clear()
         return self
 
@@ -313,14 +352,25 @@ class MambaCache(ResidualMethods, ActivationCache):
         rows = index if isinstance(index, slice) else torch.as_tensor(index)
         return self._with(lambda t: t[rows])
 
-    def at_positions(self, pos_slice: Any) -> "MambaCache":
-        """Only some positions of every stored activation (``run_with_cache(pos_slice=)``)."""
+    def at_positions(self, pos_slice: Any, lazy: bool) -> "MambaCache":
+        """Only some positions of every activation (``run_with_cache(pos_slice=)``), ``lazy`` ones or all others.
+
+        As in TransformerLens an integer keeps the position axis, with one entry.
+        """
         from transformer_lens.utilities import Slice
 
-        cut = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
-        names = [name for name in self.recording.names if tail_of(name)[1] not in LAZY]
-        kept = {name: cut.apply(self.read(name), dim=1) for name in names}
-        gradients = {name: cut.apply(value, dim=1) for name, value in self.recording.gradients.items()}
+        index = Slice.unwrap(pos_slice).slice
+        index = index if isinstance(index, slice) else torch.as_tensor(index)
+
+        def cut(value: Any) -> Tensor:
+            return compact(value[:, index])
+
+        names = [name for name in self.recording.names if lazy or tail_of(name)[1] not in LAZY]
+        try:
+            kept = {name: cut(self.read(name)) for name in names}
+            gradients = {name: cut(value) for name, value in self.recording.gradients.items()}
+        except IndexError as error:
+            raise CacheError(f"pos_slice={pos_slice!r} is outside the {self.recording.shape[1]} tokens") from error
         old = self.recording
         blocks = {
             i: BlockRecord(i, edited=True, stored={n: v for n, v in kept.items() if tail_of(n)[0] == i})
@@ -328,7 +378,7 @@ class MambaCache(ResidualMethods, ActivationCache):
         }
         top = {n: v for n, v in kept.items() if tail_of(n)[0] is None}
         new = Recording(
-            names, old.backend, old.tokens, old.padding, old.bos, old.shape, top, blocks, gradients, old.versions
+            names, old.backend, old.tokens, old.padding, old.bos, old.shape, top, blocks, gradients, old.weights
         )
         return MambaCache(new, self.model, self.has_batch_dim)
 

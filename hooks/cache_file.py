@@ -10,9 +10,10 @@ from torch import Tensor
 from mambascope.errors import CacheError
 from mambascope.hooks.cache import MambaCache
 from mambascope.hooks.model_protocol import Scope
-from mambascope.hooks.recorder import BlockRecord, Recording, versions_of
+from mambascope.hooks.recorder import BlockRecord, Recording
 from mambascope.hooks.run import Anchors
 from mambascope.hooks.sites import padding_of
+from mambascope.hooks.weights import WeightsSeen
 from mambascope.ops.dispatch import BACKENDS
 from mambascope.storage import read_tensors, write_tensors
 
@@ -93,7 +94,7 @@ def load_cache(path: str | Path, model: Scope) -> MambaCache:
         top,
         blocks,
         gradients,
-        versions_of(model),
+        WeightsSeen(model),
     )
     return MambaCache(recording, model, batch)
 

@@ -1,6 +1,6 @@
 """Windows of the ``B L D N`` activations (h, A_bar, B_bar, write), computed when they are indexed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,12 +74,17 @@ class LazyActivation:
 
         return func(*plain(args), **{k: plain(v) for k, v in (kwargs or {}).items()})
 
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        return self.full().cpu().numpy().astype(dtype, copy=False)
+
     def __getitem__(self, key: Any) -> Tensor:
+        """What a tensor would give for integers, slices and integer lists; bool masks and None are refused."""
         keys = list(key) if isinstance(key, tuple) else [key]
-        if any(isinstance(k, Tensor) and k.dtype == torch.bool for k in keys) or None in keys:
-            raise CacheError(f"{self.name}: index with integers, slices or integer tensors, one for each axis")
-        if Ellipsis in keys:
-            at = keys.index(Ellipsis)
+        at = next((i for i, k in enumerate(keys) if k is Ellipsis), None)
+        if at is not None:
             keys[at : at + 1] = [slice(None)] * (self.ndim - len(keys) + 1)
         if len(keys) > self.ndim:
             raise CacheError(f"{self.name} has {self.ndim} axes, got {len(keys)} indices")
@@ -88,15 +93,36 @@ class LazyActivation:
             keys = [0, *keys]
         cfg = self._cache.model.cfg
         full = (*self._cache.recording.shape, cfg.d_inner, cfg.d_state)
-        for axis, (k, size) in enumerate(zip(keys, full, strict=True)):
-            if isinstance(k, int) and not -size <= k < size:
-                raise CacheError(f"{self.name}: index {k} is out of range on axis {axis} of size {size}")
+        keys = [self._axis(axis, k, size) for axis, (k, size) in enumerate(zip(keys, full, strict=True))]
         start, stop, time = _window(keys[1], full[1])
         rows, keys[0] = _narrow(keys[0], full[0])
         channels, keys[2] = _narrow(keys[2], full[2])
         self._check_memory(rows, stop - start, channels)
         window = self._cache.lazy_window(self.name, rows, start, stop, channels)
-        return window[keys[0], time, keys[2], keys[3]] if _at_most_one_list(keys) else _orthogonal(window, keys, time)
+        keys = [k.to(window.device) if isinstance(k, Tensor) else k for k in (keys[0], time, keys[2], keys[3])]
+        return window[tuple(keys)]
+
+    def _axis(self, axis: int, key: Any, size: int) -> Any:
+        """An index of one axis: an int, a slice that runs forward, or a LongTensor, inside the axis and ≥ 0."""
+        if isinstance(key, slice):
+            if key.step is not None and key.step < 1:
+                raise CacheError(
+                    f"{self.name}: slices run forward, got step {key.step} on axis {axis}; flip the result"
+                )
+            return key
+        plain = None if isinstance(key, (bool, str, type(None))) else torch.as_tensor(key)
+        if plain is not None and plain.numel() == 0:
+            plain = plain.long()
+        if plain is None or plain.is_floating_point() or plain.is_complex() or plain.dtype == torch.bool:
+            raise CacheError(
+                f"{self.name}: index with integers, slices or integer tensors, one for each axis; got {key!r}"
+            )
+        plain = plain.long().cpu()
+        bad = plain[(plain < -size) | (plain >= size)].flatten()
+        if len(bad):
+            raise CacheError(f"{self.name}: index {int(bad[0])} is out of range on axis {axis} of size {size}")
+        plain = torch.where(plain < 0, plain + size, plain)
+        return int(plain) if plain.ndim == 0 else plain
 
     def _check_memory(self, rows: slice, steps: int, channels: slice) -> None:
         cfg = self._cache.model.cfg
@@ -110,48 +136,21 @@ class LazyActivation:
 def _window(key: Any, length: int) -> tuple[int, int, Any]:
     """The steps [start, stop) that a time index touches, and the index inside that window."""
     if isinstance(key, int):
-        key = key % length
         return key, key + 1, 0
     if isinstance(key, slice):
         hit = range(length)[key]
-        if not hit:
-            return 0, 0, slice(None)
-        low, high = min(hit[0], hit[-1]), max(hit[0], hit[-1])
-        if hit.step < 0:
-            raise CacheError("a window of positions runs forward; flip the result instead")
-        return low, high + 1, slice(None, None, hit.step)
-    index = torch.as_tensor(key)
-    index = torch.where(index < 0, index + length, index)
-    if index.numel() == 0 or int(index.min()) < 0 or int(index.max()) >= length:
-        raise CacheError(f"positions {key!r} are empty or outside the {length} tokens")
-    low = int(index.min())
-    return low, int(index.max()) + 1, index - low
+        return (hit[0], hit[-1] + 1, slice(None, None, hit.step)) if hit else (0, 0, slice(None))
+    if key.numel() == 0:
+        return 0, 0, key
+    low = int(key.min())
+    return low, int(key.max()) + 1, key - low
 
 
 def _narrow(key: Any, size: int) -> tuple[slice, Any]:
     """Cut an axis to one slice before computing, and the index that is left for afterwards."""
     if isinstance(key, int):
-        key = key % size
         return slice(key, key + 1), 0
-    if isinstance(key, slice) and (key.step is None or key.step > 0):
-        return key, slice(None)
-    return slice(None), key
-
-
-def _at_most_one_list(keys: list[Any]) -> bool:
-    return sum(not isinstance(k, (int, slice)) for k in keys) == 0
-
-
-def _orthogonal(window: Tensor, keys: list[Any], time: Any) -> Tensor:
-    """Index each axis on its own (as xarray does), so that two lists select a rectangle."""
-    keys = [keys[0], time, keys[2], keys[3]]
-    for axis in (3, 2, 1, 0):
-        key = keys[axis]
-        if isinstance(key, (int, slice)):
-            window = window[(slice(None),) * axis + (key,)]
-        else:
-            window = window.index_select(axis, torch.as_tensor(key, device=window.device).reshape(-1))
-    return window
+    return (key, slice(None)) if isinstance(key, slice) else (slice(0, size), key)
 
 
 def states_between(

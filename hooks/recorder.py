@@ -11,12 +11,13 @@ from mambascope.errors import CacheError, HookError
 from mambascope.hooks.points import LAZY, resolve_name, spec_of, tail_of
 from mambascope.hooks.run import Anchors
 from mambascope.hooks.sites import Padding, SitePoint
+from mambascope.hooks.weights import WeightsSeen
 from mambascope.memory import require_bytes
 
 if TYPE_CHECKING:
     from mambascope.hooks.model_protocol import Scope
 
-__all__ = ["BOUNDARY", "BlockRecord", "CacheRecorder", "Recording", "joined", "select_names", "versions_of"]
+__all__ = ["BOUNDARY", "BlockRecord", "CacheRecorder", "Recording", "compact", "joined", "select_names"]
 
 BOUNDARY = 64
 """Tokens between two stored states: 1.5 KB a token and layer at 130m size."""
@@ -88,19 +89,26 @@ class Recording:
     top: dict[str, Tensor]
     blocks: dict[int, BlockRecord]
     gradients: dict[str, Tensor]
-    versions: dict[str, tuple[int, int]]
+    weights: WeightsSeen
+    autocast: torch.dtype | None = None  # what torch.autocast computed in, None if it was off
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Recording":
         """The same recording with every tensor replaced."""
+        batch = self.shape[0]
+
+        def each(value: Tensor) -> Tensor:
+            nonlocal batch
+            out = fn(value)
+            batch = out.shape[0]
+            return out
+
         padding = self.padding
         if padding is not None:
-            padding = Padding(fn(padding.mask), fn(padding.left), fn(padding.lengths))
-        tokens = None if self.tokens is None else fn(self.tokens)
-        top = {name: fn(value) for name, value in self.top.items()}
-        blocks = {i: block.map(fn) for i, block in self.blocks.items()}
-        gradients = {name: fn(value) for name, value in self.gradients.items()}
-        like = tokens if tokens is not None else next(iter(top.values()), None)
-        batch = self.shape[0] if like is None or like.ndim < 2 else like.shape[0]
+            padding = Padding(each(padding.mask), each(padding.left), each(padding.lengths))
+        tokens = None if self.tokens is None else each(self.tokens)
+        top = {name: each(value) for name, value in self.top.items()}
+        blocks = {i: block.map(each) for i, block in self.blocks.items()}
+        gradients = {name: each(value) for name, value in self.gradients.items()}
         return replace(
             self,
             tokens=tokens,
@@ -112,12 +120,20 @@ class Recording:
         )
 
 
-def versions_of(model: "Scope") -> dict[str, tuple[int, int]]:
-    """A fingerprint of every parameter: where it lies and how often it was changed in place."""
-    return {
-        name: (p.data_ptr(), -1 if p.is_inference() else p._version)
-        for name, p in cast(torch.nn.Module, model).named_parameters()
-    }
+def compact(value: Tensor) -> Tensor:
+    """The tensor, or a copy where it is a view that would keep a larger one alive."""
+    return value.clone() if value.untyped_storage().nbytes() > value.numel() * value.element_size() else value
+
+
+def _autocast(device: torch.device) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def _hooked(block: Any) -> bool:
+    """Whether any hook, ours or on a module, may make this block differ from what its weights say."""
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or (isinstance(m, SitePoint) and m.live) for m in block.modules()
+    )
 
 
 def joined(pieces: list[Recording]) -> Recording:
@@ -161,11 +177,14 @@ def _joined_block(records: list[BlockRecord], pieces: list[Recording]) -> BlockR
 class CacheRecorder:
     """Watches one forward pass and keeps what the cache will need (see mambascope.hooks.run.Recorder)."""
 
-    def __init__(self, model: "Scope", names: list[str], *, everything: bool, eager: bool) -> None:
+    def __init__(
+        self, model: "Scope", names: list[str], *, everything: bool, eager: bool, spelled_out: bool = False
+    ) -> None:
         self._model = model
         self._names = names
         self._everything = everything
         self._explicit = not everything
+        self._spelled_out = spelled_out  # every name was given by hand, so each must be reached
         self._lazy_layers = {tail_of(n)[0] for n in names if tail_of(n)[1] in LAZY}
         self._wanted: set[str] = set() if everything and not eager else {n for n in names if tail_of(n)[1] not in LAZY}
         self._visible = set(names)
@@ -186,19 +205,26 @@ class CacheRecorder:
     def begin(
         self, tokens: Tensor | None, padding: Padding | None, bos: bool | None, backend: str, shape: tuple[int, int]
     ) -> None:
-        versions = versions_of(self._model)
-        self._recording = Recording([], backend, tokens, padding, bos, shape, {}, {}, {}, versions)
-        self._check_size(self._wanted)
+        seen, autocast = WeightsSeen(self._model), _autocast(self._model.device)
+        self._recording = Recording([], backend, tokens, padding, bos, shape, {}, {}, {}, seen, autocast)
+        layers = self._model.cfg.n_layers if self._everything else len(self._lazy_layers)
+        self._check_size(self._wanted, layers)
 
-    def _check_size(self, names: set[str]) -> None:
+    def _check_size(self, names: set[str], layers: int = 0) -> None:
+        """CacheError if ``names``, and the input and states of so many layers, cannot fit."""
         cfg, (batch, length) = self._model.cfg, self.recording.shape
         widths = {"M": cfg.d_model, "D": cfg.d_inner, "N": cfg.d_state, "R": cfg.dt_rank, "1": 1}
-        need = 4 * batch * length * sum(widths[spec_of(name).shape.split()[-1]] for name in names)
+        values = length * sum(widths[spec_of(name).shape.split()[-1]] for name in names)
+        if layers:
+            states = 2 + length // BOUNDARY if self._lazy_layers else 0
+            values += layers * (length * cfg.d_model + states * cfg.d_inner * cfg.d_state)
+        need = 4 * batch * values
         way_out = "name fewer activations in names_filter, or take a shorter text"
-        require_bytes(need, self._model.device, f"storing {len(names)} activations", way_out, CacheError)
+        what = f"storing {len(names)} activations" + (f" and the inputs of {layers} blocks" if layers else "")
+        require_bytes(need, self._model.device, what, way_out, CacheError)
 
     def begin_block(self, layer: int, resid: Tensor, state: Any) -> None:
-        edited = any(point.live for point in self._model.blocks[layer].modules() if isinstance(point, SitePoint))
+        edited = _hooked(self._model.blocks[layer])
         record = BlockRecord(layer, edited=edited)
         self.recording.blocks[layer] = record
         if edited:
@@ -219,7 +245,7 @@ class CacheRecorder:
             return
         layer, _ = tail_of(name)
         place = self.recording.top if layer is None else self.recording.blocks[layer].stored
-        place[name] = value.detach()
+        place[name] = compact(value.detach())
 
     def take_anchors(self, name: str, anchors: Anchors) -> None:
         layer, tail = tail_of(name)
@@ -248,8 +274,8 @@ class CacheRecorder:
         recording = self.recording
         reached = [n for n in self._names if self._reached(n)]
         missing = [n for n in self._names if n not in set(reached)]
-        if missing and self._explicit and not reached:
-            raise CacheError(f"{missing[0]} was not reached: the run stopped before it (stop_at_layer, return_type)")
+        if missing and self._explicit and (self._spelled_out or not reached):
+            raise CacheError(f"{missing[0]} was not reached: the run left it out (start_at_layer, stop_at_layer)")
         recording.names = reached
         return recording
 

@@ -1,7 +1,6 @@
 """Hooks by site, and caching: TransformerLens' methods, strict where they would be silent."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 from torch import Tensor
@@ -11,7 +10,6 @@ from mambascope.errors import HookError, InputError
 from mambascope.hooks.cache import CacheRecorder, MambaCache, select_names
 from mambascope.hooks.model_protocol import Scope
 from mambascope.hooks.points import resolve_name
-from mambascope.hooks.run import Recorder
 from mambascope.hooks.sites import SitePoint, parse_site
 
 __all__ = ["HookMethods"]
@@ -19,8 +17,6 @@ __all__ = ["HookMethods"]
 
 class HookMethods(HookedRootModule):
     """The base of HookedMamba that knows hooks but not the model."""
-
-    _recorder: Recorder | None
 
     def add_hook(  # type: ignore[override]
         self,
@@ -76,14 +72,6 @@ class HookMethods(HookedRootModule):
                 )
         return out
 
-    @contextmanager
-    def _recording(self, recorder: Recorder | None) -> Iterator[None]:
-        before, self._recorder = self._recorder, recorder
-        try:
-            yield
-        finally:
-            self._recorder = before
-
     def run_with_cache(  # type: ignore[override]
         self,
         *model_args: Any,
@@ -106,12 +94,15 @@ class HookMethods(HookedRootModule):
         """
         names = select_names(names_filter, list(self.hook_dict))
         recorder = CacheRecorder(
-            cast(Scope, self), names, everything=names_filter is None, eager=incl_bwd or pos_slice is not None
+            cast(Scope, self),
+            names,
+            everything=names_filter is None,
+            eager=incl_bwd or pos_slice is not None,
+            spelled_out=not callable(names_filter),
         )
         backward: list[Any] = [(n, recorder.take_gradient) for n in recorder.gradient_names()] if incl_bwd else []
         with self.hooks(bwd_hooks=backward, reset_hooks_end=reset_hooks_end, clear_contexts=clear_contexts):
-            with self._recording(recorder):
-                out = self(*model_args, **model_kwargs)
+            out = self(*model_args, recorder=recorder, **model_kwargs)
             if incl_bwd:
                 result = out[0] if isinstance(out, tuple) else out
                 if not isinstance(result, Tensor) or result.numel() != 1:
@@ -124,7 +115,7 @@ class HookMethods(HookedRootModule):
                 result.backward()
         cache = MambaCache(recorder.finish(), cast(Scope, self))
         if pos_slice is not None:
-            cache = cache.at_positions(pos_slice)
+            cache = cache.at_positions(pos_slice, lazy=names_filter is not None)
         if device is not None:
             cache = cache.to(device)
         if remove_batch_dim:

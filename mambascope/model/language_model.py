@@ -61,7 +61,6 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         self.model_id = uuid.uuid4().hex
         self._hash: tuple[tuple[Any, ...], str] | None = None
         self._clock = Clock()
-        self._recorder: Recorder | None = None
         self.setup()
         if list(self.hook_dict) != hook_names(cfg.n_layers):
             self.hook_dict = {name: self.hook_dict[name] for name in hook_names(cfg.n_layers)}
@@ -150,6 +149,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         logits_to_keep: int | None = None,
         stop_at_layer: int | None = None,
         start_at_layer: int | None = None,
+        recorder: Recorder | None = None,
     ) -> Any:
         """Run the model.
 
@@ -159,6 +159,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         mean next-token loss in nats (``B L-1`` with ``loss_per_token``), both, or None; with
         ``stop_at_layer`` the residual stream entering that block; with ``return_state`` a pair
         ``(output, State)``. Cost: O(L) in time; without gradient long inputs run in pieces of 16,384 tokens.
+        ``recorder`` is how ``run_with_cache`` listens in.
         """
         if return_type not in ("logits", "loss", "both", None):
             raise InputError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}")
@@ -168,9 +169,8 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
             raise InputError("the loss needs tokens; with start_at_layer ask for return_type='logits'")
         if state is not None:
             self.check_state(state, entry.batch)
-        run = self._new_run(entry, state)
-        # A hook may call the model again: that inner pass has its own clock and is not recorded.
-        with self._clock_at(entry, state), self._recording(None):
+        run = self._new_run(entry, state, recorder)
+        with self._clock_at(entry, state):  # a hook may call the model again: that pass has its own clock
             return self._forward(
                 entry, run, state, first, last, return_type, loss_per_token, logits_to_keep, stop_at_layer, return_state
             )
@@ -278,17 +278,16 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         padding = None if mask is None else padding_of(mask, (value.shape[0], value.shape[1]), self.device)
         return _Entry(None, value, padding, None)
 
-    def _new_run(self, entry: "_Entry", state: State | None) -> Run:
+    def _new_run(self, entry: "_Entry", state: State | None, recorder: Recorder | None) -> Run:
         needs_grad = torch.is_grad_enabled() and (
             any(p.requires_grad for p in self.parameters())
             or (entry.resid is not None and entry.resid.requires_grad)
             or (state is not None and any(s.ssm.requires_grad or s.conv.requires_grad for s in state.layers))
         )
         backend, why = ops.resolve_backend(self.backend, self.device, self.dtype, needs_grad)
-        run = Run(cast(ops.Backend, backend), why, self._clock, True, self._recorder, entry.padding)
-        if self._recorder is not None:
-            shape = (entry.batch, entry.length)
-            self._recorder.begin(entry.tokens, entry.padding, entry.bos, backend, shape)
+        run = Run(cast(ops.Backend, backend), why, self._clock, True, recorder, entry.padding)
+        if recorder is not None:
+            recorder.begin(entry.tokens, entry.padding, entry.bos, backend, (entry.batch, entry.length))
         return run
 
     @contextmanager

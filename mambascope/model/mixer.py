@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from mambascope import ops
 from mambascope.config import MambaConfig
+from mambascope.errors import HookError
 from mambascope.hooks.run import PathTaken, Run, compute_dtype
 from mambascope.hooks.sites import SitePoint
 from mambascope.hooks.state_point import StatePoint
@@ -99,7 +100,7 @@ class MambaMixer(nn.Module):
     def forward(self, r: Tensor, run: Run, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
         """Mix the normalised residual ``B L M``; the output ``B L M`` and the state after the last real token."""
         D = self.cfg.d_inner
-        xz = _project(r, self.in_proj.weight, self.in_proj.bias)  # B L 2D
+        xz = _project(r, self.in_proj)  # B L 2D
         x = run.emit(self.hook_x, xz[..., :D])
         z = run.emit(self.hook_gate_in, xz[..., D:])
         u, conv_state = self._conv(x, run, state)
@@ -108,7 +109,7 @@ class MambaMixer(nn.Module):
         u_write = run.emit(self.hook_u_write, u, fork=True)
         u_skip = run.emit(self.hook_u_skip, u, fork=True)
         dt_low, B, C = self._select(u_select, run)
-        raw = _project(dt_low, self.dt_proj.weight, self.dt_proj.bias)  # B L D
+        raw = _project(dt_low, self.dt_proj)  # B L D
         raw = run.emit(self.hook_delta_raw, raw)
         h0 = state.ssm if state is not None else None
         why = self._why_open(run, u_write, u_skip)
@@ -117,11 +118,17 @@ class MambaMixer(nn.Module):
         else:
             gated, h_last = self._fused(raw, u_write, B, C, z, h0, run)
         gated = run.emit(self.hook_gated, gated)
-        out = _project(gated, self.out_proj.weight, self.out_proj.bias)  # B L M
+        out = _project(gated, self.out_proj)  # B L M
         return out, MambaState(h_last, conv_state)
 
     def _conv(self, x: Tensor, run: Run, state: MambaState | None) -> tuple[Tensor, Tensor]:
-        weight, bias = self.conv1d.weight, self.conv1d.bias
+        conv = self.conv1d
+        if type(conv) is not nn.Conv1d or conv._forward_hooks or conv._forward_pre_hooks:
+            raise HookError(
+                f"{self.hook_conv.name}: conv1d was exchanged or carries a hook of torch's own, which would never "
+                "fire; hook hook_x (its input) or hook_conv (its output)"
+            )
+        weight, bias = conv.weight, conv.bias
         incoming = state.conv if state is not None else None
         padding = run.padding
         if padding is not None and padding.any_left:
@@ -143,7 +150,7 @@ class MambaMixer(nn.Module):
 
     def _select(self, u: Tensor, run: Run) -> tuple[Tensor, Tensor, Tensor]:
         cfg = self.cfg
-        dt_low, B, C = _project(u, self.x_proj.weight, None).split([cfg.dt_rank, cfg.d_state, cfg.d_state], -1)
+        dt_low, B, C = _project(u, self.x_proj).split([cfg.dt_rank, cfg.d_state, cfg.d_state], -1)
         if cfg.mixer_norm_eps is not None:  # Falcon-Mamba (2410.05355): weightless RMSNorm of all three
             dt_low, B, C = (
                 ops.rms_norm(v, None, cfg.mixer_norm_eps, backend=run.backend).out.to(u.dtype) for v in (dt_low, B, C)
@@ -222,8 +229,19 @@ class MambaMixer(nn.Module):
         return (total * self._activate(z, run).to(total.dtype)).to(z.dtype), h_last
 
 
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b for ``B L *`` with any row stride, as one matrix product over all B*L rows."""
-    rows = x.reshape(-1, x.shape[-1])
+def _project(x: Tensor, linear: nn.Module) -> Tensor:
+    """x W^T + b for ``B L *`` with any row stride, as one matrix product over all B*L rows.
+
+    A module that was exchanged (adapters do that) or that carries hooks of torch's own is called as it is.
+    """
+    if not isinstance(linear, nn.Linear) or type(linear) is not nn.Linear or _watched(linear):
+        return linear(x)
+    rows, weight, bias = x.reshape(-1, x.shape[-1]), linear.weight, linear.bias
     out = torch.addmm(bias, rows, weight.t()) if bias is not None else torch.mm(rows, weight.t())
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether somebody hooked this module itself or replaced its forward."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__

@@ -256,7 +256,7 @@ def test_batch_slices_devices_and_stacks(model: HookedMamba, tokens: torch.Tenso
         assert cache.to("cpu")["delta", 1].device.type == "cpu"
         assert cache.stack_activation("delta").shape == (3, 2, 70, model.cfg.d_inner)
         cut = model.run_with_cache(tokens, pos_slice=-1)[1]
-        assert torch.equal(cut["resid_post", 2], cache["resid_post", 2][:, -1])
+        assert torch.equal(cut["resid_post", 2], cache["resid_post", 2][:, -1:])
 
 
 def test_residual_decompositions_add_up_to_the_logits(model: HookedMamba, tokens: torch.Tensor) -> None:

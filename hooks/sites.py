@@ -1,12 +1,6 @@
-"""Sites: a hook point's name with an optional position, and the points that serve them.
-
-A site is ``"blocks.3.mixer.hook_h[100]"`` or ``"blocks.3.hook_resid_pre[-4:]"``: Python's own index
-notation on the position axis. Positions count a row's real tokens, from the start of what this call was
-given; in ``generate`` and ``step`` they are absolute, from where the state began.
-"""
+"""The points that serve sites: a hook sees, and replaces, the values at its positions."""
 
 import dataclasses
-import re
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,155 +11,21 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint, LensHandle
 
-from mambascope.errors import HookError, InputError
+from mambascope.errors import HookError
+from mambascope.hooks.positions import Clock, Index, Padding, PerRow, Site, at, padding_of, parse_site
 
-__all__ = ["Clock", "Index", "Padding", "Placed", "SitePoint", "Witness", "padding_of", "parse_site"]
-
-Index = int | slice | None
-_SITE = re.compile(r"^(?P<name>[^\[\]]+)(\[(?P<index>[^\[\]]*)\])?$")
-_SLICE = re.compile(r"^\s*(-?\d+)?\s*:\s*(-?\d+)?\s*(?::\s*(-?\d+)?\s*)?$")
-
-
-def parse_site(site: str) -> tuple[str, Index]:
-    """Split ``"name[index]"`` into name and index; HookError if the index is no int and no slice."""
-    match = _SITE.match(site.strip())
-    if match is None:
-        raise HookError(f"{site!r} is not a site; write a hook point's name, with [t] or [a:b] for positions")
-    text = match["index"]
-    if text is None:
-        return match["name"], None
-    if re.fullmatch(r"\s*-?\d+\s*", text):
-        return match["name"], int(text)
-    parts = _SLICE.match(text)
-    if parts is None:
-        raise HookError(f"site {site!r}: position [{text}] is neither an integer nor a slice a:b")
-    start, stop, step = (int(p) if p is not None else None for p in parts.groups())
-    if step is not None and step < 1:
-        raise HookError(f"site {site!r}: the step of a slice of positions must be positive, got {step}")
-    return match["name"], slice(start, stop, step)
-
-
-@dataclass(frozen=True)
-class Padding:
-    """Where each row's real tokens lie: one run of ``lengths[b]`` columns from ``left[b]`` on."""
-
-    mask: Tensor  # B L bool
-    left: Tensor  # B
-    lengths: Tensor  # B
-
-    @property
-    def any_left(self) -> bool:
-        return bool(self.left.any())
-
-    def align(self, x: Tensor) -> Tensor:
-        """Shift rows so that real tokens start at column 0 (what follows them is repeated, not real)."""
-        return _shift(x, self.left)
-
-    def unalign(self, x: Tensor) -> Tensor:
-        """The inverse of :meth:`align`; padded columns hold copies of real ones."""
-        return _shift(x, -self.left)
-
-
-def padding_of(mask: Tensor, shape: tuple[int, int], device: torch.device) -> Padding | None:
-    """Check an attention mask: one run of ones in each row, zeros only before or after it."""
-    if not isinstance(mask, Tensor) or tuple(mask.shape) != shape:
-        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise InputError(f"attention_mask must have the tokens' shape {shape}, got {got}")
-    if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
-        raise InputError("attention_mask must hold only 0 and 1")
-    mask = mask.to(device=device, dtype=torch.bool)
-    lengths = mask.sum(1)
-    empty = (lengths == 0).nonzero()
-    if len(empty):
-        raise InputError(f"attention_mask hides every token of row {int(empty[0])}")
-    left = mask.int().argmax(1)
-    columns = torch.arange(shape[1], device=device)
-    run = (columns >= left[:, None]) & (columns < (left + lengths)[:, None])
-    holes = (run != mask).any(1).nonzero()
-    if len(holes):
-        raise InputError(
-            f"attention_mask has a hole in row {int(holes[0])}: padding may stand before or after the real tokens only"
-        )
-    return None if bool(mask.all()) else Padding(mask, left, lengths)
-
-
-def _shift(x: Tensor, by: Tensor) -> Tensor:
-    columns = torch.arange(x.shape[1], device=x.device) + by[:, None]
-    columns = columns.clamp(0, x.shape[1] - 1)  # B L
-    return x[torch.arange(x.shape[0], device=x.device)[:, None], columns]
-
-
-@dataclass
-class Clock:
-    """Which positions the running call covers; shared by all hook points of a model."""
-
-    length: int = 0
-    start: int | Tensor = 0  # absolute position of the first real token, one number or B
-    padding: Padding | None = None
-    absolute: bool = False  # generate, step: indices are absolute, negative ones refused
-
-    def columns(self, index: int | slice, name: str) -> tuple[Any, Any] | None:
-        """The columns that ``index`` means and the absolute positions there; None if not in this piece."""
-        if self.absolute:
-            return self._absolute(index, name)
-        if self.padding is None:
-            where = _resolve(index, self.length, name, "the text")
-            return where, _positions(where, self.start)
-        rows = [_resolve(index, int(n), name, f"row {b}") for b, n in enumerate(self.padding.lengths.tolist())]
-        if isinstance(index, int):
-            where = torch.tensor(rows, device=self.padding.left.device) + self.padding.left
-            return where, where - self.padding.left + self.start
-        ranges = [range(r.start, r.stop, r.step) for r in rows]
-        if len({len(r) for r in ranges}) > 1:
-            counts = ", ".join(f"row {b}: {len(r)}" for b, r in enumerate(ranges))
-            raise HookError(f"{name}: the slice covers different numbers of tokens in the rows ({counts})")
-        tokens = torch.tensor([list(r) for r in ranges], device=self.padding.left.device)  # B k
-        start = self.start[:, None] if isinstance(self.start, Tensor) else self.start
-        return tokens + self.padding.left[:, None], tokens + start
-
-    def _absolute(self, index: int | slice, name: str) -> tuple[Any, Any] | None:
-        edges = (index,) if isinstance(index, int) else (index.start, index.stop)
-        if any(edge is not None and edge < 0 for edge in edges):
-            raise HookError(f"{name}: negative positions have no meaning here, where the text still grows")
-        start = self.start
-        if isinstance(start, Tensor):
-            if int(start.min()) != int(start.max()) or self.padding is not None:
-                raise HookError(
-                    f"{name}: rows of different lengths; give hooks without positions, or one row at a time"
-                )
-            start = int(start[0])
-        if self.padding is not None:
-            raise HookError(f"{name}: rows of different lengths; give hooks without positions, or one row at a time")
-        if isinstance(index, int):
-            column = index - start
-            return (column, index) if 0 <= column < self.length else None
-        every = range(index.start or 0, start + self.length if index.stop is None else index.stop, index.step or 1)
-        inside = [p - start for p in every if 0 <= p - start < self.length]
-        if not inside:
-            return None
-        where = slice(inside[0], inside[-1] + 1, index.step or 1)
-        return where, _positions(where, start)
-
-
-def _resolve(index: int | slice, length: int, name: str, whose: str) -> Any:
-    if isinstance(index, int):
-        if not -length <= index < length:
-            raise HookError(f"{name}[{index}]: {whose} has only {length} tokens (positions {-length}…{length - 1})")
-        return index % length
-    where = slice(*index.indices(length))
-    if not range(length)[where]:
-        shown = f"{index.start if index.start is not None else ''}:{index.stop if index.stop is not None else ''}"
-        raise HookError(f"{name}[{shown}] addresses no token: {whose} has {length}")
-    return where
-
-
-def _positions(where: int | slice, start: int | Tensor) -> Any:
-    if isinstance(where, int):
-        return where + start
-    steps = torch.arange(where.start, where.stop, where.step)
-    if isinstance(start, Tensor):
-        return start[:, None] + steps.to(start.device)
-    return steps + start
+__all__ = [
+    "Clock",
+    "Index",
+    "Padding",
+    "Placed",
+    "Site",
+    "SitePoint",
+    "Witness",
+    "at",
+    "padding_of",
+    "parse_site",
+]
 
 
 @dataclass
@@ -175,14 +35,16 @@ class Placed:
     handle: LensHandle
     index: Index
     dir: Literal["fwd", "bwd"]
+    edits: bool = False  # known to edit whenever it is called: the recurrence need not look first
 
 
 class SitePoint(HookPoint):
     """TransformerLens' HookPoint with positions, and with a check of what a hook gives back.
 
     ``pos`` holds, while a hook runs, the absolute positions that it was given: an int for one position of
-    unpadded text, else a LongTensor. A returned tensor must keep shape, dtype and device. A backward hook
-    belongs to the forward passes that ran while it was there, and counts positions as they did.
+    unpadded text, else a LongTensor; ``rows`` is None, or tells with a bool each which rows (or places, see
+    :func:`~mambascope.hooks.positions.at`) it concerns. A returned tensor must keep shape, dtype and device. A
+    backward hook belongs to the forward passes that ran while it was there, and counts positions as they did.
     """
 
     clock: Clock
@@ -192,6 +54,7 @@ class SitePoint(HookPoint):
         self.lazy = lazy
         self.clock = Clock()
         self.pos: Any = None
+        self.rows: Tensor | None = None
         self.reached = False  # set when a hook of ours is called, or attached to a graph
         self.placed: list[Placed] = []
         self._on_gradient: OrderedDict[int, Callable[[Tensor, Any], Tensor | None]] = OrderedDict()
@@ -233,8 +96,8 @@ class SitePoint(HookPoint):
         user = hook
         if dir == "fwd":
 
-            def guarded(value: Any, hook: Any) -> Any:
-                return self._call(user, value, hook, index, self._moment())
+            def guarded(tensor: Any, *, hook: Any) -> Any:
+                return self._call(user, tensor, hook, index, self._moment())
 
             handle = super().add_hook(
                 guarded, is_permanent=is_permanent, level=level, prepend=prepend, alias_names=alias_names
@@ -249,7 +112,7 @@ class SitePoint(HookPoint):
                 self._on_gradient.move_to_end(attached.id, last=False)
             handle = LensHandle(attached, is_permanent, level, user)
             self.bwd_hooks.insert(0 if prepend else len(self.bwd_hooks), handle)
-        self.placed.append(Placed(handle, index, dir))
+        self.placed.append(Placed(handle, index, dir, bool(getattr(user, "edits", False))))
         return handle
 
     def remove_hooks(self, *args: Any, **kwargs: Any) -> None:
@@ -298,12 +161,15 @@ class SitePoint(HookPoint):
         """What the positions of the running call are, to be asked again in the backward pass."""
         return dataclasses.replace(self.clock)
 
-    def _find(self, index: int | slice, moment: Any) -> tuple[Any, Any] | None:
-        return moment.columns(index, str(self.name))
+    def _find(self, index: int | slice | PerRow, moment: Any) -> Any:
+        where = moment.per_row if isinstance(index, PerRow) else moment.columns
+        return where(index, str(self.name))
 
     def _call(self, fn: Callable[..., Any], value: Any, point: Any, index: Index, moment: Any) -> Any:
         if index is None:
             return self._told(None, fn, value, point)
+        if isinstance(index, PerRow):
+            return self._call_rows(fn, value, point, index, moment)
         found = self._find(index, moment)
         if found is None:
             return None
@@ -324,13 +190,40 @@ class SitePoint(HookPoint):
         whole[where] = answer
         return whole
 
-    def _told(self, pos: Any, fn: Callable[..., Any], value: Any, point: Any) -> Any:
-        """Call a hook with ``pos`` set while it runs (a hook may run the model, and with it this point, again)."""
-        before, self.pos, self.reached = self.pos, pos, True
+    def _call_rows(self, fn: Callable[..., Any], value: Any, point: Any, index: PerRow, moment: Any) -> Any:
+        """Show a hook every row's own places ``B k …`` (``B …`` with one a row), and put its answer back there."""
+        hits = moment.per_row(index, str(self.name))
+        if hits is None:
+            return None
+        every = torch.arange(value.shape[0], device=value.device)[:, None]  # B 1
+        columns = hits.columns.to(value.device)
+        piece, pos, on = value[every, columns], hits.positions.to(value.device), hits.on  # B k …
+        if index.one_each:
+            piece, pos, on = piece[:, 0], pos[:, 0], on[:, 0]
+        witness = Witness(piece)
+        whole_rows = bool(on.all())
+        answer = self._told(pos, fn, piece, point, None if whole_rows else on.to(value.device))
+        if answer is None or answer is piece:
+            if not witness.changed(piece):
+                return None
+            answer = piece
+        if index.one_each:
+            answer = answer[:, None]
+        whole = value.clone()
+        if whole_rows:
+            whole[every, columns] = answer
+        else:  # a place that is off must not write: it may share its column with one that is on
+            b, k = (i.to(value.device) for i in hits.on.nonzero(as_tuple=True))
+            whole[b, columns[b, k]] = answer[b, k]
+        return whole
+
+    def _told(self, pos: Any, fn: Callable[..., Any], value: Any, point: Any, rows: Tensor | None = None) -> Any:
+        """Call a hook with ``pos`` and ``rows`` set while it runs (it may run the model, and so this point, again)."""
+        before, self.pos, self.rows, self.reached = (self.pos, self.rows), pos, rows, True
         try:
             return self.checked(fn(value, hook=point), value)
         finally:
-            self.pos = before
+            self.pos, self.rows = before
 
     def checked(self, answer: Any, value: Any) -> Any:
         """What a hook returned, if it can stand in for ``value``; HookError if not."""

@@ -8,31 +8,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambascope.hooks.sites import Clock, Index, SitePoint, Witness, _resolve
+from mambascope.hooks.positions import Clock, Index, PerRow, resolve
+from mambascope.hooks.sites import Placed, SitePoint, Witness
 
 __all__ = ["Plan", "StatePoint"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One call's addressed steps: in order, and for each index the steps that it means in each row (None: all)."""
+    """One call's addressed steps.
+
+    ``steps``: all of them, in order; ``rows``: for each index the steps that it means in each row (None: all);
+    ``sure``: the steps at which some hook is known to edit. ``turns``, if only per-row indices are in force: column
+    r holds every row's r-th step, or -1 (``B R``). ``step``: where the recurrence stands, in a turn each row's own.
+    """
 
     clock: Clock
     steps: list[int]
     rows: dict[str, list[set[int]] | None]
-    step: int = -1  # where the recurrence stands
+    sure: frozenset[int] = frozenset()
+    turns: Tensor | None = None
+    step: int | Tensor = -1
 
 
 class StatePoint(SitePoint):
     """``hook_h``: a hook is called once for every addressed step, in order, with h ``B D N``.
 
     While a hook runs, ``pos`` is the absolute position of the step, and ``rows`` (None, or ``B`` bool) tells
-    which rows of a ragged batch it concerns: an edit reaches those rows only.
+    which rows of a batch it concerns: an edit reaches those rows only. Of a site whose positions differ between
+    rows, ``pos`` is ``B`` and h each row's own state there (see :func:`~mambascope.hooks.positions.at`).
     """
 
     def __init__(self) -> None:
         super().__init__(lazy=True)
-        self.rows: Tensor | None = None
         self._plan: Plan | None = None
 
     def begin(self) -> Plan:
@@ -40,20 +48,31 @@ class StatePoint(SitePoint):
         length, padding = self.clock.length, self.clock.padding
         lengths = [length] if padding is None else [int(n) for n in padding.lengths.tolist()]
         wanted: set[int] = set()
+        sure: set[int] = set()
         steps: dict[str, list[set[int]] | None] = {}
         ours = self.here()
-        for index in (p.index for p in ours):
-            if index is None:
-                steps[repr(index)] = None
-                wanted |= set(range(max(lengths)))
-                continue
-            rows = [self._row_steps(index, n, b) for b, n in enumerate(lengths)]
-            steps[repr(index)] = rows
-            wanted |= set().union(*rows)
+        for p in ours:
+            rows = None if p.index is None else self._steps_of(p.index, lengths)
+            steps[_key(p.index)] = rows
+            here = set(range(max(lengths))) if rows is None else set().union(*rows)
+            wanted |= here
+            sure |= here if p.edits else set()
         hooks = (self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks)
-        if sum(map(len, hooks)) > sum(p.dir == "fwd" for p in ours):
+        foreign = sum(map(len, hooks)) > sum(p.dir == "fwd" for p in ours)
+        if foreign:
             wanted |= set(range(max(lengths)))  # another library's hook cannot name positions: it sees every step
-        return Plan(dataclasses.replace(self.clock), sorted(wanted), steps)
+        clock, ordered = dataclasses.replace(self.clock), sorted(wanted)
+        turns = None if foreign else _turns(ours, steps, ordered)
+        return Plan(clock, ordered, steps, frozenset(sure), turns)
+
+    def _steps_of(self, index: int | slice | PerRow, lengths: list[int]) -> list[set[int]]:
+        if isinstance(index, PerRow):
+            hits = self.clock.per_row(index, str(self.name))
+            if hits is None:
+                return [set()] * self.clock.batch
+            rows = zip(hits.tokens.tolist(), hits.on.tolist(), strict=True)
+            return [{t for t, on in zip(*row, strict=True) if on} for row in rows]
+        return [self._row_steps(index, n, b) for b, n in enumerate(lengths)]
 
     def _row_steps(self, index: int | slice, length: int, row: int) -> set[int]:
         if self.clock.absolute:
@@ -63,11 +82,14 @@ class StatePoint(SitePoint):
             where = found[0]
             return {where} if isinstance(where, int) else set(range(where.start, where.stop, where.step or 1))
         whose = "the text" if self.clock.padding is None else f"row {row}"
-        where = _resolve(index, length, str(self.name), whose)
+        where = resolve(index, length, str(self.name), whose)
         return {where} if isinstance(where, int) else set(range(length)[where])
 
-    def at(self, step: int, h: Tensor, plan: Plan) -> tuple[Tensor, bool]:
-        """Call the hooks of one step on h ``B D N``; the state to go on with, and whether it was edited."""
+    def at(self, step: int | Tensor, h: Tensor, plan: Plan) -> tuple[Tensor, bool]:
+        """Call the hooks of one step (``B``: in each row its own, or -1) on h ``B D N``.
+
+        Gives the state to go on with, and whether it was edited.
+        """
         before, self._plan = self._plan, dataclasses.replace(plan, step=step)
         given = h.clone() if h.requires_grad and torch.is_grad_enabled() else h
         witness, kept = Witness(given), h.clone() if plan.clock.padding is not None else h
@@ -76,7 +98,7 @@ class StatePoint(SitePoint):
         finally:
             self._plan = before  # a hook may run the model again, and with it this point
         edited = out is not given or witness.changed(given)
-        if edited and plan.clock.padding is not None:
+        if edited and plan.clock.padding is not None and isinstance(step, int):
             alive = step < plan.clock.padding.lengths  # a row that has ended keeps its state
             out = torch.where(alive[:, None, None], out, kept)
         return out, edited
@@ -85,26 +107,46 @@ class StatePoint(SitePoint):
         assert self._plan is not None
         return self._plan
 
-    def _find(self, index: int | slice, moment: Plan) -> None:
+    def _find(self, index: int | slice | PerRow, moment: Plan) -> None:
         """Nothing to find: begin() resolved the positions of this call."""
 
     def _call(self, fn: Callable[..., Any], value: Any, point: Any, index: Index, moment: Plan) -> Any:
-        pos, steps = moment.step + moment.clock.start, moment.rows.get(repr(index))
+        step, steps = moment.step, moment.rows.get(_key(index))
+        if isinstance(step, Tensor) and steps is not None:
+            hit, step = [t in rows for t, rows in zip(step.tolist(), steps, strict=True)], step.to(value.device)
+        else:
+            hit = [step in rows for rows in steps or ()]
+        pos: Any = step + moment.clock.start
         if steps is None:  # no index: every step, every row
-            return self._told_rows(None, pos, fn, value, point)
-        hit = [moment.step in rows for rows in steps]
+            return self._told(pos, fn, value, point)
         if not any(hit):
             return None
+        if isinstance(index, PerRow):
+            pos = torch.as_tensor(pos, device=value.device).expand(value.shape[0])  # B
         if all(hit):
-            return self._told_rows(None, pos, fn, value, point)
+            return self._told(pos, fn, value, point)
         rows = torch.tensor(hit, device=value.device)
         before = value.clone()  # rows that the site does not address must keep their state
-        answer = self._told_rows(rows, pos, fn, value, point)
+        answer = self._told(pos, fn, value, point, rows)
         return torch.where(rows[:, None, None], value if answer is None else answer, before)
 
-    def _told_rows(self, rows: Tensor | None, pos: Any, fn: Callable[..., Any], value: Any, point: Any) -> Any:
-        before, self.rows = self.rows, rows
-        try:
-            return self._told(pos, fn, value, point)
-        finally:
-            self.rows = before
+
+def _key(index: Index) -> str:
+    return repr(index)  # a PerRow's names it alone
+
+
+def _turns(ours: list[Placed], steps: dict[str, list[set[int]] | None], wanted: list[int]) -> Tensor | None:
+    """Every row's steps side by side, ``B R``, filled with -1; None where it saves nothing or is not possible.
+
+    A turn costs a scan, a step costs a cut of one: turns pay where rows differ in many positions.
+    """
+    if not ours or any(p.dir == "bwd" or not isinstance(p.index, PerRow) for p in ours):
+        return None
+    batch = max(len(rows) for rows in steps.values() if rows is not None)
+    rows = [
+        sorted(set().union(*(s[b] for s in steps.values() if s is not None and len(s) == batch))) for b in range(batch)
+    ]
+    most = max(map(len, rows))
+    if len(wanted) <= 2 * (most + 1):
+        return None
+    return torch.tensor([row + [-1] * (most - len(row)) for row in rows])

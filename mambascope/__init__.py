@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mambascope.hooks.cache import MambaCache
     from mambascope.hooks.cache_file import load_cache
     from mambascope.hooks.points import HOOK_POINTS
+    from mambascope.hooks.positions import Site, at
     from mambascope.loading import list_models, load
     from mambascope.loading.accelerate import accelerate
     from mambascope.loading.tokenizer import Tokenizer
@@ -41,9 +42,11 @@ _HOME = {
     "MambaCache": "mambascope.hooks.cache",
     "MambaConfig": "mambascope.config",
     "MambascopeError": "mambascope.errors",
+    "Site": "mambascope.hooks.positions",
     "State": "mambascope.model.state",
     "Tokenizer": "mambascope.loading.tokenizer",
     "accelerate": "mambascope.loading.accelerate",
+    "at": "mambascope.hooks.positions",
     "list_models": "mambascope.loading",
     "load": "mambascope.loading",
     "load_cache": "mambascope.hooks.cache_file",
@@ -56,10 +59,12 @@ __all__ = [
     "MambaCache",
     "MambaConfig",
     "MambascopeError",
+    "Site",
     "State",
     "Tokenizer",
     "__version__",
     "accelerate",
+    "at",
     "list_models",
     "load",
     "load_cache",

@@ -10,7 +10,7 @@ from mambascope.errors import HookError, InputError
 from mambascope.hooks.cache import CacheRecorder, MambaCache, select_names
 from mambascope.hooks.model_protocol import Scope
 from mambascope.hooks.points import resolve_name
-from mambascope.hooks.sites import SitePoint, parse_site
+from mambascope.hooks.sites import Site, SitePoint, parse_site
 
 __all__ = ["HookMethods"]
 
@@ -20,7 +20,7 @@ class HookMethods(HookedRootModule):
 
     def add_hook(  # type: ignore[override]
         self,
-        name: str | Callable[[str], bool],
+        name: str | Site | Callable[[str], bool],
         hook: Callable[..., Any],
         dir: Literal["fwd", "bwd"] = "fwd",
         is_permanent: bool = False,
@@ -31,12 +31,12 @@ class HookMethods(HookedRootModule):
         for point, index in self._points_for(name):
             point.add_hook(hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend, index=index)
 
-    def _points_for(self, name: str | Callable[[str], bool]) -> list[tuple[SitePoint, Any]]:
-        if isinstance(name, str):
-            bare, index = parse_site(name)
+    def _points_for(self, name: str | Site | Callable[[str], bool]) -> list[tuple[SitePoint, Any]]:
+        if isinstance(name, (str, Site)):
+            bare, index = parse_site(name) if isinstance(name, str) else (name.name, name.index)
             return [(cast(SitePoint, self.hook_dict[resolve_name(bare, self.hook_dict)]), index)]  # type: ignore[arg-type]
         if not callable(name):
-            raise HookError(f"a site is a string or a function of names, got {type(name).__name__}")
+            raise HookError(f"a site is a string, ms.at(…) or a function of names, got {type(name).__name__}")
         found = [(cast(SitePoint, point), None) for key, point in self.hook_dict.items() if name(key)]
         if not found:
             raise HookError("the function given as a site accepts no hook point, so its hook would never fire")
@@ -59,7 +59,11 @@ class HookMethods(HookedRootModule):
         Backward hooks stay attached to the graph of this call: they fire when its output is differentiated.
         A site named in words that the run does not reach is a HookError.
         """
-        named = [(site, self._points_for(site)[0][0]) for site, _ in (*fwd_hooks, *bwd_hooks) if isinstance(site, str)]
+        named = [
+            (site, self._points_for(site)[0][0])
+            for site, _ in (*fwd_hooks, *bwd_hooks)
+            if isinstance(site, (str, Site))
+        ]
         with self.hooks(fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts):
             for _, point in named:
                 point.reached = False

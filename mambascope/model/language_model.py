@@ -293,13 +293,13 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
     @contextmanager
     def _clock_at(self, entry: "_Entry", state: State | None) -> Iterator[None]:
         clock = self._clock
-        before = (clock.length, clock.start, clock.padding)
-        clock.length, clock.padding = entry.length, entry.padding
+        before = (clock.length, clock.start, clock.padding, clock.batch)
+        clock.length, clock.padding, clock.batch = entry.length, entry.padding, entry.batch
         clock.start = state.position if state is not None else 0
         try:
             yield
         finally:
-            clock.length, clock.start, clock.padding = before
+            clock.length, clock.start, clock.padding, clock.batch = before
 
     def _pieces_of(self, entry: "_Entry", run: Run, stop: int | None) -> list[tuple[int, int]]:
         """Column ranges to run one after the other, the states carried between them."""

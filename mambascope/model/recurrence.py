@@ -4,10 +4,12 @@
 
 Nobody looking: one scan. ``hook_h`` read: one scan, and windows of h recomputed from its boundary states, so
 that reading changes no bit. ``hook_h`` edited at a step: everything after that step is scanned again from the
-edited state, in pieces between the addressed steps. ``A_bar``, ``B_bar`` or ``write`` edited: the recurrence
+edited state, in pieces between the addressed steps; where the rows of a batch are edited at many different steps, all
+rows at once, one scan for each edit that a row has. ``A_bar``, ``B_bar`` or ``write`` edited: the recurrence
 runs on those tensors, for this layer only.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -40,9 +42,17 @@ class Inputs:
             self.u[:, start:stop], self.delta[:, start:stop], self.A, self.B[:, start:stop], self.C[:, start:stop], h0
         )
 
-    def scan(self, backend: ops.Backend, boundaries: int | None) -> ops.ScanOutput:
+    def scan(self, backend: ops.Backend, boundaries: int | None, lengths: Tensor | None = None) -> ops.ScanOutput:
         return ops.selective_scan(
-            self.u, self.delta, self.A, self.B, self.C, h0=self.h0, boundaries=boundaries, backend=backend
+            self.u,
+            self.delta,
+            self.A,
+            self.B,
+            self.C,
+            h0=self.h0,
+            lengths=lengths,
+            boundaries=boundaries,
+            backend=backend,
         )
 
 
@@ -67,11 +77,13 @@ def run_recurrence(inputs: Inputs, points: Points, run: Run) -> tuple[Tensor, Te
         aligned = padding is not None and padding.any_left
         plan = points.h.begin()
         if plan.steps:
-            y, h_last, anchors, edited = _split(_align(inputs, run) if aligned else inputs, points.h, plan, run)
+            split = _split if plan.turns is None or run.boundaries is not None else _turn_by_turn
+            y, h_last, anchors, edited = split(_align(inputs, run) if aligned else inputs, points.h, plan, run)
             if aligned and padding is not None:
-                y, anchors.aligned = padding.unalign(y), True
+                y = padding.unalign(y)
             if edited or not aligned:  # aligned rows may round differently, which reading must not show
-                if run.recorder is not None:
+                if run.recorder is not None and anchors is not None:
+                    anchors.aligned = aligned
                     run.recorder.take_anchors(str(points.h.name), anchors)
                 return y, h_last, "split" if edited else "open"
     out = inputs.scan(run.backend, run.boundaries)
@@ -107,7 +119,7 @@ def _split(inputs: Inputs, point: StatePoint, plan: Plan, run: Run) -> tuple[Ten
     interval = run.boundaries or BOUNDARY
     # A backward hook needs h inside the graph, so its steps are split even if nobody edits.
     first, edited_h, out = steps[0], None, None
-    if not point.live_backward:
+    if not point.live_backward and first not in plan.sure:
         out = inputs.scan(run.backend, interval)
         assert out.h_boundary is not None
         first, edited_h = _read(inputs, out.h_boundary, interval, point, plan, run)
@@ -145,6 +157,44 @@ def _read(
         if edited:
             return t, h
     return steps[-1], None
+
+
+def _turn_by_turn(inputs: Inputs, point: StatePoint, plan: Plan, run: Run) -> tuple[Tensor, Tensor, None, bool]:
+    """Edits at other positions in every row: one scan, and one for each turn, where row b is edited at its r-th step.
+
+    The scan after a turn keeps each row still (delta = 0) up to its edited step, and starts from its edited state.
+    """
+    assert plan.turns is not None
+    interval, edited = BOUNDARY, False
+    columns = torch.arange(inputs.u.shape[1], device=inputs.u.device)
+    out = inputs.scan(run.backend, interval)
+    y, h_last, now = out.y, out.h_last, inputs
+    for turn in plan.turns.unbind(1):
+        at = turn.to(inputs.u.device)[:, None]  # B 1
+        assert out.h_boundary is not None
+        h, changed = point.at(turn, _states_at(now, out.h_boundary, at[:, 0].clamp_min(0), interval, run), plan)
+        if not changed:
+            continue
+        edited, here, on = True, columns == at, (at >= 0)[..., None]  # B L, B 1 1
+        later = (columns > at) & on[..., 0]  # B L
+        h = torch.where(on, h, h_last)
+        now = dataclasses.replace(inputs, delta=inputs.delta.masked_fill(~later[..., None], 0.0), h0=h)
+        out = now.scan(run.backend, interval)
+        read = read_out(h, inputs.C[torch.arange(len(turn), device=at.device), at[:, 0].clamp_min(0)])  # B D
+        y = torch.where(later[..., None], out.y, torch.where(here[..., None], read[:, None], y))
+        h_last = out.h_last
+    return y, h_last, None, edited
+
+
+def _states_at(now: Inputs, h_boundary: Tensor, step: Tensor, interval: int, run: Run) -> Tensor:
+    """h after step[b] in row b, ``B D N``: one scan of at most ``interval`` steps from the boundary before it."""
+    chunk, rows = step // interval, torch.arange(len(step), device=step.device)
+    last = now.u.shape[1] - 1
+    columns = (chunk[:, None] * interval + torch.arange(min(interval, last + 1), device=step.device)).clamp_max(last)
+    pick = (rows[:, None], columns)
+    part = Inputs(now.u[pick], now.delta[pick], now.A, now.B[pick], now.C[pick], h_boundary[rows, chunk])
+    lengths = step - chunk * interval + 1
+    return part.scan(run.backend, None, lengths).h_last
 
 
 class _Pieces:

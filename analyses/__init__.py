@@ -6,6 +6,8 @@ result with ``.table()`` (pandas) and ``.figure()`` (plotly).
 ============================ ===========================================================================
 ``scope``                    the overview of one text, and the page ``mambascope scope`` writes
 ``gates``                    delta by token and layer; open and closed channels
+``gates_by``                 delta by token, position or word class, against chance
+``timescale_spectrum``       half-lives in tokens of every state dimension; ``reach``: how far back channels look
 ``effective_kernel``         which earlier tokens one token reads in a layer, exactly
 ``sources``                  the same in every layer; ``hidden_attention``: all queries of a short text
 ``state_norms``              how much every layer's state holds after every token
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mambascope.analyses.capacity import Capacity, copy_capacity
     from mambascope.analyses.gating import Gating, gates
+    from mambascope.analyses.gating_groups import GatingGroups, gates_by
     from mambascope.analyses.induction import Induction, induction_score
     from mambascope.analyses.kernels import (
         AttentionMap,
@@ -41,67 +44,80 @@ if TYPE_CHECKING:
     from mambascope.analyses.repeats import repeated_tokens
     from mambascope.analyses.source import Reading, read
     from mambascope.analyses.states import StateNorms, state_norms
+    from mambascope.analyses.timescales import Reach, Timescales, reach, timescale_spectrum
 
 _HOME = {
     "AttentionMap": "kernels",
     "Capacity": "capacity",
     "Gating": "gating",
+    "GatingGroups": "gating_groups",
     "Induction": "induction",
     "KernelRow": "kernels",
     "LogitLens": "logits",
     "Overview": "overview",
     "Patching": "patching",
     "Predictions": "logits",
+    "Reach": "timescales",
     "Reading": "source",
     "Sources": "kernels",
     "StateNorms": "states",
+    "Timescales": "timescales",
     "TokenPredictions": "logits",
     "attention_map": "kernels",
     "copy_capacity": "capacity",
     "effective_kernel": "kernels",
     "gates": "gating",
+    "gates_by": "gating_groups",
     "hidden_attention": "kernels",
     "induction_score": "induction",
     "kernel_row": "kernels",
     "logit_lens": "logits",
     "patch": "patching",
     "predictions": "logits",
+    "reach": "timescales",
     "read": "source",
     "repeated_tokens": "repeats",
     "scope": "overview",
     "sources": "kernels",
     "state_norms": "states",
+    "timescale_spectrum": "timescales",
 }
 
 __all__ = [
     "AttentionMap",
     "Capacity",
     "Gating",
+    "GatingGroups",
     "Induction",
     "KernelRow",
     "LogitLens",
     "Overview",
     "Patching",
     "Predictions",
+    "Reach",
     "Reading",
     "Sources",
     "StateNorms",
+    "Timescales",
     "TokenPredictions",
     "attention_map",
     "copy_capacity",
     "effective_kernel",
     "gates",
+    "gates_by",
     "hidden_attention",
     "induction_score",
     "kernel_row",
     "logit_lens",
     "patch",
     "predictions",
+    "reach",
     "read",
     "repeated_tokens",
     "scope",
     "sources",
     "state_norms",
+    "timescale_spectrum",
 ]
 
 

@@ -4,6 +4,7 @@ Every analysis takes a model and a *source*: a text, token ids, a cache of one r
 what the others become. Analyses that share a Reading share its forward pass.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
@@ -20,7 +21,7 @@ from mambascope.hooks.cache import MambaCache
 if TYPE_CHECKING:
     from mambascope.model import HookedMamba
 
-__all__ = ["Reading", "Source", "layer_index", "position_index", "read"]
+__all__ = ["Reading", "Source", "layer_index", "position_index", "read", "scan_layer", "scan_layers"]
 
 Source = Any
 """A text, a list of ids, a LongTensor ``L`` or ``1 L``, a MambaCache of one unpadded row, or a Reading."""
@@ -178,6 +179,25 @@ def layer_index(model: "HookedMamba", layer: int) -> int:
     if isinstance(layer, bool) or not isinstance(layer, int) or not -n <= layer < n:
         raise InputError(f"layer {layer!r} is outside the model's {n} layers ({-n}…{n - 1})")
     return layer % n
+
+
+def scan_layer(model: "HookedMamba", layer: int) -> int:
+    """As :func:`layer_index`; InputError also if that layer's mixer has no selective scan to look at."""
+    layer = layer_index(model, layer)
+    mixer = cast(Any, model.blocks[layer]).mixer
+    if not hasattr(mixer, "decay"):
+        raise InputError(
+            f"layer {layer} has no selective scan: its mixer is {type(mixer).__name__}; take another layer"
+        )
+    return layer
+
+
+def scan_layers(model: "HookedMamba", layers: Iterable[int] | None) -> tuple[int, ...]:
+    """Some layers by number, or (None) all of them; each must have a scan, and none may come twice."""
+    found = tuple(scan_layer(model, i) for i in (range(model.cfg.n_layers) if layers is None else layers))
+    if not found or len(set(found)) < len(found):
+        raise InputError(f"layers must name at least one layer and none twice, got {list(found)}")
+    return found
 
 
 def position_index(length: int, position: int, what: str = "position") -> int:

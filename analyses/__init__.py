@@ -8,7 +8,6 @@ result with ``.table()`` (pandas) and ``.figure()`` (plotly).
 ``gates``                    delta by token and layer; open and closed channels
 ``gates_by``                 delta by token, position or word class, against chance
 ``timescale_spectrum``       half-lives in tokens of every state dimension; ``reach``: how far back channels look
-``lti_view``                 a layer as a plain convolution; ``freezing_cost``: what holding delta, B, C still costs
 ``effective_kernel``         which earlier tokens one token reads in a layer, exactly
 ``sources``                  the same in every layer; ``hidden_attention``: all queries of a short text
 ``state_norms``              how much every layer's state holds after every token
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
         sources,
     )
     from mambascope.analyses.logits import LogitLens, Predictions, TokenPredictions, logit_lens, predictions
-    from mambascope.analyses.lti import LTILayer, Selection, lti_view, mean_selection
-    from mambascope.analyses.lti_freezing import FreezingCost, freezing_cost
     from mambascope.analyses.overview import Overview, scope
     from mambascope.analyses.patching import Patching, patch
     from mambascope.analyses.repeats import repeated_tokens
@@ -52,19 +49,16 @@ if TYPE_CHECKING:
 _HOME = {
     "AttentionMap": "kernels",
     "Capacity": "capacity",
-    "FreezingCost": "lti_freezing",
     "Gating": "gating",
     "GatingGroups": "gating_groups",
     "Induction": "induction",
     "KernelRow": "kernels",
-    "LTILayer": "lti",
     "LogitLens": "logits",
     "Overview": "overview",
     "Patching": "patching",
     "Predictions": "logits",
     "Reach": "timescales",
     "Reading": "source",
-    "Selection": "lti",
     "Sources": "kernels",
     "StateNorms": "states",
     "Timescales": "timescales",
@@ -72,15 +66,12 @@ _HOME = {
     "attention_map": "kernels",
     "copy_capacity": "capacity",
     "effective_kernel": "kernels",
-    "freezing_cost": "lti_freezing",
     "gates": "gating",
     "gates_by": "gating_groups",
     "hidden_attention": "kernels",
     "induction_score": "induction",
     "kernel_row": "kernels",
     "logit_lens": "logits",
-    "lti_view": "lti",
-    "mean_selection": "lti",
     "patch": "patching",
     "predictions": "logits",
     "reach": "timescales",
@@ -95,19 +86,16 @@ _HOME = {
 __all__ = [
     "AttentionMap",
     "Capacity",
-    "FreezingCost",
     "Gating",
     "GatingGroups",
     "Induction",
     "KernelRow",
-    "LTILayer",
     "LogitLens",
     "Overview",
     "Patching",
     "Predictions",
     "Reach",
     "Reading",
-    "Selection",
     "Sources",
     "StateNorms",
     "Timescales",
@@ -115,15 +103,12 @@ __all__ = [
     "attention_map",
     "copy_capacity",
     "effective_kernel",
-    "freezing_cost",
     "gates",
     "gates_by",
     "hidden_attention",
     "induction_score",
     "kernel_row",
     "logit_lens",
-    "lti_view",
-    "mean_selection",
     "patch",
     "predictions",
     "reach",

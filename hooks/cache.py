@@ -11,6 +11,7 @@ from transformer_lens import ActivationCache
 
 from mambascope import ops
 from mambascope.errors import BackendError, CacheError, UnknownNameError
+from mambascope.hooks.effective import EffectiveMethods
 from mambascope.hooks.lazy import LazyActivation, states_between
 from mambascope.hooks.model_protocol import Scope
 from mambascope.hooks.points import LAZY, hook_names, resolve_name, tail_of
@@ -71,7 +72,7 @@ class _Readable(Mapping[str, Any]):
         return len(self._cache.recording.names) + len(self._cache.recording.gradients)
 
 
-class MambaCache(ResidualMethods, ActivationCache):
+class MambaCache(EffectiveMethods, ResidualMethods, ActivationCache):
     """What ``run_with_cache`` returns; TransformerLens' ActivationCache for Mamba.
 
     ``cache["blocks.3.mixer.hook_delta"]``, ``cache["delta", 3]`` and ``cache["delta3"]`` are the same tensor.
@@ -166,7 +167,7 @@ class MambaCache(ResidualMethods, ActivationCache):
         if layer not in self._replays:
             if record.x is None:
                 raise CacheError(f"block {layer} kept no input to recompute from")
-            self._check_fresh(layer)
+            self.check_fresh(layer)
             values = self._run_again(record, record.x, record.state, self.recording.padding)
             self._check_same(layer, values)
             self._replays[layer] = values
@@ -185,7 +186,7 @@ class MambaCache(ResidualMethods, ActivationCache):
             self.model.replay(record.layer, x, state, padding, self.recording.backend, replay)
         return {name: value.to(self.device) for name, value in replay.values.items()}
 
-    def _check_fresh(self, layer: int) -> None:
+    def check_fresh(self, layer: int) -> None:
         """CacheError if a weight of this block was changed, trained or moved since the recording."""
         name = self.recording.weights.changed(self.model, layer)
         if name is not None:
@@ -259,14 +260,14 @@ class MambaCache(ResidualMethods, ActivationCache):
         names = [f"blocks.{layer}.mixer.hook_{n}" for n in ("u_write", "delta", "B")]
         ready = record.stored if all(n in record.stored for n in names) else self._replays.get(layer)
         if ready is None and record.x is not None and self.recording.padding is None:
-            self._check_fresh(layer)
+            self.check_fresh(layer)
             warm = max(0, first - (self.model.cfg.d_conv - 1))  # the conv looks back K-1 tokens
             state = record.state if warm == 0 else None
             ready = self._run_again(record, record.x[:, warm:stop], state, None)
             return cast(tuple[Tensor, Tensor, Tensor], tuple(ready[n][:, first - warm :] for n in names))
         if ready is None:
             ready = self._replay(record)
-        self._check_fresh(layer)  # A is read from the model
+        self.check_fresh(layer)  # A is read from the model
         return cast(tuple[Tensor, Tensor, Tensor], tuple(ready[n][:, first:stop] for n in names))
 
     def _aligned_window(
@@ -357,7 +358,7 @@ class MambaCache(ResidualMethods, ActivationCache):
 
         As in TransformerLens an integer keeps the position axis, with one entry.
         """
-        from transformer_lens.utilities import Slice
+        from transformer_lens.utilities.slice import Slice
 
         index = Slice.unwrap(pos_slice).slice
         index = index if isinstance(index, slice) else torch.as_tensor(index)

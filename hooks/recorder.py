@@ -53,7 +53,8 @@ class BlockRecord:
     """One block's part of a recording.
 
     ``x`` is the residual entering the block and ``state`` the mixer's state then: enough to run the block
-    again. ``edited`` blocks had hooks on them; they are never run again, ``stored`` holds all that was asked.
+    again. ``edited`` blocks had hooks on them; they keep no ``x``, are never run again, and ``stored`` holds all that
+    was asked.
     """
 
     layer: int
@@ -233,8 +234,8 @@ class CacheRecorder:
                 here |= {f"blocks.{layer}.{tail}" for tail in _INPUTS_OF_H}
             self._check_size(here)
             self._wanted |= here
-        if not edited and (self._everything or layer in self._lazy_layers):
-            record.x = resid.detach()
+        if self._everything or layer in self._lazy_layers:
+            record.x = None if edited else resid.detach()
             record.state = None if state is None else state.map(torch.detach)
 
     def wants(self, name: str) -> bool:

@@ -7,6 +7,7 @@ from mambascope.ops.compat import selective_scan_fn
 from mambascope.ops.conv import ConvOutput, causal_conv
 from mambascope.ops.dispatch import BACKENDS, Backend, resolve_backend
 from mambascope.ops.elementwise import gate, silu, softplus
+from mambascope.ops.maps import KernelRow, kernel_column, kernel_map, kernel_row, over_channels
 from mambascope.ops.norm import NormOutput, rms_norm
 from mambascope.ops.scan import ScanOutput, linear_scan, selective_scan, state_window
 
@@ -14,11 +15,16 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "ConvOutput",
+    "KernelRow",
     "NormOutput",
     "ScanOutput",
     "causal_conv",
     "gate",
+    "kernel_column",
+    "kernel_map",
+    "kernel_row",
     "linear_scan",
+    "over_channels",
     "resolve_backend",
     "rms_norm",
     "selective_scan",

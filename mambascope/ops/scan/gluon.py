@@ -94,7 +94,7 @@ def scan_forward(
         length, (boundaries or BACKWARD_TILE) // BACKWARD_TILE, n_bound,
         *forward_cuts(plan, length),
         D=channels, N=states, NP=_PADDED, BD=plan.block, NL=plan.lanes, T=plan.tile, NB=plan.stages, NY=plan.sums,
-        KE=plan.per_thread, AHEAD=plan.ahead, PARTS=plan.parts,
+        KG=plan.groups, KE=plan.per_thread, AHEAD=plan.ahead, PARTS=plan.parts,
         PRODUCER_REGISTERS=plan.producer_registers, FINISHER_REGISTERS=plan.finisher_registers,
         SOFTPLUS=dt_softplus, HAS_BIAS=dt_bias is not None, HAS_D=D is not None, HAS_Z=z is not None,
         HAS_H0=h0 is not None, HAS_LENGTHS=lengths is not None, BOUNDARIES=boundaries is not None,

@@ -37,7 +37,7 @@ from mambascope.ops.scan.gluon_math import (
     by_channel,
     by_state,
     columns,
-    exp2,
+    decay,
     group_of,
     load_rows,
     places,
@@ -105,13 +105,13 @@ def _fold_16(second, x, y):
 
 @gluon.jit
 def _forward_step(h, a, dt, x, b):
-    e = exp2(a * dt[:, None, None])
+    e = decay(a, dt)
     return e, gl.fma(e, h, x[:, None, None] * b[None, :, :])
 
 
 @gluon.jit
 def _adjoint_step(cy, a, dt, g, c):
-    return exp2(a * dt[:, None, None]) * gl.fma(c[None, :, :], g[:, None, None], cy)
+    return decay(a, dt) * gl.fma(c[None, :, :], g[:, None, None], cy)
 
 
 @gluon.jit
@@ -364,6 +364,7 @@ def backward_kernel(
             h = advance(h, a, d2, x2, b2)
             h = advance(h, a, d3, x3, b3)
             heads = heads + (h,)
+        tile_dA = gl.zeros([BD, NS, NL], gl.float32, LS)  # summed in two levels: a long sum would lose bits
         for kk in gl.static_range(TK):
             k = TK - 1 - kk
             d0, d1, d2, d3 = columns(dd.index(k).load(LD), [BD], L1)
@@ -376,10 +377,10 @@ def backward_kernel(
             e1, h1 = _forward_step(h0, a, d1, x1, b1)
             e2, h2 = _forward_step(h1, a, d2, x2, b2)
             e3, h3 = _forward_step(h2, a, d3, x3, b3)
-            cy, dA, y3, v3, w3, B3, C3 = _reverse_step(cy, dA, e3, h2, h3, rate, d3, x3, g3, b3, c3)
-            cy, dA, y2, v2, w2, B2, C2 = _reverse_step(cy, dA, e2, h1, h2, rate, d2, x2, g2, b2, c2)
-            cy, dA, y1, v1, w1, B1, C1 = _reverse_step(cy, dA, e1, h0, h1, rate, d1, x1, g1, b1, c1)
-            cy, dA, y0, v0, w0, B0, C0 = _reverse_step(cy, dA, e0, head, h0, rate, d0, x0, g0, b0, c0)
+            cy, tile_dA, y3, v3, w3, B3, C3 = _reverse_step(cy, tile_dA, e3, h2, h3, rate, d3, x3, g3, b3, c3)
+            cy, tile_dA, y2, v2, w2, B2, C2 = _reverse_step(cy, tile_dA, e2, h1, h2, rate, d2, x2, g2, b2, c2)
+            cy, tile_dA, y1, v1, w1, B1, C1 = _reverse_step(cy, tile_dA, e1, h0, h1, rate, d1, x1, g1, b1, c1)
+            cy, tile_dA, y0, v0, w0, B0, C0 = _reverse_step(cy, tile_dA, e0, head, h0, rate, d0, x0, g0, b0, c0)
             if HAS_Z:
                 y_in.index(k).store(gl.permute(group_of(y0, y1, y2, y3, [BD, NL]), (1, 0, 2)))
             v_in.index(k).store(gl.permute(group_of(v0, v1, v2, v3, [BD, NL]), (1, 0, 2)))
@@ -394,6 +395,7 @@ def backward_kernel(
             else:
                 f = gl.join(_fold_16(bit1, f0, f2), _fold_16(bit1, f1, f3))  # BD NS NL 2 steps
                 r_in.index(k).store(gl.permute(f, (0, 2, 3, 1)).reshape([BD, NL, 4]))
+        dA += tile_dA
         if HAS_DBOUND:
             cy = _add_boundary(cy, dbound, row, i, interval, n_bound, tile, tile_in, D, N)
 

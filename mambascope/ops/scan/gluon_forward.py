@@ -32,7 +32,7 @@ from mambascope.ops.scan.gluon_math import (
     by_channel,
     by_state,
     columns,
-    exp2,
+    decay,
     group_of,
     load_rows,
     places,
@@ -47,7 +47,7 @@ __all__ = ["advance", "forward_kernel", "range_of"]
 @gluon.jit
 def advance(h, a, dt, x, b):
     """h after one step; x is delta · u."""
-    return gl.fma(exp2(a * dt[:, None, None]), h, x[:, None, None] * b[None, :, :])
+    return gl.fma(decay(a, dt), h, x[:, None, None] * b[None, :, :])
 
 
 @gluon.jit
@@ -74,9 +74,10 @@ def _scan(
     A, h0, h_last, bound, block, row, tiles, first, end, every, n_bound, at_end,
     sd, sx, sb, sc, sy, full, done, ydone, yempty,
     D: gl.constexpr, N: gl.constexpr, NP: gl.constexpr, BD: gl.constexpr, NL: gl.constexpr, T: gl.constexpr,
-    NB: gl.constexpr, NY: gl.constexpr, WARPS: gl.constexpr, HAS_H0: gl.constexpr, BOUNDARIES: gl.constexpr,
+    NB: gl.constexpr, NY: gl.constexpr, KG: gl.constexpr, WARPS: gl.constexpr, HAS_H0: gl.constexpr,
+    BOUNDARIES: gl.constexpr,
 ):  # fmt: skip
-    """The scan's warps: states in registers, four steps at a time, four groups between stores."""
+    """The scan's warps: states in registers, four steps at a time, KG groups (4 or 8) between stores."""
     NS: gl.constexpr = NP // NL
     TK: gl.constexpr = T // 4
     L4: gl.constexpr = group_layout(BD, NS, NL, 4, WARPS)
@@ -91,7 +92,7 @@ def _scan(
     dx = sx._reinterpret(gl.float32, [NB * TK, BD, 4], S2)
     db = sb._reinterpret(gl.float32, [NB * TK, NS, NL, 4], S3)
     dc = sc._reinterpret(gl.float32, [NB * TK, NS, NL, 4], S3)
-    dy = sy._reinterpret(gl.float32, [NY * TK // 4, 4, NL, BD, 4], partial_layout([4], NL, BD, False))
+    dy = sy._reinterpret(gl.float32, [NY * TK // KG, KG, NL, BD, 4], partial_layout([KG], NL, BD, False))
 
     p = gl.arange(0, BD, L1)
     d = block * BD + (p % (BD // 2)) * 2 + p // (BD // 2)
@@ -126,15 +127,15 @@ def _scan(
         yslot = j % NY
         mbarrier.wait(full.index(slot), (i // NB) & 1)
         mbarrier.wait(yempty.index(yslot), ((j // NY) & 1) ^ 1)
-        for kk in range(0, TK // 4):
-            if BOUNDARIES:
-                begins = (since == 0) & (i * (T // 16) + kk < n_bound * every)
-                gl.store(bound + tile, h, mask=tile_in & begins)
-                bound += gl.where(since == 0, D * N, 0)
-                since = gl.where(since == every - 1, 0, since + 1)
+        for kk in range(0, TK // KG):
             sums = ()
-            for m in gl.static_range(4):
-                k = slot * TK + kk * 4 + m
+            for m in gl.static_range(KG):
+                if BOUNDARIES and m % 4 == 0:
+                    begins = (since == 0) & (i * (T // 16) + kk * (KG // 4) + m // 4 < n_bound * every)
+                    gl.store(bound + tile, h, mask=tile_in & begins)
+                    bound += gl.where(since == 0, D * N, 0)
+                    since = gl.where(since == every - 1, 0, since + 1)
+                k = slot * TK + kk * KG + m
                 d0, d1, d2, d3 = columns(dd.index(k).load(LD), [BD], L1)
                 x0, x1, x2, x3 = columns(dx.index(k).load(LD), [BD], L1)
                 b0, b1, b2, b3 = columns(db.index(k).load(LN), [NS, NL], LB)
@@ -148,9 +149,14 @@ def _scan(
                 h = advance(h, a, d3, x3, b3)
                 y3 = gl.sum(h * c3[None, :, :], axis=1)
                 sums = sums + (group_of(y0, y1, y2, y3, [BD, NL]),)
-            # One store for the four groups: between two stores to one buffer the compiler puts a barrier.
-            y = group_of(sums[0], sums[1], sums[2], sums[3], [BD, NL, 4])
-            dy.index(yslot * (TK // 4) + kk).store(gl.permute(y, (3, 1, 0, 2)))
+            # One store for all groups: between two stores to one buffer the compiler puts a barrier.
+            if KG == 4:
+                y = group_of(sums[0], sums[1], sums[2], sums[3], [BD, NL, 4])
+            else:
+                even = gl.join(gl.join(sums[0], sums[4]), gl.join(sums[2], sums[6]))
+                odd = gl.join(gl.join(sums[1], sums[5]), gl.join(sums[3], sums[7]))
+                y = gl.join(even, odd).reshape([BD, NL, 4, 8])
+            dy.index(yslot * (TK // KG) + kk).store(gl.permute(y, (3, 1, 0, 2)))
         mbarrier.arrive(done.index(slot), count=1)
         mbarrier.arrive(ydone.index(yslot), count=1)
     gl.store(h_last + row.to(gl.int64) * (D * N) + tile, h, mask=tile_in & (at_end == 1))
@@ -262,7 +268,7 @@ def forward_kernel(
     u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l,
     L, every, n_bound, cut1, cut2, cut3,
     D: gl.constexpr, N: gl.constexpr, NP: gl.constexpr, BD: gl.constexpr, NL: gl.constexpr, T: gl.constexpr,
-    NB: gl.constexpr, NY: gl.constexpr, KE: gl.constexpr, AHEAD: gl.constexpr, PARTS: gl.constexpr,
+    NB: gl.constexpr, NY: gl.constexpr, KG: gl.constexpr, KE: gl.constexpr, AHEAD: gl.constexpr, PARTS: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, FINISHER_REGISTERS: gl.constexpr,
     SOFTPLUS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_D: gl.constexpr, HAS_Z: gl.constexpr,
     HAS_H0: gl.constexpr, HAS_LENGTHS: gl.constexpr, BOUNDARIES: gl.constexpr, num_warps: gl.constexpr,
@@ -310,7 +316,7 @@ def forward_kernel(
         [
             (_scan, (A, h0, h_last, bound, block, row, tiles, first, end, every, n_bound, at_end,
                      sd, sx, sb, sc, sy, full, done, ydone, yempty,
-                     D, N, NP, BD, NL, T, NB, NY, num_warps, HAS_H0, BOUNDARIES)),
+                     D, N, NP, BD, NL, T, NB, NY, KG, num_warps, HAS_H0, BOUNDARIES)),
             (_produce, (u, delta, B, C, z, bias, block, L, live, end, u_l, delta_l, B_l, C_l, z_l,
                         sd, sx, sb, sc, full, done,
                         D, N, NP, BD, T, NB, 4, KE, AHEAD, SOFTPLUS, HAS_BIAS, HAS_Z)),

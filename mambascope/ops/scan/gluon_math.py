@@ -13,6 +13,7 @@ __all__ = [
     "by_channel",
     "by_state",
     "columns",
+    "decay",
     "exp2",
     "group_of",
     "load_rows",
@@ -25,6 +26,7 @@ __all__ = [
 ]
 
 LOG2E = gl.constexpr(1.4426950408889634)
+EXP2_SHIFT = gl.constexpr(triton_math.EXP2_SHIFT.value)
 
 # The same source as in the portable kernels, so that a fused scan and the elementwise kernels give the same bits.
 exp = gluon.jit(triton_math.exp.fn)
@@ -39,6 +41,12 @@ softplus = gluon.jit(triton_math.softplus.fn)
 def exp2(x):
     """One instruction: without ``ftz`` the compiler surrounds it with code for denormal results."""
     return gl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def decay(a, dt):
+    """exp(A delta) of a step, from a = A · log2(e)."""
+    return exp2(gl.fma(a, dt[:, None, None], EXP2_SHIFT))
 
 
 @gluon.jit

@@ -28,14 +28,16 @@ _LEAST_TILES = 4  # of a part
 
 @dataclass(frozen=True)
 class ForwardPlan:
-    """Channels a program, lanes a channel, steps a tile, tiles of staged inputs and of partial sums, steps a thread of
-    a producer, tiles prefetched into L2, parts of time; registers of a producer, of a finisher, of all on average."""
+    """Channels a program, lanes a channel, steps a tile, tiles of staged inputs and of partial sums, groups of four
+    steps between stores of partial sums, steps a thread of a producer, tiles prefetched into L2, parts of time;
+    registers of a producer, of a finisher, of all on average."""
 
     block: int = 32
     lanes: int = 4
     tile: int = 16
     stages: int = 2
     sums: int = 3
+    groups: int = 4
     per_thread: int = 2
     ahead: int = 4
     parts: int = 1

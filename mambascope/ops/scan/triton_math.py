@@ -12,7 +12,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "LOG2E", "exp", "product", "sigmoid", "sigmoids", "silu", "softplus", "steps"]
+__all__ = ["EXP2_SHIFT", "INTERPRETED", "LOG2E", "exp", "product", "sigmoid", "sigmoids", "silu", "softplus", "steps"]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 """Whether Triton's interpreter runs the kernels (on CPU tensors); fixed when this module is imported."""
@@ -31,6 +31,7 @@ steps: Any = _interpreted_steps if INTERPRETED else tl.range
 """Loop counter of the kernels."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
+EXP2_SHIFT = tl.constexpr(0.0)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mambascope.errors import InputError
 
-__all__ = ["check_conv", "check_norm", "check_scan", "check_window", "compute_dtype"]
+__all__ = ["check_conv", "check_lengths", "check_norm", "check_scan", "check_window", "compute_dtype"]
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -48,8 +48,10 @@ def _not_floating(name: str, x: Tensor) -> InputError:
 _known_lengths: tuple[weakref.ref[Tensor], int | None, int] | None = None
 
 
-def _check_lengths(lengths: Tensor, batch: int, length: int, like: Tensor) -> None:
+def check_lengths(lengths: Tensor, like: Tensor) -> None:
+    """Raise `InputError` unless ``lengths`` are numbers of steps of ``like``'s rows."""
     global _known_lengths
+    batch, length = like.shape[:2]
     if lengths.shape != (batch,):
         raise _wrong("lengths", "B", (batch,), lengths)
     if lengths.dtype not in (torch.int64, torch.int32):
@@ -114,7 +116,7 @@ def check_scan(
     if h0 is not None:
         _expect("h0", h0, "B D N", (batch, channels, states), u)
     if lengths is not None:
-        _check_lengths(lengths, batch, length, u)
+        check_lengths(lengths, u)
     if boundaries is not None and (isinstance(boundaries, bool) or boundaries < 1):
         raise InputError(f"boundaries must be a number of steps ≥ 1 or None, got {boundaries!r}")
 
@@ -133,7 +135,7 @@ def check_conv(
         raise InputError(f"x must be B L D, got shape {tuple(x.shape)}")
     if not x.dtype.is_floating_point:
         raise _not_floating("x", x)
-    batch, length, channels = x.shape
+    batch, _, channels = x.shape
     if weight.dim() != 2 or weight.shape[1] < 1 or channels == 0:
         raise InputError(
             f"weight must be D K or D 1 K with K ≥ 1, D ≥ 1, got {tuple(weight.shape)} for x {tuple(x.shape)}"
@@ -145,7 +147,7 @@ def check_conv(
     if state is not None:
         _expect("state", state, "B D K-1", (batch, channels, width - 1), x)
     if lengths is not None:
-        _check_lengths(lengths, batch, length, x)
+        check_lengths(lengths, x)
     if activation is not None and activation != "silu":
         raise InputError(f"activation must be None or 'silu', got {activation!r}")
 

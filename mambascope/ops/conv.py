@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from mambascope.ops import operators
-from mambascope.ops.checks import check_conv, compute_dtype
+from mambascope.ops.checks import check_conv, check_lengths, compute_dtype
 from mambascope.ops.dispatch import KERNEL_BACKENDS, Backend, choose, kernels
 from mambascope.ops.elementwise import silu_formula
+from mambascope.ops.ready import Ready
 
 __all__ = ["ConvOutput", "causal_conv"]
+
+_ready = Ready()
 
 
 class ConvOutput(NamedTuple):
@@ -76,6 +79,12 @@ def causal_conv(
     Raises:
         InputError: shapes, dtypes, devices or lengths that do not fit; the message names the tensor.
     """
+    key, repeat = _ready.find((x, weight, bias, state, lengths), activation, backend)
+    if repeat is not None:
+        if lengths is not None:
+            check_lengths(lengths, x)
+        return ConvOutput(*repeat(x, weight, bias, state, lengths))
+    given = weight
     if weight.dim() == 3 and weight.shape[1] == 1:
         weight = weight[:, 0]
     check_conv(x, weight, bias, activation, state, lengths)
@@ -83,6 +92,16 @@ def causal_conv(
     silu = activation == "silu"
     if name not in KERNEL_BACKENDS or x.numel() == 0:
         return ConvOutput(*conv_formula(x, weight, bias, state, lengths, silu))
-    if operators.direct(x, weight, bias, state):
-        return ConvOutput(*kernels(name).conv_forward(x, weight, bias, state, lengths, silu=silu))
-    return ConvOutput(*operators.call("causal_conv", name, x, weight, bias, state, lengths, silu))
+    if operators.direct(x, weight, bias, state, lengths):
+        conv_forward = kernels(name).conv_forward
+        inputs = (x, weight if key is None else given, bias, state, lengths)
+        output = ConvOutput(*conv_forward(*inputs, silu=silu))
+        _ready.learn(key, conv_forward, ("silu", silu))
+        return output
+    weight = weight if key is None else given
+    output = ConvOutput(*operators.call("causal_conv", name, x, weight, bias, state, lengths, silu))
+    if key is not None:
+        apply = operators.function("causal_conv", name).apply
+        again = lambda replay: lambda *inputs: apply(replay, *inputs, silu)  # noqa: E731
+        _ready.learn(key, kernels(name).conv_forward, ("silu", silu), wrap=again)
+    return output

@@ -8,8 +8,11 @@ from torch import Tensor
 from mambascope.ops import operators
 from mambascope.ops.checks import check_norm, compute_dtype
 from mambascope.ops.dispatch import KERNEL_BACKENDS, Backend, choose, kernels
+from mambascope.ops.ready import Ready
 
 __all__ = ["NormOutput", "rms_norm"]
+
+_ready = Ready()
 
 
 class NormOutput(NamedTuple):
@@ -51,12 +54,18 @@ def rms_norm(
     Raises:
         InputError: weight does not fit x, a dtype is not floating, or eps is negative.
     """
+    key, repeat = _ready.find((x, weight), eps, expose, backend)
+    if repeat is not None:
+        return NormOutput(*repeat(x, weight))
     check_norm(x, weight, eps)
     name = choose(backend, x, weight)
     if name not in KERNEL_BACKENDS:
         out, normalized, scale = norm_formula(x, weight, eps)
     elif operators.direct(x, weight):
-        return NormOutput(*kernels(name).norm_forward(x, weight, eps, expose=expose))
+        norm_forward = kernels(name).norm_forward
+        output = NormOutput(*norm_forward(x, weight, eps, expose=expose))
+        _ready.learn(key, norm_forward, ("expose", expose), rest=(eps,))
+        return output
     else:
         out, normalized, scale = operators.call("rms_norm", name, x, weight, eps, expose)
     return NormOutput(out, normalized, scale) if expose else NormOutput(out, None, None)

@@ -1,8 +1,10 @@
 """Kernel backends as `torch.library` operators, so that autograd, torch.compile, export and tracing see them.
 
 One registration serves every backend whose module keeps the kernel interface: ``mambascope::selective_scan_cpu``,
-``mambascope::selective_scan_triton``, and so on. In plain eager mode without gradients the front ends call the kernels
-themselves (`direct`): an operator call costs tens of microseconds, which a model of 24 layers would pay per token.
+``mambascope::selective_scan_triton``, and so on. They are for those who must see them: compilers, exporters, tracers,
+modes, tensor subclasses. In plain eager mode an operator call would cost more than many a kernel. There the front ends
+call the kernels themselves (`direct`), or for gradients an ordinary autograd function with the operator's own body and
+formula (`call`).
 
 Operators cannot return None, so an output or gradient that is not there is an empty tensor here. Scan and convolution
 have backward kernels, whose own derivative is refused by name; the elementwise operators and the norm are
@@ -13,19 +15,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mambascope.errors import BackendError
 from mambascope.ops.checks import compute_dtype
 from mambascope.ops.dispatch import KERNEL_BACKENDS, scan_module
+from mambascope.ops.ready import plain, unwatched
 
-__all__ = ["call", "direct", "scan"]
+__all__ = ["call", "direct", "function", "kept_interval", "registered", "scan", "scan_again"]
 
 REPLAY_INTERVAL = 64
 """Steps between the states that are kept for the backward pass, unless the kernels name their own."""
 
 _SCAN = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? h0, "
 _CONV = "Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? lengths, "
+_SCAN_GRADS = ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "ddt_bias", "dh0")
+_CONV_GRADS = ("dx", "dweight", "dbias", "dstate")
 SCHEMAS = {
     "selective_scan": f"({_SCAN}Tensor? lengths, bool dt_softplus, int boundaries) -> (Tensor, Tensor, Tensor)",
     "selective_scan_backward": f"({_SCAN}Tensor? lengths, Tensor h_boundary, Tensor dy, Tensor? dh_last, "
@@ -43,18 +48,30 @@ SCHEMAS = {
 
 def direct(*tensors: Tensor | None) -> bool:
     """Whether a kernel may be called without its operator: plain tensors, no gradient, nobody tracing."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state():
+    if not unwatched() or not plain(tensors):
         return False
-    grad = torch.is_grad_enabled()
-    for x in tensors:
-        if x is not None and ((grad and x.requires_grad) or (type(x) is not Tensor and type(x) is not nn.Parameter)):
-            return False
-    return True
+    return not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
 
 
 def call(operator: str, backend: str, *args: Any) -> Any:
-    """The registered operator of a kernel backend."""
+    """An operator of a kernel backend: its eager twin where nobody looks, else the registered one."""
+    if unwatched() and plain([x for x in args if isinstance(x, Tensor)]):
+        return function(operator, backend).apply(None, *args)
+    return registered(operator, backend, *args)
+
+
+def registered(operator: str, backend: str, *args: Any) -> Any:
+    """The operator that torch knows."""
     return getattr(torch.ops.mambascope, f"{operator}_{backend}")(*args)
+
+
+_functions: dict[tuple[str, str], Any] = {}
+
+
+def function(operator: str, backend: str) -> Any:
+    """The eager twin of an operator: an autograd function of what runs its forward, None for the operator's own body,
+    and the operator's arguments."""
+    return _functions[operator, backend]
 
 
 def _preferred_interval(backend: str, device: torch.device, dtype: torch.dtype, states: int) -> int:
@@ -80,16 +97,35 @@ def scan(
     backend: str, inputs: Sequence[Tensor | None], dt_softplus: bool, boundaries: int | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The scan operator; ``inputs`` are u, delta, A, B, C, D, z, dt_bias, h0, lengths."""
-    interval = boundaries or 0
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        u, A = inputs[0], inputs[2]
-        assert u is not None
-        assert A is not None
-        interval = replay_interval(boundaries, _preferred_interval(backend, u.device, u.dtype, A.shape[1]))
-    y, h_last, h_boundary = call("selective_scan", backend, *inputs, dt_softplus, interval)
+    interval = kept_interval(backend, inputs, boundaries)
+    return _asked_for(call("selective_scan", backend, *inputs, dt_softplus, interval), interval, boundaries)
+
+
+def kept_interval(backend: str, inputs: Sequence[Tensor | None], boundaries: int | None) -> int:
+    """Steps between the states that a call saves, for the caller or for its backward pass; 0: none."""
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in inputs):
+        return boundaries or 0
+    u, A = inputs[0], inputs[2]
+    assert u is not None
+    assert A is not None
+    return replay_interval(boundaries, _preferred_interval(backend, u.device, u.dtype, A.shape[1]))
+
+
+def _asked_for(found: Any, interval: int, boundaries: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    y, h_last, h_boundary = found
     if boundaries is None:
         return y, h_last, None
     return y, h_last, h_boundary if interval == boundaries else h_boundary[:, :: boundaries // interval]
+
+
+def scan_again(backend: str, dt_softplus: bool, boundaries: int | None, interval: int) -> Callable[[Any], Any]:
+    """From what repeats a forward kernel: what repeats `scan` with gradients."""
+    apply = function("selective_scan", backend).apply
+
+    def wrap(replay: Any) -> Callable[..., Any]:
+        return lambda *inputs: _asked_for(apply(replay, *inputs, dt_softplus, interval), interval, boundaries)
+
+    return wrap
 
 
 def _filled(x: Tensor | None, like: Tensor) -> Tensor:
@@ -127,9 +163,8 @@ class _Kernels:
         found = self.module.scan_backward(
             *inputs, h_boundary, dy, dh_last, dh_boundary, dt_softplus=dt_softplus, boundaries=boundaries
         )
-        names = ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "ddt_bias", "dh0")
         likes = (u, delta, A, B, C, D, z, dt_bias, h0)
-        return tuple(_as(found[name], like, u) for name, like in zip(names, likes, strict=True))
+        return tuple(_as(found[name], like, u) for name, like in zip(_SCAN_GRADS, likes, strict=True))
 
     def state_window(self, *args: Tensor) -> Tensor:
         return self.module.state_window(*args).contiguous()
@@ -143,8 +178,8 @@ class _Kernels:
         *inputs, dy, dstate, silu = args
         x, weight, bias, state, _ = inputs
         found = self.module.conv_backward(*inputs, dy, dstate, silu=silu)
-        pairs = (("dx", x), ("dweight", weight), ("dbias", bias), ("dstate", state))
-        return tuple(_as(found[name], like, x) for name, like in pairs)
+        likes = (x, weight, bias, state)
+        return tuple(_as(found[name], like, x) for name, like in zip(_CONV_GRADS, likes, strict=True))
 
     def softplus(self, x: Tensor) -> Tensor:
         return self.module.softplus_forward(x)
@@ -217,6 +252,23 @@ def _given(grads: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Ten
     return [None if x is None else g for g, x in zip(grads, inputs, strict=True)]
 
 
+def _gradients(
+    backend: str, operator: str, names: Sequence[str], args: Sequence[Any], options: dict[str, Any]
+) -> list[Tensor | None]:
+    """Gradients of the first inputs: from the kernels at once, or from the operator for whoever must see it, and for
+    the graph of a second derivative, which it refuses."""
+    likes = args[: len(names)]
+    if not torch.is_grad_enabled() and unwatched() and plain([x for x in args if x is not None]):
+        module = scan_module(backend)
+        kernel = module.scan_backward if operator == "selective_scan_backward" else module.conv_backward
+        found = kernel(*args, **options)
+        return [
+            None if x is None else g if g.dtype == x.dtype else g.to(x.dtype)
+            for g, x in zip((found[name] for name in names), likes, strict=True)
+        ]
+    return _given(registered(operator, backend, *args, *options.values()), likes)
+
+
 def _scan_autograd(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
         *tensors, ctx.dt_softplus, ctx.boundaries = inputs
@@ -233,18 +285,12 @@ def _scan_autograd(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]
         if dy is None:
             u, z = inputs[0], inputs[6]
             dy = u.new_zeros(u.shape, dtype=compute_dtype(*inputs[:9]) if z is None else u.dtype)
-        grads = call(
-            "selective_scan_backward",
-            backend,
-            *inputs,
-            h_boundary,
-            dy.contiguous(),
-            None if dh_last is None else dh_last.contiguous(),
-            None if dh_boundary is None else dh_boundary.contiguous(),
-            ctx.dt_softplus,
-            ctx.boundaries,
-        )
-        return *_given(grads, inputs[:9]), None, None, None
+        dh_last = None if dh_last is None else dh_last.contiguous()
+        dh_boundary = None if dh_boundary is None else dh_boundary.contiguous()
+        args = (*inputs, h_boundary, dy.contiguous(), dh_last, dh_boundary)
+        options = {"dt_softplus": ctx.dt_softplus, "boundaries": ctx.boundaries}
+        grads = _gradients(backend, "selective_scan_backward", _SCAN_GRADS, args, options)
+        return *grads, None, None, None
 
     return setup, backward
 
@@ -256,11 +302,13 @@ def _conv_autograd(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]
         ctx.set_materialize_grads(False)
 
     def backward(ctx: Any, dy: Any, dstate: Tensor | None) -> Any:
-        inputs = ctx.saved_tensors
-        dy = torch.zeros_like(inputs[0]) if dy is None else dy
+        x, weight, *others = ctx.saved_tensors
+        dy = torch.zeros_like(x) if dy is None else dy
         dstate = None if dstate is None else dstate.contiguous()
-        grads = call("causal_conv_backward", backend, *inputs, dy.contiguous(), dstate, ctx.silu)
-        return *_given(grads, inputs[:4]), None, None
+        flat = weight[:, 0] if weight.dim() == 3 else weight  # the eager twin takes a Conv1d's weight as it is
+        args = (x, flat, *others, dy.contiguous(), dstate)
+        dx, dweight, *more = _gradients(backend, "causal_conv_backward", _CONV_GRADS, args, {"silu": ctx.silu})
+        return dx, dweight if flat is weight or dweight is None else dweight[:, None], *more, None, None
 
     return setup, backward
 
@@ -352,6 +400,25 @@ def _register(backend: str, devices: str | Sequence[str], operators: Sequence[st
         torch.library.register_fake(name)(getattr(fakes, operator))
         setup, backward = formulas[operator]
         torch.library.register_autograd(name, backward, setup_context=setup)
+        _functions[operator, backend] = _function(name, getattr(bodies, operator), setup, backward)
+
+
+def _function(
+    name: str, body: Callable[..., Any], setup: Callable[..., Any], backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    """An ordinary autograd function of an operator's parts."""
+
+    def forward(ctx: Any, own: Callable[..., Any] | None, *inputs: Any) -> Any:
+        output = (own or body)(*inputs)
+        setup(ctx, inputs, output)
+        return output
+
+    def gradients(ctx: Any, *grads: Any) -> Any:
+        found = backward(ctx, *grads)
+        return (None, *found) if isinstance(found, tuple) else (None, found)
+
+    parts = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+    return type(name.replace("::", "_"), (torch.autograd.Function,), parts)
 
 
 def _nothing(ctx: Any, inputs: Any, output: Any) -> None:

@@ -7,12 +7,15 @@ from torch import Tensor
 
 from mambascope.errors import BackendError, InputError
 from mambascope.ops import operators
-from mambascope.ops.checks import check_scan, check_window, compute_dtype
+from mambascope.ops.checks import check_lengths, check_scan, check_window, compute_dtype
 from mambascope.ops.dispatch import KERNEL_BACKENDS, Backend, choose, kernels
 from mambascope.ops.elementwise import gate_formula, softplus_formula
+from mambascope.ops.ready import Ready
 from mambascope.ops.scan import chunked, recurrence, reference
 
 __all__ = ["ScanOutput", "linear_scan", "selective_scan", "state_window"]
+
+_ready = Ready()
 
 
 class ScanOutput(NamedTuple):
@@ -63,16 +66,29 @@ def selective_scan(
         InputError: shapes, dtypes, devices or lengths that do not fit; the message names the tensor.
         BackendError: an explicit backend that cannot run.
     """
+    inputs = (u, delta, A, B, C, D, z, dt_bias, h0, lengths)
+    key, repeat = _ready.find(inputs, dt_softplus, boundaries, backend)
+    if repeat is not None:
+        if lengths is not None:
+            check_lengths(lengths, u)
+        return ScanOutput(*repeat(*inputs))
     check_scan(u, delta, A, B, C, D, z, dt_bias, dt_softplus, h0, lengths, boundaries)
     name = choose(backend, u, delta, A, B, C, D, z, dt_bias, h0, d_state=A.shape[1])
     if u.numel() == 0:
         name = "reference"
     if name in KERNEL_BACKENDS:
-        inputs = (u, delta, A, B, C, D, z, dt_bias, h0, lengths)
         if operators.direct(*inputs):
             scan_forward = kernels(name).scan_forward
-            return ScanOutput(*scan_forward(*inputs, dt_softplus=dt_softplus, boundaries=boundaries))
-        return ScanOutput(*operators.scan(name, inputs, dt_softplus, boundaries))
+            output = ScanOutput(*scan_forward(*inputs, dt_softplus=dt_softplus, boundaries=boundaries))
+            _ready.learn(key, scan_forward, ("dt_softplus", dt_softplus), ("boundaries", boundaries))
+            return output
+        output = ScanOutput(*operators.scan(name, inputs, dt_softplus, boundaries))
+        if key is not None:
+            interval = operators.kept_interval(name, inputs, boundaries)
+            again = operators.scan_again(name, dt_softplus, boundaries, interval)
+            options = (("dt_softplus", dt_softplus), ("boundaries", interval))
+            _ready.learn(key, kernels(name).scan_forward, *options, wrap=again)
+        return output
     return _by_formulas(name, u, delta, A, B, C, D, z, dt_bias, dt_softplus, h0, lengths, boundaries)
 
 

@@ -20,6 +20,7 @@ from mambascope.ops.scan.triton_conv import conv_backward, conv_forward
 from mambascope.ops.scan.triton_forward import forward_kernel
 from mambascope.ops.scan.triton_launch import check, dense, launch, processor_count, strides, supports, whole
 from mambascope.ops.scan.triton_layers import gate_forward, norm_forward, silu_forward, softplus_forward
+from mambascope.ops.scan.triton_replay import replayed
 from mambascope.ops.scan.triton_table import BackwardPlan, ForwardPlan, backward_plan, forward_plan, padded
 
 __all__ = [
@@ -176,6 +177,7 @@ def _walk(x: _Operands, mode: int, plan: tuple[int, int, int, int], outputs: Any
     launch(forward_kernel, programs, x.u.device, *arguments, MODE=mode, **on)
 
 
+@replayed(tensors=10)
 def scan_forward(
     u: Tensor,
     delta: Tensor,
@@ -226,6 +228,7 @@ def scan_forward(
     return y, h_last, bound
 
 
+@replayed(tensors=5)
 def state_window(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, h_start: Tensor) -> Tensor:
     """``h B W D N`` after each of the W given steps, from ``h_start``; delta is after softplus. Time O(B W D N)."""
     x = _Operands.of(u, delta, A, B, B, None, None, None, h_start, None)
@@ -237,6 +240,7 @@ def state_window(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, h_start: Tensor
     return h
 
 
+@replayed(tensors=14)
 def scan_backward(
     u: Tensor,
     delta: Tensor,
@@ -293,10 +297,12 @@ def scan_backward(
     plan = plan or backward_plan_of(u, A, boundaries)
     rows = max(1, min(batch, _MAX_SCRATCH // _scratch_of_row(x, plan, boundaries)))
     for begin in range(0, batch, rows):
-        part = slice(begin, min(batch, begin + rows))
-        views = {k: v if v is None or k in summed else v[part] for k, v in out.items()}
-        some = [None if t is None else t[part] for t in arriving]
-        _backward_rows(x.rows(part), some, views, plan, dt_softplus, boundaries, add=begin > 0)
+        some, now, views = list(arriving), x, out
+        if rows < batch:
+            part = slice(begin, min(batch, begin + rows))
+            views = {k: v if v is None or k in summed else v[part] for k, v in out.items()}
+            some, now = [None if t is None else t[part] for t in arriving], x.rows(part)
+        _backward_rows(now, some, views, plan, dt_softplus, boundaries, add=begin > 0)
     return out
 
 

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from mambascope.ops.scan.triton_launch import check, dense, launch, strides, whole
 from mambascope.ops.scan.triton_math import sigmoids, silu, steps
+from mambascope.ops.scan.triton_replay import replayed
 
 __all__ = ["conv_backward", "conv_forward"]
 
 _STEPS, _CHANNELS = 16, 64  # one program's tile
+_SUMS, _TERMS = 32, 64  # entries of a sum a program, terms at a time: few entries, many terms
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
@@ -115,6 +117,33 @@ def _conv_weight_kernel(
         tl.store(dbias + part * D + d, tl.sum(g, axis=0)[None, :], mask=d_in)
 
 
+@triton.jit
+def _add_up(parts, out, i, size, terms, TERMS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[i] = Σ parts[·, i], in a fixed order: TERMS at a time."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for group in steps(0, tl.cdiv(terms, TERMS)):
+        term = group * TERMS + tl.arange(0, TERMS)[:, None]
+        inside = (term < terms) & (i < size)[None, :]
+        total += tl.sum(tl.load(parts + term.to(tl.int64) * size + i[None, :], mask=inside, other=0.0), axis=0)
+    tl.store(out + i, total, mask=i < size)
+
+
+@triton.jit(do_not_specialize=["terms", "weights", "channels"])
+def _sum_kernel(
+    dweight_part, dbias_part, dweight, dbias, terms, weights, channels,
+    HAS_BIAS: tl.constexpr, TERMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sums over the step blocks. Grid: blocks of ``weights`` entries, then of the bias's ``channels``."""
+    many = tl.cdiv(weights, BLOCK)
+    pid = tl.program_id(0)
+    i = tl.arange(0, BLOCK)
+    if pid < many:
+        _add_up(dweight_part, dweight, pid * BLOCK + i, weights, terms, TERMS, BLOCK)
+    else:
+        if HAS_BIAS:
+            _add_up(dbias_part, dbias, (pid - many) * BLOCK + i, channels, terms, TERMS, BLOCK)
+
+
 @triton.jit(do_not_specialize=["L", "D"])
 def _conv_input_kernel(
     weight, lengths, pre, dnew, dx, dstate, pre_b, pre_l, L, D,
@@ -155,10 +184,12 @@ def _programs(x: Tensor) -> int:
     return batch * triton.cdiv(length, _STEPS) * triton.cdiv(channels, _CHANNELS)
 
 
+@replayed(tensors=5)
 def conv_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, lengths: Tensor | None, *, silu: bool
 ) -> tuple[Tensor, Tensor]:
     """``y B L D`` and the new state ``B D K-1``, both in x's dtype; see ``ops.causal_conv``. Needs L ≥ 1."""
+    weight = weight[:, 0] if weight.dim() == 3 else weight
     width = weight.shape[1]
     check(x, K=width)
     batch, length, channels = x.shape
@@ -179,6 +210,7 @@ def conv_forward(
     return y, new_state
 
 
+@replayed(tensors=7)
 def conv_backward(
     x: Tensor,
     weight: Tensor,
@@ -214,9 +246,9 @@ def conv_backward(
     own = {"HAS_DNEW": dnew is not None and width > 1, "HAS_LENGTHS": lengths is not None}
     arguments = (weight, lengths, pre, dnew, dx, dbefore, *strides(pre), length, channels)
     launch(_conv_input_kernel, _programs(x), x.device, *arguments, **flags, **own, **_OPTIONS)
-    return {
-        "dx": dx,
-        "dweight": dweight.sum(0),
-        "dbias": None if dbias is None else dbias.sum(0),
-        "dstate": dbefore,
-    }
+    sums = new(channels, width), None if dbias is None else new(channels)
+    programs = triton.cdiv(channels * width, _SUMS) + (0 if dbias is None else triton.cdiv(channels, _SUMS))
+    flags = {"HAS_BIAS": dbias is not None, "TERMS": _TERMS, "BLOCK": _SUMS}
+    arguments = (dweight, dbias, *sums, parts, channels * width, channels)
+    launch(_sum_kernel, programs, x.device, *arguments, **flags, **_OPTIONS)
+    return {"dx": dx, "dweight": sums[0], "dbias": sums[1], "dstate": dbefore}

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mambascope.errors import BackendError
 from mambascope.ops.scan.triton_math import INTERPRETED
+from mambascope.ops.scan.triton_replay import note
 
 __all__ = ["check", "dense", "launch", "processor_count", "strides", "supports", "whole"]
 
@@ -94,6 +95,7 @@ def launch(kernel: Any, programs: int, device: torch.device, *args: Any, **optio
         compiled = kernel[(programs,)](*args, **options)
         constants = tuple(options[name] for name in kernel.arg_names[len(args) :])
         _compiled[key] = compiled, constants
-        return
-    compiled, constants = found
-    compiled[programs, 1, 1](*args, *constants)
+    else:
+        compiled, constants = found
+        compiled[programs, 1, 1](*args, *constants)
+    note(compiled, programs, args, constants)

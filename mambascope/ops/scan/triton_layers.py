@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mambascope.ops.scan.triton_launch import check, dense, launch
 from mambascope.ops.scan.triton_math import silu, softplus
+from mambascope.ops.scan.triton_replay import replayed
 
 __all__ = ["gate_forward", "norm_forward", "silu_forward", "softplus_forward"]
 
@@ -64,16 +65,19 @@ def _elementwise(kind: int, x: Tensor, z: Tensor | None, dtype: torch.dtype) -> 
     return out
 
 
+@replayed(tensors=1)
 def softplus_forward(x: Tensor) -> Tensor:
     """log(1 + e^x), any shape; float32."""
     return _elementwise(0, x, None, torch.float32)
 
 
+@replayed(tensors=1)
 def silu_forward(x: Tensor) -> Tensor:
     """x · sigmoid(x), any shape; in x's dtype."""
     return _elementwise(1, x, None, x.dtype)
 
 
+@replayed(tensors=2)
 def gate_forward(y: Tensor, z: Tensor) -> Tensor:
     """y · silu(z), equal shapes; in z's dtype."""
     return _elementwise(2, y, z, z.dtype)
@@ -101,6 +105,7 @@ def _norm_kernel(
     tl.store(out + at, v.to(out.dtype.element_ty), mask=inside)
 
 
+@replayed(tensors=2)
 def norm_forward(
     x: Tensor, weight: Tensor | None, eps: float, *, expose: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

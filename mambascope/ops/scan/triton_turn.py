@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mambascope.ops.scan.triton_launch import launch
+from mambascope.ops.scan.triton_replay import note
 
 __all__ = ["turn", "turn_all"]
 
@@ -108,9 +109,10 @@ def turn_all(sources: Sequence[Tensor], targets: Sequence[Tensor], wide: int) ->
     key = (wide, device.index, *[x.dtype for x in sources], *[x.dtype for x in targets])
     compiled = _compiled.get(key)
     if compiled is None:
-        _compiled[key] = turn_kernel[(programs * batch,)](*arguments, batch, **flags)
+        compiled = _compiled[key] = turn_kernel[(programs * batch,)](*arguments, batch, **flags)
     else:
         compiled[programs * batch, 1, 1](*arguments, batch, wide, _TILE)
+    note(compiled, programs * batch, (*arguments, batch), (wide, _TILE))
 
 
 def turn(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,0 +1,258 @@
+"""Repeated kernel calls without repeated thought: the launches of one call, written out as a straight function.
+
+A small scan runs for 15 µs on a GPU, and the Python between the public call and the driver takes longer than that. For
+tensors of one kind (shapes, strides, dtypes, device, alignment) all of it comes out the same but the addresses. So the
+second call of a kind is watched: which compiled kernels it launches, on which grids, and where each address comes from
+(an argument, a result, scratch). From the third on, a function written from these notes allocates the results and one
+scratch, and launches. Whatever it could not repeat faithfully (a copy made on the way, a result that is a view) leaves
+the kind to the ordinary code. Watching uses what torch sees, so host code needs no care of its own.
+"""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+import threading
+from collections.abc import Callable, Sequence
+from functools import update_wrapper
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mambascope.ops.ready import kind_of
+
+__all__ = ["Replayed", "note", "replayed"]
+
+_MOST = 2048  # kinds that are remembered, of one function
+_ALLOCATE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_watching = threading.local()  # .launches: of the call that this thread watches
+
+
+def note(compiled: Any, programs: int, arguments: Sequence[Any], constants: Sequence[Any]) -> None:
+    """A launch that has been made; kept if its thread watches."""
+    launches = getattr(_watching, "launches", None)
+    if launches is not None:
+        launches.append((compiled, programs, tuple(arguments), tuple(constants)))
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda and torch.version.hip is None
+
+
+class Replayed:
+    """A kernel's host function, whose first ``tensors`` positional arguments are tensors or None."""
+
+    def __init__(self, function: Callable[..., Any], tensors: int) -> None:
+        self.function, self.tensors = function, tensors
+        self.known: dict[Any, Callable[..., Any] | None] = {}
+        update_wrapper(self, function)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        count = self.tensors
+        if not _on_gpu(args[0]):
+            return self.function(*args, **options)
+        kind = kind_of(args[:count])
+        if kind is None or len(args) < count:
+            return self.function(*args, **options)
+        key = (kind, args[count:], *options.items())
+        found = self.known.get(key)
+        if found is not None:
+            return found(*args, **options)
+        return self.learn(key, args, options)
+
+    def learn(self, key: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """An ordinary call; watched if its kind was seen before."""
+        if key not in self.known:
+            if len(self.known) >= _MOST:
+                self.known.clear()
+            self.known[key] = None
+            return self.function(*args, **options)
+        result, replay = _watch(self.function, args, options, self.tensors)
+        self.known[key] = replay or self.function
+        return result
+
+    def ready(self, kind: Any, *options: Any, rest: tuple[Any, ...] = ()) -> Callable[..., Any] | None:
+        """What repeats calls of a kind with these further arguments and options (name and value of each, in the order
+        in which they are passed); None before there is anything."""
+        return self.known.get((kind, rest, *options))
+
+    def forget(self) -> None:
+        """After a change of what host code decides, by hand."""
+        self.known.clear()
+
+
+def replayed(tensors: int) -> Callable[[Callable[..., Any]], Replayed]:
+    """Decorator; see `Replayed`."""
+    return lambda function: Replayed(function, tensors)
+
+
+class _Watch(TorchDispatchMode):
+    """Whether a call did anything on tensors besides launches: allocations and views may be repeated, nothing else."""
+
+    faithful = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returns = func._schema.returns
+        view = returns and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        if not view and func._schema.name.split("::")[1] not in _ALLOCATE:
+            self.faithful = False
+        return func(*args, **(kwargs or {}))
+
+
+def _watch(
+    function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], tensors: int
+) -> tuple[Any, Callable[..., Any] | None]:
+    outer = getattr(_watching, "launches", None)
+    launches: list[Any] = []
+    _watching.launches = launches
+    try:
+        with _Watch() as watch:
+            result = function(*args, **options)
+    finally:
+        _watching.launches = outer
+    if outer is not None:  # of a call within a call: both may be repeated
+        outer += launches
+    inputs: Sequence[Tensor | None] = args[:tensors]
+    given = [id(x) for x in inputs if x is not None]
+    if not watch.faithful or not launches or len(set(given)) < len(given):
+        return result, None
+    try:
+        return result, _write(function, args, options, launches, inputs, result)
+    except _CannotRepeatError:
+        return result, None
+
+
+class _CannotRepeatError(Exception):
+    pass
+
+
+class _Script:
+    """Source of a replay: how results, scratch and addresses are named in it."""
+
+    def __init__(self, inputs: Sequence[Tensor | None]) -> None:
+        self.inputs = inputs
+        self.of_input = {id(x): i for i, x in enumerate(inputs) if x is not None}
+        self.from_outside = {x.untyped_storage().data_ptr() for x in inputs if x is not None}
+        self.results: dict[int, str] = {}  # name by storage
+        self.scratch: dict[int, int] = {}  # offset by storage
+        self.size = 0
+        self.lines: list[str] = []
+        self.names: dict[str, Any] = {}
+
+    def constant(self, value: Any) -> str:
+        name = f"c{len(self.names)}"
+        self.names[name] = value
+        return name
+
+    def new(self, x: Tensor) -> str:
+        if not x.is_contiguous():
+            raise _CannotRepeatError
+        shape, dtype, device = tuple(x.shape), self.constant(x.dtype), self.constant(x.device)
+        return f"empty({shape}, {x.stride()}, dtype={dtype}, device={device})"  # empty_strided: the quickest of all
+
+    def result(self, x: Any) -> str:
+        """Expression for a result; its allocation becomes a line of its own."""
+        if x is None:
+            return "None"
+        if isinstance(x, tuple) and type(x) is tuple:
+            return "(" + "".join(self.result(v) + ", " for v in x) + ")"
+        if isinstance(x, dict):
+            return "{" + ", ".join(f"{k!r}: {self.result(v)}" for k, v in x.items()) + "}"
+        if not isinstance(x, Tensor):
+            raise _CannotRepeatError
+        if x.numel() == 0:
+            return self.new(x)
+        storage = x.untyped_storage()
+        at = storage.data_ptr()
+        if at in self.from_outside or storage.nbytes() != x.numel() * x.element_size():
+            raise _CannotRepeatError
+        if at not in self.results:
+            name = f"r{len(self.results)}"
+            self.lines.append(f"{name} = {self.new(x)}")
+            self.results[at] = name
+        return self.results[at]
+
+    def address(self, x: Any) -> str:
+        """Expression for a launch's argument."""
+        if x is None or isinstance(x, (bool, int, float)):
+            return repr(x)
+        if not isinstance(x, Tensor):
+            raise _CannotRepeatError
+        if id(x) in self.of_input:
+            return f"p{self.of_input[id(x)]}"
+        if x.numel() == 0:
+            return "0"
+        storage = x.untyped_storage()
+        at = storage.data_ptr()
+        offset = x.data_ptr() - at
+        if at in self.from_outside:
+            holders = [i for i, y in enumerate(self.inputs) if y is not None and y.untyped_storage().data_ptr() == at]
+            if len(holders) > 1:  # which of them it is a view of cannot be told
+                raise _CannotRepeatError
+            first = self.inputs[holders[0]]
+            assert first is not None
+            return f"p{holders[0]} + {x.data_ptr() - first.data_ptr()}"
+        if at in self.results:
+            return f"{self.results[at]}.data_ptr() + {offset}" if offset else f"{self.results[at]}.data_ptr()"
+        if at not in self.scratch:
+            self.scratch[at] = self.size
+            self.size += -(-storage.nbytes() // 256) * 256
+        return f"s + {self.scratch[at] + offset}"
+
+
+def _write(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+    launches: list[Any],
+    inputs: Sequence[Tensor | None],
+    result: Any,
+) -> Callable[..., Any]:
+    """The function that repeats these launches and hands back results like these."""
+    first = inputs[0]
+    assert first is not None
+    script = _Script(inputs)
+    answer = script.result(result)
+    calls, used = [], set()
+    for compiled, programs, arguments, constants in launches:
+        addresses = [script.address(x) for x in arguments]
+        used |= {a.split(" ")[0] for a in addresses if a.startswith("p")}
+        run, handle, metadata = (
+            script.constant(x) for x in (compiled.run, compiled.function, compiled.packed_metadata)
+        )
+        rest = [x if isinstance(x, str) else script.constant(x) for x in map(_literal, constants)]
+        start = f"{run}({programs}, 1, 1, stream, {handle}, {metadata}, None, None, None"
+        calls.append(", ".join([start, *addresses, *rest]) + ")")
+    index = first.get_device()
+    # Another current device, or somebody's launch hooks: the ordinary code knows what to do.
+    checks = [f"if current() != {index}" + "".join(f" or {script.constant(h)}.calls" for h in _hooks()) + ":"]
+    checks.append("    return ordinary(" + ", ".join(f"a{i}" for i in range(len(inputs))) + ", *rest, **options)")
+    addresses = [f"p{i} = a{i}.data_ptr()" for i, x in enumerate(inputs) if x is not None and f"p{i}" in used]
+    if script.size:
+        kinds = script.constant(torch.uint8), script.constant(first.device)
+        script.lines.append(f"scratch = empty(({script.size},), (1,), dtype={kinds[0]}, device={kinds[1]})")
+        script.lines.append("s = scratch.data_ptr()")
+    body = [*checks, *script.lines, *addresses, f"stream = raw_stream({index})", *calls, f"return {answer}"]
+    head = "def replay(" + ", ".join(f"a{i}" for i in range(len(inputs))) + ", *_, **__):\n"
+    names = script.names | {
+        "empty": torch.empty_strided,
+        "rest": args[len(inputs) :],
+        "options": options,
+        "ordinary": function,
+        "current": triton.runtime.driver.active.get_current_device,
+        "raw_stream": triton.runtime.driver.active.get_current_stream,
+    }
+    source = head + "".join(f"    {line}\n" for line in body)
+    exec(compile(source, f"<replay of {function.__name__}>", "exec"), names)  # noqa: S102 - of our own making
+    return names["replay"]
+
+
+def _literal(x: Any) -> Any:
+    return repr(x) if x is None or isinstance(x, (bool, int)) else x
+
+
+def _hooks() -> list[Any]:
+    """Triton's launch hooks, where this version keeps them in lists."""
+    runtime = triton.knobs.runtime
+    return [h for h in (runtime.launch_enter_hook, runtime.launch_exit_hook) if hasattr(h, "calls")]

@@ -1,0 +1,259 @@
+"""Replays launch what the ordinary host code launches, with every address from where it belongs.
+
+A stand-in for the GPU's driver notes each launch, in a process of its own, because here Triton may be interpreting.
+That replayed kernels give the same bits is tested on a GPU: tests/bench/bench_hopper.py.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed (extra 'test')")
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton.backends.nvidia") is None, reason="triton has no NVIDIA backend here"
+)
+
+PROGRAM = r"""
+import json
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+launched = []
+
+
+class Launcher:
+    def __init__(self, source, metadata):
+        self.name = source.fn.__name__
+
+    def __call__(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
+        launched.append((self.name, x, arguments))
+
+
+class Utils:
+    def load_binary(self, *_):
+        return 1, 2, 32, 0, 1024
+
+    def get_device_properties(self, _):
+        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
+
+
+class Driver:
+    utils, launcher_cls = Utils(), Launcher
+    device = -1
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: Driver.device)
+    get_current_stream = staticmethod(lambda device=None: 7)
+    set_current_device = staticmethod(lambda device: None)
+
+
+driver.set_active(Driver())
+torch.cuda.current_device = lambda: -1
+from mambascope.ops.scan import triton as scan, triton_conv, triton_layers, triton_launch, triton_replay
+
+launch_as_it_is = triton_launch.launch
+
+
+class Gpu:
+    type, index = "cuda", -1
+
+
+def launch(kernel, programs, device, *arguments, **options):
+    launch_as_it_is(kernel, programs, Gpu, *arguments, **options)
+
+
+for module in (scan, triton_conv, triton_layers):
+    module.launch = launch
+    module.check = lambda *_, **__: None
+scan.processor_count = lambda device: 132
+triton_replay._on_gpu = lambda x: True
+
+
+def flat(result):
+    if isinstance(result, dict):
+        return list(result.values())
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def run(function, args, options):
+    launched.clear()
+    result = flat(function(*args, **options))
+    return result, list(launched)
+
+
+def compare(name, function, make, **options):
+    args = make()
+    ordinary, first = run(function.function, args, options)
+    before = len(function.known)
+    for _ in range(3):
+        run(function, make(), options)
+    assert len(function.known) == before + 1, f"{name}: its kind was not recognised"
+    replay = list(function.known.values())[-1]
+    assert replay is not None and replay is not function.function, f"{name}: is not replayed"
+    fresh = make()
+    results, second = run(function, fresh, options)
+    assert len(first) == len(second) > 0, name
+    for a, b in zip(ordinary, results, strict=True):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype), name
+    places = {}
+    for (kernel, grid, old), (kernel2, grid2, new) in zip(first, second, strict=True):
+        assert (kernel, grid) == (kernel2, grid2), name
+        for a, b in zip(old, new, strict=True):
+            if not isinstance(a, torch.Tensor):
+                assert a == b and type(a) is type(b), (name, kernel, a, b)
+                continue
+            tensors = len([t for t in fresh if isinstance(t, torch.Tensor) or t is None])
+            owner = [new_t for old_t, new_t in zip(args[:tensors], fresh) if old_t is a]
+            owner += [new_t for old_t, new_t in zip(ordinary, results) if old_t is not None and old_t is a]
+            if owner:
+                assert b == owner[0].data_ptr(), (name, kernel)
+            elif a.numel():
+                assert b % 16 == 0
+                apart = b - a.data_ptr()
+                assert places.setdefault(a.untyped_storage().data_ptr(), apart) == apart, (name, kernel)
+    spans = sorted((at + apart, a_end + apart) for at, a_end, apart in spans_of(first, places))
+    assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:])), f"{name}: scratch overlaps"
+    return len(first)
+
+
+def spans_of(launches, places):
+    seen = {}
+    for _, _, arguments in launches:
+        for a in arguments:
+            if isinstance(a, torch.Tensor):
+                storage = a.untyped_storage()
+                if storage.data_ptr() in places:
+                    seen[storage.data_ptr()] = storage.data_ptr() + storage.nbytes()
+    return [(at, end, places[at]) for at, end in seen.items()]
+
+
+def scan_inputs(dtype=torch.float32, full=True):
+    xz = torch.randn(2, 40, 64).to(dtype)
+    low = torch.randn(2, 40, 48).to(dtype)
+    x = [xz[..., :32], torch.randn(2, 40, 32).to(dtype), torch.randn(32, 16), low[..., 16:32], low[..., 32:]]
+    if not full:
+        return [*x, None, None, None, None, None]
+    lengths = torch.tensor([40, 3])
+    return [*x, torch.randn(32), xz[..., 32:], torch.randn(32), torch.randn(2, 32, 16), lengths]
+
+
+def backward_inputs(full=True):
+    arriving = [torch.randn(2, 32, 16), torch.randn(2, 3, 32, 16)] if full else [None, None]
+    return [*scan_inputs(full=full), torch.randn(2, 3, 32, 16), torch.randn(2, 40, 32), *arriving]
+
+
+def conv_inputs(full=True):
+    x = [torch.randn(2, 40, 64)[..., :32], torch.randn(32, 1, 4)]
+    if not full:
+        return [*x, None, None, None]
+    return [*x, torch.randn(32), torch.randn(2, 32, 3), torch.tensor([40, 3])]
+
+
+counts = {}
+for full in (True, False):
+    on = {"dt_softplus": full}
+    for boundaries in (None, 16):
+        make = lambda: scan_inputs(full=full)
+        counts[f"forward {full} {boundaries}"] = compare("scan", scan.scan_forward, make, **on, boundaries=boundaries)
+    make = lambda: backward_inputs(full)
+    counts[f"backward {full}"] = compare("scan backward", scan.scan_backward, make, **on, boundaries=16)
+    compare("conv", triton_conv.conv_forward, lambda: conv_inputs(full), silu=full)
+    def make():
+        x, weight, *rest = conv_inputs(full)
+        return [x, weight[:, 0].clone(), *rest, torch.randn(2, 40, 32), torch.randn(2, 32, 3) if full else None]
+    compare("conv backward", triton_conv.conv_backward, make, silu=full)
+    compare("norm", triton_layers.norm_forward, lambda: [torch.randn(3, 40), torch.randn(40), 1e-5], expose=full)
+compare("window", scan.state_window, lambda: [*scan_inputs(full=False)[:4], torch.randn(2, 32, 16)])
+compare("silu", triton_layers.silu_forward, lambda: [torch.randn(2, 3, 40)])
+compare("gate", triton_layers.gate_forward, lambda: [torch.randn(2, 3, 40), torch.randn(2, 3, 80)[..., :40]])
+compare("softplus", triton_layers.softplus_forward, lambda: [torch.randn(7)])
+
+# what may not be repeated is not
+forward, options = scan.scan_forward, {"dt_softplus": True, "boundaries": None}
+left = {}
+
+
+def last_after(make):
+    for _ in range(3):
+        run(forward, make(), options)
+    return list(forward.known.values())[-1]
+
+
+def with_(**changes):
+    names = ("u", "delta", "A", "B", "C", "D", "z", "dt_bias", "h0", "lengths")
+    x = dict(zip(names, scan_inputs()))
+    for name, change in changes.items():
+        x[name] = change(x)
+    return list(x.values())
+
+
+left["a copy of A"] = last_after(lambda: with_(A=lambda x: x["A"].bfloat16())) is forward.function
+left["a copy of u"] = last_after(lambda: with_(u=lambda x: torch.randn(2, 32, 40).transpose(1, 2))) is forward.function
+left["one tensor twice"] = last_after(lambda: with_(delta=lambda x: x["u"])) is forward.function
+kinds = len(forward.known)
+for change in (
+    {"u": lambda x: torch.randn(2, 40, 32)},
+    {"delta": lambda x: torch.randn(2 * 40 * 32 + 1)[1:].view(2, 40, 32)},
+    {"D": lambda x: x["D"].half()},
+    {"z": lambda x: None},
+):
+    run(forward, with_(**change), options)
+left["other strides, alignment, dtype, presence"] = len(forward.known) == kinds + 4
+for _ in range(3):
+    run(forward, with_(), options)
+ordinary = [0]
+
+
+def counted(function):
+    def call(*args, **kwargs):
+        ordinary[0] += 1
+        return function(*args, **kwargs)
+    return call
+
+
+forward.forget()
+forward.function = counted(forward.function)
+for _ in range(4):
+    run(forward, with_(), options)
+left["the third call and later ones are replays"] = ordinary[0] == 2
+hooked = []
+triton.knobs.runtime.launch_enter_hook.add(hooked.append)
+run(forward, with_(), options)
+left["launch hooks take the ordinary way"] = ordinary[0] == 3
+triton.knobs.runtime.launch_enter_hook.remove(hooked.append)
+run(forward, with_(), options)
+left["and are over when removed"] = ordinary[0] == 3
+Driver.device = 5
+torch.cuda.current_device = lambda: 5
+try:
+    run(forward, with_(), options)
+except Exception:  # the ordinary way makes the tensors' device the current one, and here there is none
+    pass
+left["another current device takes the ordinary way"] = ordinary[0] == 4
+print("RESULT" + json.dumps({"counts": counts, "left": left}))
+"""
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.split("RESULT")[1])
+
+
+def test_replays_repeat_the_launches_with_new_addresses(found: dict[str, Any]) -> None:
+    assert found["counts"]["forward True None"] >= 1
+    assert found["counts"]["backward True"] >= 2
+
+
+def test_what_cannot_be_repeated_faithfully_takes_the_ordinary_way(found: dict[str, Any]) -> None:
+    assert [name for name, held in found["left"].items() if not held] == []

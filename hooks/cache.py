@@ -19,6 +19,7 @@ from mambascope.hooks.recorder import BlockRecord, CacheRecorder, Recording, com
 from mambascope.hooks.residual import ResidualMethods
 from mambascope.hooks.run import Anchors, compute_dtype
 from mambascope.hooks.sites import Padding
+from mambascope.hooks.transformer_lens_bridge import LensMethods
 
 __all__ = ["CacheRecorder", "MambaCache", "select_names"]
 
@@ -72,7 +73,7 @@ class _Readable(Mapping[str, Any]):
         return len(self._cache.recording.names) + len(self._cache.recording.gradients)
 
 
-class MambaCache(EffectiveMethods, ResidualMethods, ActivationCache):
+class MambaCache(EffectiveMethods, ResidualMethods, LensMethods, ActivationCache):
     """What ``run_with_cache`` returns; TransformerLens' ActivationCache for Mamba.
 
     ``cache["blocks.3.mixer.hook_delta"]``, ``cache["delta", 3]`` and ``cache["delta3"]`` are the same tensor.

@@ -16,6 +16,8 @@ __all__ = ["Block"]
 class Block(nn.Module):
     """resid_post = resid_pre + mixer(norm(mixer_in)), where mixer_in is this block's own copy of resid_pre."""
 
+    hook_out_is_single_residual_stream = True  # what TransformerLens' readouts ask of a block
+
     def __init__(self, cfg: MambaConfig) -> None:
         super().__init__()
         self.cfg = cfg

@@ -9,8 +9,9 @@ from transformer_lens import HookedRootModule
 from mambascope.errors import HookError, InputError
 from mambascope.hooks.cache import CacheRecorder, MambaCache, select_names
 from mambascope.hooks.model_protocol import Scope
-from mambascope.hooks.points import resolve_name
+from mambascope.hooks.points import hook_names, resolve_name
 from mambascope.hooks.sites import Site, SitePoint, parse_site
+from mambascope.hooks.transformer_lens_bridge import caching_hooks
 
 __all__ = ["HookMethods"]
 
@@ -29,6 +30,7 @@ class HookMethods(HookedRootModule):
     ) -> None:
         """Add a hook at a site, or at every hook point whose name a function accepts (one at least)."""
         for point, index in self._points_for(name):
+            self.check_hooks_to_add(point, str(point.name), hook, dir, is_permanent, prepend)
             point.add_hook(hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend, index=index)
 
     def _points_for(self, name: str | Site | Callable[[str], bool]) -> list[tuple[SitePoint, Any]]:
@@ -41,6 +43,45 @@ class HookMethods(HookedRootModule):
         if not found:
             raise HookError("the function given as a site accepts no hook point, so its hook would never fire")
         return found
+
+    def setup(self) -> None:
+        """As in TransformerLens; ``hook_dict`` lists the points in the order in which they fire."""
+        super().setup()
+        order = {name: i for i, name in enumerate(hook_names(len(self.blocks)))}  # type: ignore[arg-type]
+        self.hook_dict = dict(sorted(self.hook_dict.items(), key=lambda item: order.get(item[0], len(order))))
+
+    def list_hooks(self, name_filter: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens; short names are understood, and a name that matches nothing is an error."""
+        if name_filter is not None:
+            name_filter = select_names(name_filter, list(self.hook_dict))
+        return super().list_hooks(name_filter, *args, **kwargs)
+
+    def get_caching_hooks(  # type: ignore[override]
+        self,
+        names_filter: Any = None,
+        incl_bwd: bool = False,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+        pos_slice: Any = None,
+    ) -> tuple[dict[str, Tensor], list[Any], list[Any]]:
+        """As in TransformerLens; see :func:`mambascope.hooks.transformer_lens_bridge.caching_hooks`."""
+        return caching_hooks(self, names_filter, incl_bwd, device, remove_batch_dim, cache, pos_slice)
+
+    def add_caching_hooks(  # type: ignore[override]
+        self,
+        names_filter: Any = None,
+        incl_bwd: bool = False,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """As in TransformerLens: hooks that stay until ``reset_hooks`` and fill the dict that is returned."""
+        cache, forward, backward = self.get_caching_hooks(names_filter, incl_bwd, device, remove_batch_dim, cache)
+        for hooks, dir in ((forward, "fwd"), (backward, "bwd")):
+            for name, hook in hooks:
+                self.add_hook(name, hook, dir)  # type: ignore[arg-type]
+        return cache
 
     def _enable_hook(self, name: Any, hook: Callable[..., Any], dir: Literal["fwd", "bwd"]) -> None:
         self.add_hook(name, hook, dir=dir, level=self.context_level)

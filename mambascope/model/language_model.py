@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from mambascope import ops
 from mambascope.config import MambaConfig
 from mambascope.errors import BackendError, InputError, StateError
-from mambascope.hooks.points import hook_names
 from mambascope.hooks.run import PathTaken, Recorder, Run
 from mambascope.hooks.sites import Clock, Padding, SitePoint
 from mambascope.model.block import Block
@@ -62,8 +61,6 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         self._hash: tuple[tuple[Any, ...], str] | None = None
         self._clock = Clock()
         self.setup()
-        if list(self.hook_dict) != hook_names(cfg.n_layers):
-            self.hook_dict = {name: self.hook_dict[name] for name in hook_names(cfg.n_layers)}
         for point in self.hook_dict.values():
             cast(SitePoint, point).clock = self._clock
         self.backend = backend

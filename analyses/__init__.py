@@ -8,8 +8,11 @@ result with ``.table()`` (pandas) and ``.figure()`` (plotly).
 ``gates``                    delta by token and layer; open and closed channels
 ``gates_by``                 delta by token, position or word class, against chance
 ``timescale_spectrum``       half-lives in tokens of every state dimension; ``reach``: how far back channels look
+``lti_view``                 a layer as a plain convolution; ``freezing_cost``: what holding delta, B, C still costs
 ``effective_kernel``         which earlier tokens one token reads in a layer, exactly
 ``sources``                  the same in every layer; ``hidden_attention``: all queries of a short text
+``logit_contributions``      each layer's and each source token's direct share of a logit, adding up
+``token_relevance``          a logit traced through all layers to every token, conserved at every depth
 ``state_norms``              how much every layer's state holds after every token
 ``predictions, logit_lens``  loss and guesses by token; the same read off every layer
 ``induction_score``          repeated random tokens: loss, and where each layer looks back
@@ -25,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mambascope.analyses.capacity import Capacity, copy_capacity
+    from mambascope.analyses.contributions import LogitContributions, Target, logit_contributions
     from mambascope.analyses.gating import Gating, gates
     from mambascope.analyses.gating_groups import GatingGroups, gates_by
     from mambascope.analyses.induction import Induction, induction_score
@@ -39,8 +43,11 @@ if TYPE_CHECKING:
         sources,
     )
     from mambascope.analyses.logits import LogitLens, Predictions, TokenPredictions, logit_lens, predictions
+    from mambascope.analyses.lti import LTILayer, Selection, lti_view, mean_selection
+    from mambascope.analyses.lti_freezing import FreezingCost, freezing_cost
     from mambascope.analyses.overview import Overview, scope
     from mambascope.analyses.patching import Patching, patch
+    from mambascope.analyses.relevance import Relevance, token_relevance
     from mambascope.analyses.repeats import repeated_tokens
     from mambascope.analyses.source import Reading, read
     from mambascope.analyses.states import StateNorms, state_norms
@@ -49,29 +56,39 @@ if TYPE_CHECKING:
 _HOME = {
     "AttentionMap": "kernels",
     "Capacity": "capacity",
+    "FreezingCost": "lti_freezing",
     "Gating": "gating",
     "GatingGroups": "gating_groups",
     "Induction": "induction",
     "KernelRow": "kernels",
+    "LTILayer": "lti",
+    "LogitContributions": "contributions",
     "LogitLens": "logits",
     "Overview": "overview",
     "Patching": "patching",
     "Predictions": "logits",
     "Reach": "timescales",
     "Reading": "source",
+    "Relevance": "relevance",
+    "Selection": "lti",
     "Sources": "kernels",
     "StateNorms": "states",
+    "Target": "contributions",
     "Timescales": "timescales",
     "TokenPredictions": "logits",
     "attention_map": "kernels",
     "copy_capacity": "capacity",
     "effective_kernel": "kernels",
+    "freezing_cost": "lti_freezing",
     "gates": "gating",
     "gates_by": "gating_groups",
     "hidden_attention": "kernels",
     "induction_score": "induction",
     "kernel_row": "kernels",
+    "logit_contributions": "contributions",
     "logit_lens": "logits",
+    "lti_view": "lti",
+    "mean_selection": "lti",
     "patch": "patching",
     "predictions": "logits",
     "reach": "timescales",
@@ -81,34 +98,45 @@ _HOME = {
     "sources": "kernels",
     "state_norms": "states",
     "timescale_spectrum": "timescales",
+    "token_relevance": "relevance",
 }
 
 __all__ = [
     "AttentionMap",
     "Capacity",
+    "FreezingCost",
     "Gating",
     "GatingGroups",
     "Induction",
     "KernelRow",
+    "LTILayer",
+    "LogitContributions",
     "LogitLens",
     "Overview",
     "Patching",
     "Predictions",
     "Reach",
     "Reading",
+    "Relevance",
+    "Selection",
     "Sources",
     "StateNorms",
+    "Target",
     "Timescales",
     "TokenPredictions",
     "attention_map",
     "copy_capacity",
     "effective_kernel",
+    "freezing_cost",
     "gates",
     "gates_by",
     "hidden_attention",
     "induction_score",
     "kernel_row",
+    "logit_contributions",
     "logit_lens",
+    "lti_view",
+    "mean_selection",
     "patch",
     "predictions",
     "reach",
@@ -118,6 +146,7 @@ __all__ = [
     "sources",
     "state_norms",
     "timescale_spectrum",
+    "token_relevance",
 ]
 
 

@@ -4,16 +4,18 @@ They share the look and the decimation of :mod:`mambascope.analyses.plots`.
 """
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import plotly.graph_objects as go
+from torch import Tensor
 
-from mambascope.analyses.plots import SEQUENTIAL, array, layout
+from mambascope.analyses.plots import LINES, SEQUENTIAL, array, layout, profiles
 
 if TYPE_CHECKING:
     from mambascope.analyses.timescales import Timescales
 
-__all__ = ["timescale_map"]
+__all__ = ["channel_curves", "layer_bars", "timescale_map"]
 
 
 def timescale_map(result: "Timescales") -> go.Figure:
@@ -37,3 +39,29 @@ def timescale_map(result: "Timescales") -> go.Figure:
     some = list(range(0, len(result.layers), step))
     figure.update_yaxes(title="layer", tickvals=some, ticktext=[str(result.layers[i]) for i in some], showgrid=False)
     return figure
+
+
+def channel_curves(
+    values: Tensor, channels: Sequence[int], x: Sequence[float], title: str, x_title: str, y_title: str, *,
+    log_y: bool = False,
+) -> go.Figure:  # fmt: skip
+    """One line a channel of ``points channels`` values."""
+    figure = profiles(values.T, x, title, x_title, y_title)
+    for trace, channel in zip(figure.data, channels, strict=True):
+        trace.update(name=f"channel {channel}")  # type: ignore[attr-defined]
+    return figure.update_yaxes(type="log") if log_y else figure
+
+
+def layer_bars(
+    values: Tensor, layers: Sequence[int], names: Sequence[str], title: str, unit: str, *, errors: Tensor | None = None
+) -> go.Figure:
+    """Groups of bars, a group a layer, a colour a name, of ``layers names`` values (with their standard errors)."""
+    figure = go.Figure()
+    for j, name in enumerate(names):
+        bars: dict[str, Any] = {"x": [str(i) for i in layers], "y": array(values[:, j]), "name": name}
+        if errors is not None:
+            bars["error_y"] = {"type": "data", "array": array(errors[:, j]), "visible": True, "thickness": 1}
+        figure.add_bar(**bars, marker_color=LINES[j % len(LINES)])
+    layout(figure, title, 380).update_layout(barmode="group")
+    figure.update_xaxes(title="layer", type="category")
+    return figure.update_yaxes(title=unit)

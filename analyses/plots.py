@@ -32,7 +32,7 @@ _WRITTEN = 24  # columns up to which cells carry text
 
 SEQUENTIAL = [[0.0, "#f4f6fb"], [0.25, "#c3d2ee"], [0.5, "#7c9bd8"], [0.75, "#3d63b3"], [1.0, "#16306b"]]
 DIVERGING = [[0.0, "#a33a2a"], [0.25, "#e0a596"], [0.5, "#f6f5f3"], [0.75, "#94b3dd"], [1.0, "#1f4f9e"]]
-_LINES = ("#3d63b3", "#c2622d", "#2f8a6b", "#8a5aa8", "#b08a1e", "#5b6b7b")
+LINES = ("#3d63b3", "#c2622d", "#2f8a6b", "#8a5aa8", "#b08a1e", "#5b6b7b")
 
 
 def escaped(text: str) -> str:
@@ -187,7 +187,7 @@ def token_bars(
     kept, column, per = decimate(array(values)[None], most)
     text = [_about(labels, start, int(c), f"{v:.4g}", "") for c, v in zip(column[0], kept[0], strict=True)]
     x = centres(kept.shape[1], per, start)
-    bars = go.Bar(x=x, y=kept[0], customdata=text, hovertemplate="%{customdata}<extra></extra>", marker_color=_LINES[0])
+    bars = go.Bar(x=x, y=kept[0], customdata=text, hovertemplate="%{customdata}<extra></extra>", marker_color=LINES[0])
     figure = layout(go.Figure(bars), title + note(per), 320)
     figure.update_xaxes(**ticks(labels, start), showgrid=False)
     figure.update_yaxes(title=unit)
@@ -222,7 +222,7 @@ def profiles(values: Tensor | Numbers, x: Sequence[float | int], title: str, x_t
     """One line a row of ``rows points`` values."""
     figure = go.Figure()
     for i, line in enumerate(array(values)):
-        colour = _LINES[i % len(_LINES)]
+        colour = LINES[i % len(LINES)]
         figure.add_scatter(x=list(x), y=line, name=f"layer {i}", mode="lines", line={"color": colour, "width": 1.8})
     layout(figure, title, 380)
     figure.update_xaxes(title=x_title)
@@ -235,13 +235,13 @@ def capacity_curves(result: "Capacity") -> go.Figure:
     figure = go.Figure()
     errors = {"type": "data", "array": array(result.accuracy_error), "visible": True}
     x = list(result.n)
-    figure.add_scatter(x=x, y=array(result.accuracy), error_y=errors, name="accuracy", line={"color": _LINES[0]})
-    for name, values, colour in (("first", result.first_loss, _LINES[5]), ("second", result.second_loss, _LINES[1])):
+    figure.add_scatter(x=x, y=array(result.accuracy), error_y=errors, name="accuracy", line={"color": LINES[0]})
+    for name, values, colour in (("first", result.first_loss, LINES[5]), ("second", result.second_loss, LINES[1])):
         line = {"color": colour, "dash": "dot"}
         figure.add_scatter(x=x, y=array(values), name=f"loss, {name} copy", yaxis="y2", line=line)
     knee = result.knee
     if knee is not None and math.isfinite(knee):
-        figure.add_vline(x=knee, line={"color": _LINES[1], "width": 1}, annotation_text=f"knee at {knee:.0f}")
+        figure.add_vline(x=knee, line={"color": LINES[1], "width": 1}, annotation_text=f"knee at {knee:.0f}")
     layout(figure, "N random tokens, repeated once: recall of the second copy", 380)
     figure.update_xaxes(title="N", type="log", tickvals=x, ticktext=[str(n) for n in x])
     figure.update_yaxes(title="accuracy", range=[0, 1.02])

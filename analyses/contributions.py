@@ -17,24 +17,22 @@ relevance` does that. A source token s is where the scan wrote; through the conv
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mambascope.analyses.kernels import row_of
 from mambascope.analyses.labels import token_labels, visible
-from mambascope.analyses.relevance_block import activation_factor
 from mambascope.analyses.source import Reading, Source, finite, position_index, read, scan_layers
 from mambascope.errors import CacheError, InputError
+from mambascope.hooks.shares import check_direction
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
     from mambascope.model import HookedMamba
-    from mambascope.model.block import Block
 
 __all__ = ["LogitContributions", "Target", "logit_contributions", "target_of"]
 
@@ -102,16 +100,6 @@ def target_of(
 def _rounding(model: "HookedMamba") -> float:
     """How far sums of what was recorded may lie apart, relative to their terms: float32 gives 1e-6."""
     return max(1e-4, 16 * torch.finfo(model.dtype).eps)
-
-
-def check_direction(direction: Any, size: int, what: str) -> Tensor:
-    """InputError unless a direction is a finite vector of ``size`` numbers."""
-    if not isinstance(direction, Tensor) or tuple(direction.shape) != (size,):
-        got = tuple(direction.shape) if isinstance(direction, Tensor) else type(direction).__name__
-        raise InputError(f"the direction must be a tensor of {what} = {size} numbers, got {got}")
-    if not bool(torch.isfinite(direction).all()):
-        raise InputError("the direction holds NaN or Inf")
-    return direction.detach()
 
 
 def final_stream(reading: Reading) -> Float[Tensor, "L M"]:
@@ -225,23 +213,7 @@ def logit_contributions(
 
 def _layer(reading: Reading, layer: int, target: Target) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """scan ``S``, skip, carry and bias of one layer, float64."""
-    mixer, t = cast("Block", reading.model.blocks[layer]).mixer, target.query
-    row = row_of(reading, layer, t)
-    z = reading.value("gate_in", layer)[t].double()
-    direction = target.direction.double()
-    g = (mixer.out_proj.weight.detach().double().to(direction.device).T @ direction).to(z.device)
-    g = g * z * activation_factor(mixer.cfg.activation, z)
-    scan = (row.alpha * row.u).double() @ g
-    skip = reading.value("skip", layer)[t].double() @ g
-    bias = mixer.out_proj.bias
-    constant = torch.zeros_like(skip) if bias is None else bias.detach().double().to(direction.device) @ direction
-    whole = reading.value("mixer_out", layer)[t].double().to(direction.device) @ direction
-    parts = (scan.cpu(), skip.cpu(), (row.carry.double() @ g).cpu(), constant.cpu())
-    size = float(parts[0].abs().sum() + sum(abs(p) for p in parts[1:]))
-    off = abs(float(sum(p.sum() for p in parts)) - float(whole))
-    if off > _rounding(reading.model) * size:
-        raise CacheError(
-            f"layer {layer}: hook_skip, hook_gated or hook_mixer_out was edited at position {t}, so its parts do not "
-            "add up to what it wrote; analyse the run without that hook"
-        )
-    return parts
+    found = reading.cache.source_contributions(layer, target.query, target.direction, space="resid")
+    values = (found.amounts, found.skip, found.before, found.constant)
+    scan, skip, carry, bias = (v[0] if reading.cache.has_batch_dim else v for v in values)
+    return scan[: target.query + 1].cpu(), skip.cpu(), carry.cpu(), bias.cpu()

@@ -242,11 +242,11 @@ class LTILayer:
         return channel_curves(size, picked, f.tolist(), title, "frequency, cycles per token", "|H|", log_y=True)
 
     def _pick(self, channels: Sequence[int] | None) -> list[int]:
-        from mambascope.analyses.timescales import channel_indices
+        from mambascope.analyses.timescales import channel_list
 
         if channels is None:
             return self.energy.argsort(descending=True, stable=True)[:6].tolist()
-        return channel_indices(len(self.delta), channels)
+        return channel_list(channels, len(self.delta))
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from mambascope import ops
 from mambascope.analyses.source import Reading, finite
 from mambascope.errors import CacheError, InputError, nearest
+from mambascope.hooks.effective_path import activation_factor
 
 if TYPE_CHECKING:
     from mambascope.model.block import Block
@@ -51,15 +52,6 @@ class Pulled(NamedTuple):
     gradient: Tensor
     bias: Tensor
     carry: Tensor
-
-
-def activation_factor(name: str, x: Tensor) -> Tensor:
-    """act(x) / x, finite at 0: what multiplies x in the activation when the factor is held."""
-    if name == "silu":
-        return torch.sigmoid(x)
-    if name == "gelu":
-        return 0.5 * (1 + torch.erf(x / 2**0.5))
-    return (x > 0).to(x.dtype) if name == "relu" else torch.ones_like(x)
 
 
 def scan_adjoint(
@@ -116,12 +108,12 @@ class FrozenBlock:
     @property
     def gate(self) -> Float[Tensor, "L D"]:
         """act(z)."""
-        return self.z * activation_factor(self.activation, self.z)
+        return self.z * activation_factor(self.z, self.activation)
 
     @property
     def factor(self) -> Float[Tensor, "L D"]:
         """u / conv."""
-        return activation_factor(self.activation, self.conv)
+        return activation_factor(self.conv, self.activation)
 
     def pull(self, g: Float[Tensor, "Q L M"], rule: Rule = "frozen") -> Pulled:
         """The gradient with respect to r of what has gradient ``g`` with respect to resid_post; the module's rules.
@@ -142,7 +134,7 @@ class FrozenBlock:
         back = g_x @ self.W_in[:width]  # Q L M
         bias = bias + g_x @ self.b_in[:width]
         if rule == "half":
-            g_z = 0.5 * g_gated * self.total * activation_factor(self.activation, self.z)
+            g_z = 0.5 * g_gated * self.total * activation_factor(self.z, self.activation)
             back = back + g_z @ self.W_in[width:]
             bias = bias + g_z @ self.b_in[width:]
         return Pulled(g + back * self.norm / self.scale, bias, carry)

@@ -16,6 +16,7 @@ from torch import Tensor
 from mambascope import ops
 from mambascope.analyses.labels import token_labels
 from mambascope.errors import CacheError, InputError
+from mambascope.hooks import effective_path
 from mambascope.hooks.cache import MambaCache
 
 if TYPE_CHECKING:
@@ -183,13 +184,7 @@ def layer_index(model: "HookedMamba", layer: int) -> int:
 
 def scan_layer(model: "HookedMamba", layer: int) -> int:
     """As :func:`layer_index`; InputError also if that layer's mixer has no selective scan to look at."""
-    layer = layer_index(model, layer)
-    mixer = cast(Any, model.blocks[layer]).mixer
-    if not hasattr(mixer, "decay"):
-        raise InputError(
-            f"layer {layer} has no selective scan: its mixer is {type(mixer).__name__}; take another layer"
-        )
-    return layer
+    return effective_path.layer_index(model, layer)
 
 
 def scan_layers(model: "HookedMamba", layers: Iterable[int] | None) -> tuple[int, ...]:

@@ -21,15 +21,15 @@ receptive field, and the share of Σ|alpha| that lies beyond k tokens. Channels 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mambascope.analyses.kernels import row_of
-from mambascope.analyses.source import Source, finite, position_index, read, scan_layers
+from mambascope.analyses.source import Reading, Source, finite, position_index, read, scan_layers
 from mambascope.errors import InputError
+from mambascope.hooks.effective_path import channel_index
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -235,30 +235,27 @@ def reach(
         raise InputError(f"thresholds need 0 < local_below <= global_above, got {local_below} and {global_above}")
     reading = read(model, source)
     chosen, length = scan_layers(model, layers), reading.length
-    picked = channel_indices(model.cfg.d_inner, channels)
+    picked = channel_list(channels, model.cfg.d_inner)
     at = _queries(length, queries)
     lags = tuple(2**i for i in range(max(1, math.ceil(math.log2(max(length, 2))))))
     distances, masses = [], []
     for i in chosen:
-        each = [_measure(row_of(reading, i, t).alpha[:, picked], lags) for t in at]
+        each = [_measure(_row(reading, i, t, picked), lags) for t in at]
         distances.append(torch.stack([d for d, _ in each]).nanmean(0))
         masses.append(torch.stack([m for _, m in each]).nanmean(0))
     distance, beyond = torch.stack(distances).cpu(), torch.stack(masses).cpu()
     return Reach(chosen, tuple(picked), at, lags, distance, beyond, local_below, global_above)
 
 
-def channel_indices(width: int, channels: Sequence[int] | None) -> list[int]:
-    """Channels in Python's notation as numbers from 0 (None: all); InputError for none, or one outside."""
-    if channels is None:
-        return list(range(width))
-    found = []
-    for c in channels:
-        if isinstance(c, bool) or not isinstance(c, int) or not -width <= c < width:
-            raise InputError(f"channel {c!r} is outside the {width} inner channels ({-width}…{width - 1})")
-        found.append(c % width)
-    if not found:
-        raise InputError("the list of channels is empty; leave channels out to take all of them")
-    return found
+def _row(reading: Reading, layer: int, query: int, channels: list[int]) -> Float[Tensor, "S D"]:
+    weights = reading.cache.effective_kernel(layer, query, channels=channels).weights
+    return (weights[0] if reading.cache.has_batch_dim else weights)[: query + 1]
+
+
+def channel_list(channels: Any, width: int) -> list[int]:
+    """Channels (None: all; numbers in Python's notation, or a slice) as numbers from 0."""
+    index = channel_index(channels, width, torch.device("cpu"))
+    return list(range(width)) if index is None else index.tolist()
 
 
 def _queries(length: int, queries: Sequence[int] | None) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from mambascope.hooks.points import LAZY, hook_names, resolve_name, tail_of
 from mambascope.hooks.recorder import BlockRecord, CacheRecorder, Recording, compact, joined, select_names
 from mambascope.hooks.residual import ResidualMethods
 from mambascope.hooks.run import Anchors, compute_dtype
+from mambascope.hooks.shares import ShareMethods
 from mambascope.hooks.sites import Padding
 from mambascope.hooks.transformer_lens_bridge import LensMethods
 
@@ -73,7 +74,7 @@ class _Readable(Mapping[str, Any]):
         return len(self._cache.recording.names) + len(self._cache.recording.gradients)
 
 
-class MambaCache(EffectiveMethods, ResidualMethods, LensMethods, ActivationCache):
+class MambaCache(EffectiveMethods, ShareMethods, ResidualMethods, LensMethods, ActivationCache):
     """What ``run_with_cache`` returns; TransformerLens' ActivationCache for Mamba.
 
     ``cache["blocks.3.mixer.hook_delta"]``, ``cache["delta", 3]`` and ``cache["delta3"]`` are the same tensor.

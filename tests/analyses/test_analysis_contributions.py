@@ -155,8 +155,8 @@ def test_bad_input(random, ids: Tensor) -> None:
     [
         ("blocks.1.mixer.hook_y", "layer 1: a hook edited hook_h or hook_y"),
         ("blocks.1.mixer.hook_h", "layer 1: a hook edited hook_h or hook_y"),
-        ("blocks.1.mixer.hook_gated", "layer 1: hook_skip, hook_gated or hook_mixer_out was edited at position 74"),
-        ("blocks.1.hook_mixer_out", "layer 1: hook_skip, hook_gated or hook_mixer_out was edited"),
+        ("blocks.1.mixer.hook_gated", "layer 1: a hook edited hook_gated at position 74"),
+        ("blocks.1.hook_mixer_out", "layer 1: a hook edited hook_mixer_out at position 74"),
         ("blocks.2.hook_resid_pre", "edited the residual stream between two blocks"),
         ("ln_final.hook_normalized", "a hook edited ln_final.hook_normalized"),
     ],

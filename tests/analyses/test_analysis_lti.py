@@ -227,7 +227,7 @@ def test_bad_input(random, ids: Tensor) -> None:
         lti_view(random, ids, 0, selection=Selection(given.layers, -given.delta, given.B, given.C))
     with pytest.raises(InputError, match="has no layer 1; it has 0"):
         freezing_cost(random, ids, selection=mean_selection(random, ids, layers=[0]))
-    with pytest.raises(InputError, match="list of channels is empty"):
+    with pytest.raises(InputError, match="channels is empty: name at least one"):
         lti_view(random, ids, 0).figure([])
     model = random_model(4)
     reading = read(model, ids)

@@ -189,9 +189,9 @@ def test_bad_input(random, ids: Tensor) -> None:
         timescale_spectrum(random, ids, layers=[3])
     with pytest.raises(InputError, match="at least one layer"):
         timescale_spectrum(random, ids, layers=[])
-    with pytest.raises(InputError, match="list of channels is empty"):
+    with pytest.raises(InputError, match="channels is empty: name at least one"):
         reach(random, ids, channels=[])
-    with pytest.raises(InputError, match="channel 99 is outside the 32 inner channels"):
+    with pytest.raises(InputError, match="channel 99 is outside the layer's 32 channels"):
         reach(random, ids, channels=[99])
     with pytest.raises(InputError, match="query 75 is outside the text of 75 tokens"):
         reach(random, ids, queries=[75])
@@ -226,7 +226,7 @@ def test_a_layer_without_a_scan(ids: Tensor) -> None:
     model = random_model(4)
     reading = read(model, ids)
     model.blocks[1].mixer = torch.nn.Identity()
-    with pytest.raises(InputError, match="layer 1 has no selective scan: its mixer is Identity"):
+    with pytest.raises(InputError, match=r"layer 1 has no selective scan \(its mixer is Identity\)"):
         timescale_spectrum(model, reading, layers=[1])
     with pytest.raises(InputError, match="layer 1 has no selective scan"):
         reach(model, reading)

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mambascope.errors import LoadError
+from mambascope.errors import InputError, LoadError
+from mambascope.memory import human
 from mambascope.storage import read_tensors, write_bytes, write_tensors
 from mambascope.training.files import sync_folder
 
-__all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint"]
+__all__ = ["latest_checkpoint", "load_checkpoint", "require_room", "save_checkpoint"]
 
 _KEEP = 2
 
@@ -54,6 +55,19 @@ def save_checkpoint(
     for old in sorted(home.glob("step-*"))[:-_KEEP]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def require_room(out: Path, model: nn.Module) -> None:
+    """InputError, before anything is trained, where the disk cannot take the checkpoints: those that are kept, and
+    one in the making (weights and Adam's two moments each)."""
+    one = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
+    kept = len(list((out / "checkpoints").glob("step-*")))
+    need, free = one * max(1, _KEEP + 1 - kept), shutil.disk_usage(out).free
+    if need > free:
+        raise InputError(
+            f"the checkpoints need {human(need)} below {out}, where {human(free)} are free; "
+            "make room or give another --out"
+        )
 
 
 def latest_checkpoint(out: Path) -> Path | None:

@@ -33,8 +33,8 @@ class StepGraph:
         if self._batch is None:
             self._batch = Batch(batch.tokens.to(self._device), batch.targets.to(self._device))
         else:
-            self._batch.tokens.copy_(batch.tokens)
-            self._batch.targets.copy_(batch.targets)
+            self._batch.tokens.copy_(batch.tokens, non_blocking=True)
+            self._batch.targets.copy_(batch.targets, non_blocking=True)
         if self._calls < _WARMUP:
             self._calls += 1
             now = torch.cuda.current_stream(self._device)

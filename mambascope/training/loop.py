@@ -3,36 +3,36 @@
 For each step s: batch(s) -> loss -> gradient -> clip -> optimizer at lr(s). Everything that depends on chance is
 a function of (seed, s), so a run that was killed and resumed has the same losses as one that was not,
 on a CPU to the bit. Losses are read back once every ``log_every`` steps; a checkpoint is only written after
-all losses and gradient norms up to it were seen to be finite.
+all losses and gradient norms up to it were seen to be finite. In between nothing waits for the device.
 """
 
 import csv
+import errno
 import io
 import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from mambascope.errors import InputError, MambascopeError
 from mambascope.storage import write_bytes
-from mambascope.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from mambascope.training.checkpoint import latest_checkpoint, load_checkpoint, require_room, save_checkpoint
+from mambascope.training.feed import Feed
 from mambascope.training.files import only_writer
+from mambascope.training.floor import Floor
 from mambascope.training.graph import StepGraph
+from mambascope.training.head import answer_loss
 from mambascope.training.machine import machine
 from mambascope.training.recipe import TrainSettings, same_recipe
 from mambascope.training.sampler import Batch, Batches
 
-__all__ = ["TrainResult", "TrainingError", "answer_loss", "learning_rate", "make_optimizer", "train"]
-
-IGNORED = -100
+__all__ = ["TrainResult", "TrainingError", "learning_rate", "make_optimizer", "train"]
 
 
 class TrainingError(MambascopeError, RuntimeError):
@@ -47,16 +47,6 @@ class TrainResult:
     finished: bool
     rows: list[dict[str, float]] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
-
-
-def answer_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
-    """Mean cross-entropy in nats over the scored targets: all positions of a text, or only a task's answers.
-
-    loss = mean over targets != -100 of -log softmax(logits)[target], in float32.
-    """
-    keep, length = batch.targets.shape[1], batch.tokens.shape[1]
-    logits = model(batch.tokens, return_type="logits", logits_to_keep=None if keep == length else keep)  # B K V
-    return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED)
 
 
 def learning_rate(settings: TrainSettings, step: int) -> float:
@@ -95,22 +85,31 @@ def train(
     minutes: float | None = None,
     evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     loss: Callable[[nn.Module, Batch], Tensor] = answer_loss,
+    floor: Callable[[], Floor] | None = None,
     report: Callable[[str], None] = print,
+    progress: Callable[[int], None] | None = None,
 ) -> TrainResult:
     """Train ``model`` in place on its own device, with checkpoints, ``curve.csv`` and ``curve.json`` in ``out``.
 
     ``recipe`` is kept beside the checkpoints and compared on resume. ``minutes`` stops early, at a checkpoint from
     which ``resume`` goes on. ``evaluate`` is called without gradients every ``evaluate_every`` steps and at the end.
-    Raises InputError (another recipe or trainer owns ``out``, or it holds a run and ``resume`` is
-    off) and TrainingError (a loss or gradient that is not finite: the step is named, the last good checkpoint stays).
+    ``floor`` measures how fast a step could be (:mod:`mambascope.training.floor`); log lines then say the share of it.
+    ``progress`` is told the number of steps done, for a bar.
+    Raises InputError (another recipe or trainer owns ``out``, it holds a run and ``resume`` is off, or the disk has no
+    room for the checkpoints) and TrainingError (a loss or gradient that is not finite, a disk that fills up: the step
+    is named, the last good checkpoint stays).
     """
     out = Path(out)
-    with only_writer(out):
-        run = _Run(model, batches, settings, out, recipe, loss, report)
+    with only_writer(out), _Run(model, batches, settings, out, recipe, loss, report) as run:
         run.begin(resume)
+        if floor is not None and run.result.step < settings.steps:
+            run.floor = floor()
+            report(str(run.floor))
         deadline = math.inf if minutes is None else time.perf_counter() + 60 * minutes
         while run.result.step < settings.steps:
             run.interval()
+            if progress is not None:
+                progress(run.result.step)
             step, last = run.result.step, run.result.step == settings.steps
             late = time.perf_counter() > deadline
             if evaluate is not None and (last or step % settings.evaluate_every == 0):
@@ -137,7 +136,7 @@ class _Run:
         loss: Callable[[nn.Module, Batch], Tensor],
         report: Callable[[str], None],
     ) -> None:
-        self.model, self.batches, self.settings, self.out = model, batches, settings, out
+        self.model, self.settings, self.out = model, settings, out
         self.recipe, self.loss, self.report = recipe, loss, report
         self.device = next(model.parameters()).device
         self.optimizer = make_optimizer(model, settings)
@@ -145,7 +144,15 @@ class _Run:
         self.autocast = self.device.type == "cuda" and settings.precision == "bf16"
         record = settings.cuda_graph and self.device.type == "cuda"
         self.graph = StepGraph(self.update, self.device) if record else None
+        self.feed = Feed(batches, getattr(getattr(model, "cfg", None), "n_tokens", None), self.device, settings.steps)
+        self.floor: Floor | None = None
         self.seconds = 0.0
+
+    def __enter__(self) -> "_Run":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.feed.close()
 
     def begin(self, resume: bool) -> None:
         newest = latest_checkpoint(self.out)
@@ -161,6 +168,8 @@ class _Run:
             self.report(f"resumed at step {self.result.step:,} of {self.settings.steps:,}")
         elif resume:
             self.report(f"{self.out} holds no checkpoint yet: starting at step 0")
+        if self.result.step < self.settings.steps:
+            require_room(self.out, self.model)
         arithmetic = "bfloat16 autocast" if self.autocast else "float32"
         arithmetic += ", one CUDA graph a step" if self.graph is not None else ""
         count = sum(parameter.numel() for parameter in self.model.parameters())
@@ -197,9 +206,10 @@ class _Run:
         }
         self.result.rows.append(row)
         left = (settings.steps - last) * settings.batch * settings.length / rate
+        share = "" if self.floor is None else f" ({rate / self.floor.tokens_per_second:.0%} of the floor)"
         self.report(
             f"step {last:,}/{settings.steps:,}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
-            f"norm {row['grad_norm']:.2f}  {rate:,.0f} tokens/s  {self.seconds:.0f} s, {left:.0f} s left"
+            f"norm {row['grad_norm']:.2f}  {rate:,.0f} tokens/s{share}  {self.seconds:.0f} s, {left:.0f} s left"
         )
 
     def step(self, step: int) -> tuple[Tensor, Tensor]:
@@ -210,7 +220,7 @@ class _Run:
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
-        return (self.graph or self.update)(self.batches(step))
+        return (self.graph or self.update)(self.feed(step))
 
     def update(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Loss, gradient, clip, optimizer. Tokens stay where they are: the model checks them on the host, unwaited."""
@@ -234,10 +244,21 @@ class _Run:
         result = self.result
         curve = {"rows": result.rows, "evaluations": result.evaluations}
         progress = {"recipe": self.recipe, "seconds": self.seconds, "machine": machine(self.device), **curve}
-        save_checkpoint(self.out, result.step, self.model, self.optimizer, progress)
+        if self.floor is not None:
+            progress["floor"] = {**asdict(self.floor), "tokens_per_second": self.floor.tokens_per_second}
         table = io.StringIO()
         writer = csv.DictWriter(table, list(result.rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(result.rows)
-        write_bytes(self.out / "curve.csv", table.getvalue().encode())
-        write_bytes(self.out / "curve.json", json.dumps(curve).encode())
+        try:
+            save_checkpoint(self.out, result.step, self.model, self.optimizer, progress)
+            write_bytes(self.out / "curve.csv", table.getvalue().encode())
+            write_bytes(self.out / "curve.json", json.dumps(curve).encode())
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            newest = latest_checkpoint(self.out)
+            raise TrainingError(
+                f"step {result.step}: {self.out} could not be written: {error.strerror}; stopped. The last good "
+                f"checkpoint is {newest.name if newest else 'none yet'}; make room and go on with --resume"
+            ) from None

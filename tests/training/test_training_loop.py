@@ -15,7 +15,8 @@ import torch
 
 from mambascope.errors import InputError, LoadError
 from mambascope.training.checkpoint import latest_checkpoint, load_checkpoint
-from mambascope.training.loop import TrainingError, answer_loss, learning_rate, make_optimizer, train
+from mambascope.training.head import answer_loss
+from mambascope.training.loop import TrainingError, learning_rate, make_optimizer, train
 from mambascope.training.recipe import TrainSettings
 from mambascope.training.sampler import Batch
 

@@ -1,0 +1,127 @@
+"""Training throughput of a recipe on this machine, as a share of its floor (matrix products + scans at measured rates).
+
+    python -m tests.bench.bench_training [--model lm-mini-v2] [--steps N] [--device cuda] [--profile] [--set KEY=VALUE]
+
+Random tokens stand for the text: no data is needed, and the arithmetic is the same. Rows: the step as it is launched
+from Python, and as one recorded CUDA graph; each with the chunked head, the eager one also with whole logits. First
+the gate: both heads give the same loss and gradients.
+"""
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambascope.training.build import build_model
+from mambascope.training.command import recipe_for
+from mambascope.training.floor import Floor, measure_floor
+from mambascope.training.head import IGNORED, answer_loss
+from mambascope.training.loop import _Run
+from mambascope.training.machine import machine
+from mambascope.training.recipe import Recipe, TrainSettings
+from mambascope.training.sampler import Batch
+
+
+def whole_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss by the shortest way: all logits at once."""
+    logits = model(batch.tokens, return_type="logits")  # B L V
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED)
+
+
+def gate(recipe: Recipe, device: str, source: Callable[[int], Batch]) -> float:
+    """Largest relative difference of a gradient between the two heads on four rows."""
+    model, batch = build_model(recipe, device), source(0)
+    few = Batch(batch.tokens[:4], batch.targets[:4].to(device))
+    gradients = []
+    for loss in (answer_loss, whole_logits):
+        model.zero_grad()
+        bf16 = device.startswith("cuda") and recipe.train.precision == "bf16"
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+            value = loss(model, few)
+        value.backward()
+        gradients.append([value.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(*gradients, strict=True))
+
+
+def run(
+    recipe: Recipe, settings: TrainSettings, device: str, source: Callable[[int], Batch], loss: Callable, steps: int
+) -> tuple[_Run, float]:
+    """Milliseconds a step, after warming up."""
+    trainer = _Run(build_model(recipe, device), source, settings, None, {}, loss, print)  # type: ignore[arg-type]
+    sync = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    for step in range(6 if device.startswith("cuda") else 1):
+        trainer.step(step)
+    sync()
+    start = time.perf_counter()
+    for step in range(6, 6 + steps):
+        trainer.step(step)
+    sync()
+    return trainer, 1e3 * (time.perf_counter() - start) / steps
+
+
+def profile(trainer: _Run, rows: int = 32) -> None:
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as watch
+
+    with watch(activities=[ProfilerActivity.CUDA]) as watched:
+        for step in range(100, 103):
+            trainer.step(step)
+        torch.cuda.synchronize()
+    table = sorted(watched.key_averages(), key=lambda e: -e.device_time_total)[:rows]
+    print(f"{'kernel':<90} {'calls/step':>10} {'ms/step':>9}")
+    for event in table:
+        print(f"{event.key[:90]:<90} {event.count / 3:>10.1f} {event.device_time_total / 3e3:>9.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="lm-mini-v2")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--profile", action="store_true", help="kernels of a step, by time")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
+    args = parser.parse_args()
+    recipe = recipe_for(args.model, args.set)
+    train, on_gpu = recipe.train, args.device.startswith("cuda")
+
+    def source(step: int) -> Batch:
+        generator = torch.Generator().manual_seed(step)
+        rows = torch.randint(recipe.model.n_tokens, (train.batch, train.length + 1), generator=generator)
+        return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+
+    about = machine(args.device)
+    count = sum(p.numel() for p in build_model(recipe).parameters())
+    print(f"{recipe.name}: {count:,} parameters, {train.batch} x {train.length} tokens a step, {about}")
+    print(f"gate: largest relative difference of a gradient between the heads {gate(recipe, args.device, source):.1e}")
+    dtype = torch.bfloat16 if on_gpu and train.precision == "bf16" else torch.float32
+    floor: Floor = measure_floor(build_model(recipe, args.device), train.batch, train.length, dtype=dtype)
+    print(floor)
+    rows = []
+    for name, graph, loss in (
+        ("eager, whole logits", False, whole_logits),
+        ("eager, chunked head", False, answer_loss),
+        ("graph, chunked head", True, answer_loss),
+    ):
+        if graph and not on_gpu:
+            continue
+        settings = dataclasses.replace(train, cuda_graph=graph)
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        trainer, ms = run(recipe, settings, args.device, source, loss, args.steps)
+        peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0
+        rows.append((name, ms, 1e3 * floor.tokens / ms, 1e3 * floor.seconds / ms, peak))
+        if args.profile and on_gpu and loss is answer_loss and not graph:
+            profile(trainer)
+        trainer.feed.close()
+        del trainer
+    print(f"{'step':<24} {'ms':>9} {'tokens/s':>12} {'of the floor':>13} {'peak GB':>8}")
+    for name, ms, rate, share, peak in rows:
+        print(f"{name:<24} {ms:>9.2f} {rate:>12,.0f} {share:>13.1%} {peak:>8.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -10,19 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from mambascope.analyses.tasks import induction
+from mambascope.analyses.tasks import evaluate as evaluate_task
 from mambascope.errors import InputError, LoadError
 from mambascope.storage import write_bytes
 from mambascope.training.data import TokenFile, find_file, read_documents, sha256, train_tokenizer, write_tokens
 from mambascope.training.evaluate import held_out_losses
+from mambascope.training.floor import measure_floor
 from mambascope.training.loop import TrainResult, train
+from mambascope.training.metrics import inside_metrics, state_metrics
 from mambascope.training.recipe import Recipe, TextData
-from mambascope.training.sampler import Batch, Batches, TextStream, WindowSampler
+from mambascope.training.sampler import Batches, TextStream, WindowSampler
+from mambascope.training.task_batches import TaskBatches, last_only
 
 if TYPE_CHECKING:
     from mambascope.model import HookedMamba
 
-__all__ = ["PreparedText", "build_model", "induction_batches", "prepare_text", "train_recipe"]
+__all__ = ["PreparedText", "build_model", "prepare_text", "train_recipe"]
 
 _MARK = "prepared.json"
 _HELD_OUT_WINDOWS = 64
@@ -108,19 +111,6 @@ def build_model(recipe: Recipe, device: str | torch.device = "cpu") -> "HookedMa
     return HookedMamba(recipe.model).to(device)
 
 
-def induction_batches(recipe: Recipe) -> Batches:
-    """Fresh induction sequences every step; only the answer after the last token is scored."""
-    settings = recipe.train
-
-    def batch(step: int) -> Batch:
-        tokens, answers = induction.sequences(
-            settings.batch, settings.length, vocabulary=recipe.model.d_vocab, seed=(recipe.seed, 0, step)
-        )
-        return Batch(tokens, answers[:, None])
-
-    return batch
-
-
 def train_recipe(
     recipe: Recipe,
     out: str | Path,
@@ -129,18 +119,35 @@ def train_recipe(
     device: str | torch.device = "cpu",
     resume: bool = False,
     minutes: float | None = None,
+    floor: bool | None = None,
     report: Callable[[str], None] = print,
+    progress: Callable[[int], None] | None = None,
 ) -> tuple["HookedMamba", TrainResult]:
     """Train a recipe into ``out`` (see :func:`mambascope.training.loop.train`); ``data``: folders with its text files.
 
     A text recipe leaves its tokenizer as ``out/tokenizer.json`` and the epochs of each source in ``out/epochs.json``.
+    ``floor``: measure first how fast a step could be (None: on a GPU).
     """
     out = Path(out)
     batches, evaluate = _text(recipe, out, data, report) if recipe.text is not None else _task(recipe)
     model = build_model(recipe, device)
-    settings, record = recipe.train, recipe.to_dict()
+    settings, on_gpu = recipe.train, model.device.type == "cuda"
+    scored = batches(0).targets.shape[1]
+    dtype = torch.bfloat16 if on_gpu and settings.precision == "bf16" else torch.float32
     result = train(
-        model, batches, settings, out, recipe=record, resume=resume, minutes=minutes, evaluate=evaluate, report=report
+        model,
+        batches,
+        settings,
+        out,
+        recipe=recipe.to_dict(),
+        resume=resume,
+        minutes=minutes,
+        evaluate=evaluate,
+        floor=(lambda: measure_floor(model, settings.batch, settings.length, scored=scored, dtype=dtype))
+        if (on_gpu if floor is None else floor)
+        else None,
+        report=report,
+        progress=progress,
     )
     return model, result
 
@@ -172,21 +179,31 @@ def _text(
     write_bytes(out / "epochs.json", json.dumps(record, indent=1).encode("utf-8"))
     report("epochs: " + ", ".join(f"{name} {count:.2f}" for name, count in sampler.epochs().items()))
     losses = held_out_losses(held, length=settings.length, windows=_HELD_OUT_WINDOWS, batch=settings.batch)
-    return sampler, losses
+    inside = inside_metrics(held)
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        return losses(model) | inside(model)
+
+    return (last_only(sampler) if settings.loss == "last" else sampler), evaluate
 
 
 def _task(recipe: Recipe) -> tuple[Batches, Callable[[nn.Module], dict[str, float]]]:
-    task = recipe.task
-    assert task is not None
+    data, settings = recipe.task, recipe.train
+    assert data is not None
+    task = data.make()
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         values: dict[str, float] = {}
-        for length in task.evaluate_lengths:
+        for length in data.evaluate_lengths or (settings.length,):
             # seed: fresh every time would hide progress; fixed, and apart from training's
-            result = induction.evaluate(
-                model, length, task.evaluate_sequences, vocabulary=recipe.model.d_vocab, seed=recipe.seed + 1_000_003
-            )
-            values |= {f"errors_{length}": float(result.errors), f"loss_{length}": result.loss}
-        return values
+            score = evaluate_task(task, model, length, data.evaluate_sequences, seed=recipe.seed + 1_000_003)
+            values |= {
+                f"errors_{length}": float(score.errors),
+                f"accuracy_{length}": score.accuracy,
+                f"loss_{length}": score.loss,
+                f"best_loss_{length}": score.best_loss,
+            }
+        probe = task.sample((recipe.seed, 2), 8, settings.length)
+        return values | state_metrics(model, probe.tokens)
 
-    return induction_batches(recipe), evaluate
+    return TaskBatches(task, settings, recipe.seed), evaluate

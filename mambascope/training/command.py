@@ -63,14 +63,24 @@ def _prepare(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     import torch
 
+    from mambascope.training.bar import training_bar
     from mambascope.training.build import train_recipe
     from mambascope.training.export import export_model
 
     recipe = recipe_for(arguments.model, arguments.set)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _, result = train_recipe(
-        recipe, arguments.out, data=arguments.data, device=device, resume=arguments.resume, minutes=arguments.minutes
-    )
+    with training_bar(recipe.train.steps) as (report, progress):
+        _, result = train_recipe(
+            recipe,
+            arguments.out,
+            data=arguments.data,
+            device=device,
+            resume=arguments.resume,
+            minutes=arguments.minutes,
+            floor=True if arguments.floor else None,
+            report=report,
+            progress=progress,
+        )
     if result.finished:
         folder = export_model(arguments.out, arguments.out / "model")
         print(f"finished; the model is in {folder}. Measure it with: evaluate {recipe.name} --folder {folder}")
@@ -83,14 +93,14 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from mambascope.training.export import evaluate_induction, evaluate_text
+    from mambascope.training.export import evaluate_task, evaluate_text
 
     folder = arguments.folder or zoo.model_folder(arguments.model)
     task = zoo.task_of(folder)
     if task is None:
         values = evaluate_text(folder, arguments.data, device=arguments.device, write=not arguments.dry)
-    elif task == "induction":
-        values = evaluate_induction(
+    else:
+        values = evaluate_task(
             folder,
             arguments.lengths,
             arguments.sequences,
@@ -98,8 +108,6 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             device=arguments.device,
             write=not arguments.dry,
         )
-    else:
-        raise InputError(f"{folder} was trained on the task {task!r}, which has no evaluation here")
     print(
         "written to the card" if not arguments.dry else "not written (--dry)", "of", folder, f"({len(values)} values)"
     )
@@ -136,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     train.add_argument("--device", help="cuda, cpu, …; the GPU if there is one")
+    train.add_argument("--floor", action="store_true", help="measure how fast a step could be, on a CPU too")
     train.add_argument("--minutes", type=float, help="stop at a checkpoint after this time")
     export = command("export", _export, "write the newest checkpoint as a model folder with its card")
     export.add_argument("--out", type=Path, required=True, help="the training's folder")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mambascope.analyses.tasks import induction
+from mambascope.analyses.tasks import evaluate
 from mambascope.errors import InputError, LoadError
 from mambascope.training.build import build_model
 from mambascope.training.checkpoint import latest_checkpoint, load_checkpoint
@@ -15,11 +15,14 @@ from mambascope.training.data import SEPARATOR, find_file, read_text, sha256
 from mambascope.training.evaluate import bits_per_byte
 from mambascope.training.machine import machine
 from mambascope.training.recipe import Recipe
-from mambascope.zoo.card import add_evaluation, write_card
+from mambascope.zoo.card import add_evaluation, read_card, write_card
 
-__all__ = ["evaluate_induction", "evaluate_text", "export_model"]
+__all__ = ["evaluate_task", "evaluate_text", "export_model"]
 
 HELD_OUT = "wikitext-2/valid.txt.xz"
+
+EVALUATION_NAMES = {"induction": "Induction heads"}
+"""Headings in a card, where the task's name alone is not one."""
 
 
 def export_model(out: str | Path, to: str | Path) -> Path:
@@ -144,7 +147,7 @@ def evaluate_text(
     return values
 
 
-def evaluate_induction(
+def evaluate_task(
     folder: str | Path,
     lengths: Sequence[int],
     counts: Sequence[int],
@@ -154,29 +157,39 @@ def evaluate_induction(
     write: bool = True,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Errors on fresh induction sequences of each length (``counts``: one number, or one a length); into the card."""
+    """Errors on fresh rows, at each length, of the task that the model was trained on (``counts``: one number, or one a
+    length); into the card, with the lengths beyond the trained one flagged."""
+    data = Recipe.from_dict(read_card(Path(folder))["recipe"], where=f"{folder}/card.json")
+    if data.task is None:
+        raise InputError(f"{folder} was trained on text, not on a task")
+    task = data.task.make()
     if len(counts) not in (1, len(lengths)):
         raise InputError(f"--sequences wants one number or {len(lengths)} (one a length), got {len(counts)}")
     model = _open(Path(folder), device)
     rows: list[dict[str, Any]] = []
     for index, length in enumerate(lengths):
         count = counts[index] if len(counts) > 1 else counts[0]
-        result = induction.evaluate(model, length, count, vocabulary=model.cfg.d_vocab, seed=seed)
+        result = evaluate(task, model, length, count, seed=seed, trained_length=data.train.length)
         low, _ = result.interval
         row = {
             "length": length,
+            "beyond_training": "yes" if result.beyond_training else "no",
             "sequences": count,
+            "targets": result.targets,
             "errors": result.errors,
+            "accuracy": result.accuracy,
             "accuracy_at_least": low,
             "loss_in_nats": result.loss,
+            "best_possible": result.best_loss,
         }
         rows.append(row)
+        beyond = ", beyond the trained length" if result.beyond_training else ""
         report(
-            f"length {length:>9,}: {result.errors} errors in {count:,}  "
-            f"(accuracy >= {low:.4f} at 95 %, loss {result.loss:.2e})"
+            f"length {length:>9,}: {result.errors} errors in {result.targets:,}  (accuracy >= {low:.4f} at 95 %, "
+            f"loss {result.loss:.2e}, best possible {result.best_loss:.2e}{beyond})"
         )
     command = f"python -m mambascope.zoo evaluate {Path(folder).name} --lengths … --sequences … --seed {seed}"
     values = {"seed": seed, "command": command, **machine(model.device), "rows": rows}
     if write:
-        add_evaluation(Path(folder), "Induction heads", values)
+        add_evaluation(Path(folder), EVALUATION_NAMES.get(task.name, f"Task {task.name}"), values)
     return values

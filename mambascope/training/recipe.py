@@ -6,10 +6,13 @@ import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from mambascope.config import MambaConfig
-from mambascope.errors import ConfigError, InputError, LoadError, nearest
+from mambascope.errors import ConfigError, InputError, LoadError, UnknownNameError, nearest
+
+if TYPE_CHECKING:
+    from mambascope.analyses.tasks import Task
 
 __all__ = ["Recipe", "Source", "TaskData", "TextData", "TrainSettings", "load_recipe", "same_recipe"]
 
@@ -43,11 +46,19 @@ class TextData:
 
 @dataclass(frozen=True)
 class TaskData:
-    """A generated task: its name below ``mambascope.analyses.tasks`` and the lengths that evaluation looks at."""
+    """A generated task: its name in ``mambascope.analyses.tasks``, its ``options`` (fields of that task; the rest keeps
+    its defaults), and the lengths that evaluation looks at, on ``evaluate_sequences`` rows each."""
 
-    name: Literal["induction"]
-    evaluate_lengths: tuple[int, ...] = (256, 1024, 4096)
+    name: str
+    evaluate_lengths: tuple[int, ...] = ()  # none: the length trained on
     evaluate_sequences: int = 200
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def make(self) -> "Task":
+        """The task; UnknownNameError for the name, ConfigError for an option that it does not have."""
+        from mambascope.analyses.tasks import task_type
+
+        return _build(task_type(self.name), self.options, f"task {self.name!r}, [task.options]")
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,9 @@ class TrainSettings:
     """How to train. ``batch`` rows of ``length`` tokens for ``steps`` steps; ``lr`` is the peak of a linear warmup
     (``warmup`` steps) followed by a constant or by half a cosine down to ``lr_floor * lr``. ``clip`` bounds the
     gradient's norm (0: none). ``precision`` "bf16" is autocast on CUDA; a CPU trains in float32 either way.
-    ``cuda_graph`` records the step once on a GPU, for models whose kernels are shorter than their launches."""
+    ``cuda_graph`` records the step once on a GPU, for models whose kernels are shorter than their launches.
+    ``loss`` is taken over what the data asks for ("asked": every token of a text, a task's answers), over every next
+    token as well ("all"), or over the last position alone ("last")."""
 
     steps: int
     batch: int
@@ -69,6 +82,7 @@ class TrainSettings:
     warmup: int = 0
     lr_floor: float = 0.0
     clip: float = 1.0
+    loss: Literal["asked", "all", "last"] = "asked"
     precision: Literal["fp32", "bf16"] = "fp32"
     cuda_graph: bool = False
     log_every: int = 20
@@ -114,6 +128,21 @@ class Recipe:
             raise ConfigError(f"text.vocabulary = {self.text.vocabulary} but model.d_vocab = {self.model.d_vocab}")
         if self.text is not None and not 0 <= self.text.held_out < 0.5:
             raise ConfigError(f"text.held_out must be in 0 … 0.5, got {self.text.held_out}")
+        if self.task is not None:
+            self._check_task(self.task)
+
+    def _check_task(self, data: TaskData) -> None:
+        if data.evaluate_sequences < 1:
+            raise ConfigError(f"task.evaluate_sequences must be at least 1, got {data.evaluate_sequences}")
+        try:
+            task = data.make()
+            for length in (self.train.length, *data.evaluate_lengths):
+                task.check(length)
+            task.fits(self.model.n_tokens)
+            if self.train.loss == "last" and not task.sample(0, 64, self.train.length).mask[:, -1].all():
+                raise InputError("train.loss = 'last', but not every row asks for its last position")
+        except (InputError, UnknownNameError) as error:
+            raise ConfigError(f"recipe {self.name!r}, [task]: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -230,6 +259,10 @@ def _value(annotation: Any, value: Any, where: str) -> Any:
         if value not in inner:
             raise ConfigError(f"{where} must be one of {', '.join(map(repr, inner))}, got {value!r}")
         return value
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where} must be a table, got {value!r}")
+        return dict(value)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ConfigError(f"{where} must be a list, got {value!r}")

@@ -1,9 +1,11 @@
 """The trainer on a stand-in model: it learns, resumes to the bit, survives a kill, stops at NaN."""
 
 import csv
+import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ import torch
 
 from mambascope.errors import InputError, LoadError
 from mambascope.training.checkpoint import latest_checkpoint, load_checkpoint
+from mambascope.training.floor import Floor
 from mambascope.training.head import answer_loss
 from mambascope.training.loop import TrainingError, learning_rate, make_optimizer, train
 from mambascope.training.recipe import TrainSettings
@@ -130,6 +133,52 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tiny, tmp_path):
     train(straight, counting, settings(), tmp_path / "b", recipe={}, report=quiet)
     train(model, counting, settings(), tmp_path, recipe={}, report=quiet, resume=True)
     assert same(straight, model)
+
+
+def test_a_full_disk_stops_and_keeps_the_last_good_checkpoint(tiny, tmp_path, monkeypatch):
+    """Writes fail from the second checkpoint on, as on a disk that has filled up."""
+    real, count = os.fsync, 0
+
+    def full(descriptor):
+        nonlocal count
+        count += 1
+        if count > 9:  # one checkpoint with its curves is seven
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        TrainingError, match=r"step 16: .* No space left on device; .*checkpoint is step-00000008; make"
+    ):
+        train(tiny(), counting, settings(), tmp_path, recipe={}, report=quiet)
+    monkeypatch.undo()
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000008"]
+    straight, model = tiny(), tiny()
+    train(straight, counting, settings(), tmp_path / "b", recipe={}, report=quiet)
+    train(model, counting, settings(), tmp_path, recipe={}, report=quiet, resume=True)
+    assert same(straight, model)
+
+
+def test_a_disk_without_room_is_refused_before_the_first_step(tiny, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(InputError, match=r"checkpoints need \d.* below .*, where 1.0 KB are free; make room"):
+        train(tiny(), counting, settings(), tmp_path, recipe={}, report=quiet)
+
+
+def test_progress_and_floor_are_told(tiny, tmp_path):
+    lines, steps = [], []
+    floor = Floor(products=1e-9, scans=0.0, tokens=32)
+    train(
+        tiny(), counting, settings(steps=12), tmp_path, recipe={}, report=lines.append, progress=steps.append,
+        floor=lambda: floor,
+    )  # fmt: skip
+    assert steps == [4, 8, 12]
+    assert str(floor) in lines
+    assert any("% of the floor)" in line for line in lines)
+    newest = latest_checkpoint(tmp_path)
+    assert newest is not None
+    assert json.loads((newest / "progress.json").read_text())["floor"]["products"] == 1e-9
 
 
 def test_who_may_write(tiny, tmp_path):

@@ -2,18 +2,20 @@
 
 import json
 import lzma
+import math
 import random
 
 import pytest
 import torch
 
-from mambascope.analyses.tasks import induction
+from mambascope.analyses.tasks import InductionHeads, evaluate
 from mambascope.errors import InputError
 from mambascope.loading import load
 from mambascope.training.build import train_recipe
 from mambascope.training.command import main, recipe_for
 from mambascope.training.recipe import load_recipe
 from mambascope.training.sampler import Batch
+from mambascope.training.task_batches import TaskBatches
 from mambascope.zoo.card import read_card
 
 RECIPE = """
@@ -83,7 +85,9 @@ def test_training_stops_resumes_and_learns(home, tmp_path):
     whole, straight = train_recipe(recipe, tmp_path / "a", data=[home], report=quiet)
     assert straight.finished
     assert straight.rows[-1]["loss"] < straight.rows[0]["loss"] - 0.5
-    assert set(straight.evaluations[-1]) == {"step", "fox", "sum"}
+    watched = {"induction_first", "induction_second", "induction_gain", "prefix_matching", "in_context"}
+    assert set(straight.evaluations[-1]) == {"step", "fox", "sum", "state_norm_0", "state_norm_1"} | watched
+    assert all(math.isfinite(value) for value in straight.evaluations[-1].values())
     stopped = train_recipe(recipe, tmp_path / "b", data=[home], report=quiet, minutes=0.0)[1]
     assert stopped.step == 5
     again, resumed = train_recipe(recipe, tmp_path / "b", data=[home], report=quiet, resume=True)
@@ -141,21 +145,21 @@ def test_induction_recipe_trains_through_the_command_line(tmp_path, capsys):
     rows = read_card(out / "model")["evaluations"]["Induction heads"]["rows"]
     assert [(row["length"], row["sequences"]) for row in rows] == [(16, 30), (40, 10)]
     model = load(folder)
-    assert rows[0]["errors"] == induction.evaluate(model, 16, 30, seed=1).errors
+    assert rows[0]["errors"] == evaluate(InductionHeads(), model, 16, 30, seed=1).errors
+    assert [row["beyond_training"] for row in rows] == ["no", "yes"]
     assert main(["evaluate", "induction-2l", "--folder", folder, "--lengths", "16", "--sequences", "3", "4"]) == 1
     assert "--sequences wants one number or 1" in capsys.readouterr().err
 
 
 def test_the_answer_is_what_is_scored():
     recipe = recipe_for("induction-2l", ["train.length=12"])
-    from mambascope.training.build import induction_batches
-
-    batch: Batch = induction_batches(recipe)(7)
+    batches = TaskBatches(recipe.task.make(), recipe.train, recipe.seed)  # type: ignore[union-attr]
+    batch: Batch = batches(7)
     assert batch.tokens.shape == (64, 12)
     assert batch.targets.shape == (64, 1)
     first = (batch.tokens == 15).int().argmax(1)
     assert torch.equal(batch.tokens[torch.arange(64), first + 1], batch.targets[:, 0])
-    assert torch.equal(batch.tokens, induction_batches(recipe)(7).tokens)
+    assert torch.equal(batch.tokens, batches(7).tokens)
 
 
 def test_command_line_errors(tmp_path, capsys):

@@ -4,11 +4,15 @@ import copy
 import tomllib
 
 import pytest
+import torch
 
 from mambascope import zoo
+from mambascope.analyses.tasks import make_task
 from mambascope.errors import ConfigError, InputError, LoadError, UnknownNameError
 from mambascope.loading.names import count_parameters
-from mambascope.training.recipe import Recipe, load_recipe, same_recipe
+from mambascope.training.recipe import Recipe, TrainSettings, load_recipe, same_recipe
+from mambascope.training.sampler import Batch
+from mambascope.training.task_batches import TaskBatches, last_only
 
 
 @pytest.fixture
@@ -60,6 +64,72 @@ def test_contradictions_and_missing_parts(values):
     del values["train"]["steps"]
     with pytest.raises(ConfigError, match=r"\[train\] lacks steps"):
         Recipe.from_dict(values)
+
+
+@pytest.fixture
+def task_values():
+    values = tomllib.loads(zoo.recipe_path("induction-2l").read_text())
+    values["task"] = {"name": "recall", "evaluate_lengths": [64, 128], "options": {"pairs": 4, "vocabulary": 16}}
+    return values
+
+
+def test_a_recipe_names_any_task_and_its_options(task_values):
+    recipe = Recipe.from_dict(task_values)
+    assert recipe.task is not None
+    assert recipe.task.make() == make_task("recall", pairs=4, vocabulary=16)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("task", "name", "recal", r"there is no task 'recal', did you mean 'recall'"),
+        ("task", "options", {"pair": 4}, r"\[task.options\]: unknown key 'pair', did you mean 'pairs'"),
+        ("task", "options", {"pairs": "4"}, r"\[task.options\]: pairs must be int, got '4'"),
+        ("task", "options", {"pairs": 9, "vocabulary": 16}, r"9 pairs need as many keys"),
+        ("task", "options", 3, r"options must be a table, got 3"),
+        ("task", "options", {"vocabulary": 64}, r"task 'recall' uses 64 token ids; the model knows only 16"),
+        ("task", "evaluate_lengths", [8], r"task 'recall' at length 8: 4 pairs and their queries need a length ≥ 16"),
+        ("task", "evaluate_sequences", 0, r"evaluate_sequences must be at least 1"),
+        ("train", "length", 8, r"'recall' at length 8"),
+        ("train", "loss", "last", r"train.loss = 'last', but not every row asks for its last position"),
+        ("train", "loss", "first", r"loss must be one of 'asked', 'all', 'last'"),
+    ],
+)
+def test_tasks_that_do_not_fit_are_named(task_values, section, key, value, message):
+    task_values[section][key] = value
+    with pytest.raises(ConfigError, match=message):
+        Recipe.from_dict(task_values)
+
+
+def test_which_tokens_the_loss_is_taken_over(task_values):
+    task = make_task("recall", pairs=4, vocabulary=16)
+    batches = {}
+    for loss in ("asked", "all"):
+        task_values["train"]["loss"] = loss
+        recipe = Recipe.from_dict(task_values)
+        batches[loss] = TaskBatches(task, recipe.train, recipe.seed)(70)
+    asked, every = batches["asked"], batches["all"]
+    assert torch.equal(asked.tokens, every.tokens)
+    assert asked.targets.shape == (64, 256 - 8)
+    assert ((asked.targets != -100).sum(1) == 4).all()
+    assert (every.targets[:, :-1] != -100).all()
+    scored = asked.targets != -100
+    assert torch.equal(every.targets[:, 8:][scored], asked.targets[scored])
+    assert torch.equal(every.targets[:, :7], asked.tokens[:, 1:8])
+    one = last_only(lambda step: Batch(asked.tokens, every.targets))(0)
+    assert torch.equal(one.targets, every.targets[:, -1:])
+
+
+def test_task_batches_are_a_function_of_the_step():
+    task, settings = make_task("parity"), TrainSettings(steps=200, batch=3, length=9, lr=1.0)
+    straight = TaskBatches(task, settings, 5)
+    rows = [straight(step).tokens for step in range(70)]
+    other = TaskBatches(task, settings, 5)
+    for step in (69, 3, 64, 0):
+        assert torch.equal(other(step).tokens, rows[step])
+    assert len({tuple(row.flatten().tolist()) for row in rows}) > 65
+    assert not torch.equal(TaskBatches(task, settings, 6)(0).tokens, rows[0])
 
 
 def test_files_that_are_no_recipe(tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 import mambascope as ms
 from mambascope import zoo
-from mambascope.analyses.tasks import induction
+from mambascope.analyses.tasks import InductionHeads, evaluate
 from mambascope.training.recipe import Recipe, load_recipe
 
 MODELS = ("lm-mini", "induction-2l")
@@ -48,11 +48,11 @@ def test_lm_mini_predicts_english() -> None:
 @pytest.mark.parametrize(("length", "count"), [(64, 100), (333, 50), (2048, 10)])
 def test_induction_2l_makes_no_error(length: int, count: int) -> None:
     model = ms.load("induction-2l", device="cpu")
-    assert induction.evaluate(model, length, count, seed=5).errors == 0
+    assert evaluate(InductionHeads(), model, length, count, seed=5).errors == 0
 
 
 @torch.no_grad()
 def test_an_untrained_model_of_that_shape_is_at_chance() -> None:
     torch.manual_seed(0)
     model = ms.HookedMamba(load_recipe(zoo.recipe_path("induction-2l")).model)
-    assert induction.evaluate(model, 64, 200, seed=5).errors > 150
+    assert evaluate(InductionHeads(), model, 64, 200, seed=5).errors > 150

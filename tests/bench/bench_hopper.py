@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from functools import partial
 from math import exp, log
 from multiprocessing import get_context
 from pathlib import Path
@@ -124,6 +125,56 @@ def check_repeats() -> list[str]:
     return bad
 
 
+def check_replays() -> list[str]:
+    """Replayed calls give the bits of ordinary ones, on inputs that no replay has seen."""
+    from mambascope.ops.scan import triton_replay
+
+    k, bad = kernels(), []
+
+    def flat(result: Any) -> list[Any]:
+        return list(result.values() if isinstance(result, dict) else result if isinstance(result, tuple) else (result,))
+
+    def compare(what: str, function: Any, make: Callable[[], list[Any]], **options: Any) -> list[Any]:
+        assert isinstance(function, triton_replay.Replayed)
+        for _ in range(2):
+            function(*make(), **options)
+        x = make()
+        ordinary, again = flat(function.function(*x, **options)), flat(function(*x, **options))
+        if all(replay in (None, function.function) for replay in function.known.values()):
+            bad.append(f"{what}: nothing was replayed")
+        if any((a is None) != (b is None) or (a is not None and not same(a, b)) for a, b in zip(ordinary, again)):
+            bad.append(f"{what}: other bits")
+        return ordinary
+
+    for dtype in (torch.bfloat16, torch.float32):
+        for shape in ((1, 500), (9, 300)):
+            for interval in (None, 16, 64):
+                make = partial(problem, *shape, CHANNELS, STATES, dtype)
+                found = compare(f"scan {shape}", k.scan_forward, make, dt_softplus=True, boundaries=interval)
+
+                def arriving(make: Any = make, found: Any = found) -> list[Any]:
+                    x = make()
+                    bound = k.scan_forward.function(*x, dt_softplus=True, boundaries=interval)[2]
+                    return [*x, bound, torch.randn_like(found[0]), None, None]
+
+                if interval:
+                    compare(f"backward {shape}", k.scan_backward, arriving, dt_softplus=True, boundaries=interval)
+
+        def conv() -> list[Any]:
+            x = torch.randn(3, 100, 2 * CHANNELS, device=DEVICE).to(dtype)[..., :CHANNELS]
+            weight = torch.randn(CHANNELS, 4, device=DEVICE)
+            return [x, weight, weight[:, 0].contiguous(), torch.randn(3, CHANNELS, 3, device=DEVICE).to(dtype), None]
+
+        compare("conv", k.conv_forward, conv, silu=True)
+        grad = [torch.randn(3, 100, CHANNELS, device=DEVICE).to(dtype), None]
+        compare("conv backward", k.conv_backward, lambda conv=conv, grad=grad: [*conv(), *grad], silu=True)
+        for what in ("silu", "softplus"):
+            compare(what, getattr(k, f"{what}_forward"), lambda conv=conv: conv()[:1])
+        compare("gate", k.gate_forward, lambda conv=conv: [conv()[0].float(), conv()[0]])
+        compare("norm", k.norm_forward, lambda conv=conv: [conv()[0], conv()[2], 1e-5], expose=True)
+    return bad
+
+
 Case = tuple[str, Callable[..., list[str]], tuple[Any, ...], dict[str, Any]]
 
 
@@ -155,6 +206,7 @@ def cases() -> list[Case]:
     found.append(("1 x 300, D 1536, fp32, portable", compare, (1, 300, 1536, 16, "fp32", 32), {"portable": True}))
     found.append(("bits", check_bits, (), {}))
     found.append(("repeats", check_repeats, (), {}))
+    found.append(("replays", check_replays, (), {}))
     return found
 
 
@@ -318,26 +370,46 @@ def sweep(started: float, limit: float) -> list[dict[str, Any]]:
 # --- times ---
 
 
+def layer_calls() -> dict[str, Callable[[int], Any]]:
+    """The other operators of a block, as a model calls them without gradients."""
+    from mambascope import ops
+
+    x = torch.randn(1, 512, 2 * CHANNELS, device=DEVICE).bfloat16()
+    u, z = x.chunk(2, -1)
+    weight, bias = torch.randn(CHANNELS, 1, 4, device=DEVICE).bfloat16(), torch.randn(CHANNELS, device=DEVICE)
+    y = torch.randn(1, 512, CHANNELS, device=DEVICE)
+    calls: dict[str, Callable[[], Any]] = {
+        "causal_conv": lambda: ops.causal_conv(u, weight, bias, activation="silu"),
+        "rms_norm": lambda: ops.rms_norm(y, bias, 1e-5),
+        "gate": lambda: ops.gate(y, z),
+        "softplus": lambda: ops.softplus(u),
+        "silu": lambda: ops.silu(u),
+    }
+
+    def quiet(call: Callable[[], Any]) -> Callable[[int], Any]:
+        def run(_: int) -> Any:
+            with torch.no_grad():
+                return call()
+
+        return run
+
+    return {what: quiet(call) for what, call in calls.items()}
+
+
 def host_cost() -> None:
     """Host microseconds of a call at 1 x 512, the device never waited for."""
-    calls = our_calls(1, 512, torch.bfloat16)
-    for what, call in calls.items():
-        for _ in range(5):
-            call(0)
+    for what, call in {**our_calls(1, 512, torch.bfloat16), **layer_calls()}.items():
+        for i in range(6):
+            call(i)
         torch.cuda.synchronize()
         best = 1e9
-        for _ in range(7):
+        for _ in range(9):
             start = time.perf_counter()
-            for _ in range(20):
-                call(0)
+            for i in range(20):
+                call(i)
             best = min(best, (time.perf_counter() - start) / 20 * 1e6)
             torch.cuda.synchronize()
         print(f"  host cost at 1x512, {what}: {best:.1f} us", flush=True)
-    x = problem(1, 512, CHANNELS, STATES, torch.bfloat16, padded=False)
-    start = time.perf_counter()
-    for _ in range(1000):
-        torch.empty((1, 512, CHANNELS), dtype=torch.bfloat16, device=x[0].device)  # type: ignore[union-attr]
-    print(f"  host cost of torch.empty: {(time.perf_counter() - start) * 1e3:.2f} us", flush=True)
 
 
 def portable_times(batch: int, length: int, dtype: torch.dtype) -> tuple[float, float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mambascope.errors import InputError
 
-__all__ = ["check_conv", "check_lengths", "check_norm", "check_scan", "check_window", "compute_dtype"]
+__all__ = ["check_conv", "check_lengths", "check_mask", "check_norm", "check_scan", "check_window", "compute_dtype"]
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -71,6 +71,16 @@ def check_lengths(lengths: Tensor, like: Tensor) -> None:
     if low < 0 or high > length:
         raise InputError(f"lengths must lie in 0…L = 0…{length}, got values from {low} to {high}")
     _known_lengths = (weakref.ref(lengths), version, length)
+
+
+def check_mask(mask: Tensor, like: Tensor) -> None:
+    """Raise `InputError` unless ``mask`` says for each step of ``like``'s rows whether it counts."""
+    if mask.shape != like.shape[:2]:
+        raise _wrong("mask", "B L", tuple(like.shape[:2]), mask)
+    if mask.dtype != torch.bool:
+        raise InputError(f"mask must be bool (True where a token counts), got {mask.dtype}")
+    if mask.device != like.device:
+        raise InputError(f"mask is on {mask.device}, but u or x is on {like.device}; move them to one device")
 
 
 def check_scan(

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from mambascope.errors import BackendError, InputError
 from mambascope.ops import operators
-from mambascope.ops.checks import check_lengths, check_scan, check_window, compute_dtype
+from mambascope.ops.checks import check_lengths, check_mask, check_scan, check_window, compute_dtype
 from mambascope.ops.dispatch import KERNEL_BACKENDS, Backend, choose, kernels
-from mambascope.ops.elementwise import gate_formula, softplus_formula
+from mambascope.ops.elementwise import gate_formula, softplus, softplus_formula
 from mambascope.ops.ready import Ready
 from mambascope.ops.scan import chunked, recurrence, reference
 
@@ -39,6 +39,7 @@ def selective_scan(
     dt_softplus: bool = False,
     h0: Tensor | None = None,
     lengths: Tensor | None = None,
+    mask: Tensor | None = None,
     boundaries: int | None = None,
     backend: Backend = "auto",
 ) -> ScanOutput:
@@ -55,6 +56,8 @@ def selective_scan(
         D: ``D``, skip weights. z: ``B L D``, gate input in u's dtype.
         h0: ``B D N``, the state before the first step; zeros if None.
         lengths: ``B`` int, real tokens at each row's left: beyond them delta is exactly 0, so h stays as it is.
+        mask: ``B L`` bool: where False delta is exactly 0 too, anywhere in a row, so h passes unchanged. It costs a
+            pass over delta; ``lengths`` says the same of padding at the right for nothing.
         boundaries: T ≥ 1: also return the states entering steps 0, T, 2T, …
         backend: see `resolve_backend`. Fused and apart (`softplus`, `gate`) give the same bits on each.
 
@@ -66,6 +69,10 @@ def selective_scan(
         InputError: shapes, dtypes, devices or lengths that do not fit; the message names the tensor.
         BackendError: an explicit backend that cannot run.
     """
+    if mask is not None:
+        check_scan(u, delta, A, B, C, D, z, dt_bias, dt_softplus, h0, lengths, boundaries)
+        delta = _masked(delta, dt_bias, dt_softplus, mask, compute_dtype(u, delta, A, B, C, D, z, dt_bias, h0), backend)
+        dt_bias, dt_softplus = None, False
     inputs = (u, delta, A, B, C, D, z, dt_bias, h0, lengths)
     key, repeat = _ready.find(inputs, dt_softplus, boundaries, backend)
     if repeat is not None:
@@ -90,6 +97,18 @@ def selective_scan(
             _ready.learn(key, kernels(name).scan_forward, *options, wrap=again)
         return output
     return _by_formulas(name, u, delta, A, B, C, D, z, dt_bias, dt_softplus, h0, lengths, boundaries)
+
+
+def _masked(
+    delta: Tensor, bias: Tensor | None, dt_softplus: bool, mask: Tensor, wide: torch.dtype, backend: Backend
+) -> Tensor:
+    """delta as the recurrence uses it, exactly 0 where ``mask`` says; fused and apart give the same bits."""
+    check_mask(mask, delta)
+    mask = mask[..., None]
+    if dt_softplus:
+        delta = torch.where(mask, delta, 0.0).to(wide)  # whatever stands there, NaN too, touches no gradient
+        delta = softplus(delta if bias is None else delta + bias.to(wide), backend=backend)
+    return torch.where(mask, delta, 0.0)
 
 
 def _by_formulas(

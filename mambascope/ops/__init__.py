@@ -8,16 +8,18 @@ from mambascope.ops.conv import ConvOutput, causal_conv
 from mambascope.ops.dispatch import BACKENDS, Backend, resolve_backend
 from mambascope.ops.elementwise import gate, silu, softplus
 from mambascope.ops.maps import KernelRow, kernel_column, kernel_map, kernel_row, over_channels
-from mambascope.ops.norm import NormOutput, rms_norm
-from mambascope.ops.scan import ScanOutput, linear_scan, selective_scan, state_window
+from mambascope.ops.norm import AddNormOutput, NormOutput, add_norm, rms_norm
+from mambascope.ops.scan import ScanOutput, linear_scan, selective_scan, state_window, window_dot
 
 __all__ = [
     "BACKENDS",
+    "AddNormOutput",
     "Backend",
     "ConvOutput",
     "KernelRow",
     "NormOutput",
     "ScanOutput",
+    "add_norm",
     "causal_conv",
     "gate",
     "kernel_column",
@@ -32,4 +34,5 @@ __all__ = [
     "silu",
     "softplus",
     "state_window",
+    "window_dot",
 ]

@@ -5,14 +5,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mambascope.errors import InputError
 from mambascope.ops import operators
 from mambascope.ops.checks import check_norm, compute_dtype
 from mambascope.ops.dispatch import KERNEL_BACKENDS, Backend, choose, kernels
 from mambascope.ops.ready import Ready
 
-__all__ = ["NormOutput", "rms_norm"]
+__all__ = ["AddNormOutput", "NormOutput", "add_norm", "rms_norm"]
 
-_ready = Ready()
+_ready, _add_ready = Ready(), Ready()
 
 
 class NormOutput(NamedTuple):
@@ -69,3 +70,47 @@ def rms_norm(
     else:
         out, normalized, scale = operators.call("rms_norm", name, x, weight, eps, expose)
     return NormOutput(out, normalized, scale) if expose else NormOutput(out, None, None)
+
+
+class AddNormOutput(NamedTuple):
+    """``residual`` = x + residual, and the fields of `NormOutput` of it."""
+
+    residual: Tensor
+    out: Tensor
+    normalized: Tensor | None
+    scale: Tensor | None
+
+
+def add_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, *, expose: bool = False, backend: Backend = "auto"
+) -> AddNormOutput:
+    """The residual stream's next value, ``residual + x``, and its norm: between two blocks, in one pass on ``triton``.
+
+    Args:
+        x, residual: ``… M``, of one shape; their sum is rounded to the wider of their dtypes.
+        weight, eps, expose, backend: as in `rms_norm`.
+
+    Returns:
+        `AddNormOutput`, the same bits as ``residual + x`` and `rms_norm` of it.
+
+    Raises:
+        InputError: x and residual do not fit each other; else as `rms_norm`.
+    """
+    key, repeat = _add_ready.find((x, residual, weight), eps, expose, backend)
+    if repeat is not None:
+        return AddNormOutput(*repeat(x, residual, weight))
+    if x.shape != residual.shape or x.device != residual.device:
+        raise InputError(
+            f"x and residual must agree, got x {tuple(x.shape)} on {x.device}, residual {tuple(residual.shape)} "
+            f"on {residual.device}"
+        )
+    check_norm(x, weight, eps)
+    check_norm(residual, weight, eps)
+    name = choose(backend, x, residual, weight)
+    kernel = getattr(kernels(name), "add_norm_forward", None) if name in KERNEL_BACKENDS else None
+    if kernel is None or not operators.direct(x, residual, weight):
+        added = residual + x
+        return AddNormOutput(added, *rms_norm(added, weight, eps, expose=expose, backend=backend))
+    output = AddNormOutput(*kernel(x, residual, weight, eps, expose=expose))
+    _add_ready.learn(key, kernel, ("expose", expose), rest=(eps,))
+    return output

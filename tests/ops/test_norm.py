@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mambascope import ops
+from mambascope.errors import InputError
 
 EVERY = backend_params("reference", "torch", "cpu")
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -154,3 +155,30 @@ def test_results_have_the_documented_dtypes(backend: Any) -> None:
         assert ops.gate(x, low, backend=backend).dtype == dtype
         assert_within(ops.silu(low, backend=backend), F.silu(low.double()))
         assert_within(ops.gate(x, low, backend=backend), x.double() * F.silu(low.double()))
+
+
+@pytest.mark.parametrize("backend", EVERY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_add_norm_is_the_sum_and_its_norm(backend: Any, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, residual = torch.randn(2, 5, 24, generator=g).bfloat16(), torch.randn(2, 5, 24, generator=g).to(dtype)
+    weight = torch.randn(24, generator=g)
+    found = ops.add_norm(x, residual, weight, 1e-5, expose=True, backend=backend)
+    assert torch.equal(found.residual, residual + x)
+    apart = ops.rms_norm(found.residual, weight, 1e-5, expose=True, backend=backend)
+    for a, b in zip(found[1:], apart, strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(found.out, ops.rms_norm(residual, weight, 1e-5, backend=backend).out)
+    bare = ops.add_norm(x, residual, None, 1e-5, backend=backend)
+    assert bare.out.dtype == dtype
+    assert bare.normalized is None
+
+
+def test_add_norm_has_the_gradients_of_both() -> None:
+    x, residual, weight = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 6), (3, 6), (6,)))
+    assert torch.autograd.gradcheck(lambda *t: ops.add_norm(*t, 1e-5)[:2], (x, residual, weight))
+
+
+def test_add_norm_refuses_what_does_not_fit() -> None:
+    with pytest.raises(InputError, match="x and residual must agree"):
+        ops.add_norm(torch.zeros(2, 4), torch.zeros(1, 4), None, 1e-5)

@@ -311,6 +311,19 @@ def test_state_window() -> None:
     assert torch.equal(h[:, -1], run(x, None)[1])
 
 
+@pytest.mark.parametrize(("length", "channels", "states"), [(1, 3, 1), (9, 20, 5), (6, 18, 33)])
+def test_contraction_of_a_window(length: int, channels: int, states: int) -> None:
+    x = problem(2, length, channels, states)
+    window = (x["u"], x["delta"].abs(), x["A"], x["B"], x["h0"])
+    weight = torch.randn(2, length, states, channels, device=DEVICE).transpose(2, 3)
+    h = kernels.state_window(*window)
+    same_for_all = torch.randn(1, 1, channels, 1, device=DEVICE).expand(2, length, channels, states)
+    for w in (weight, same_for_all, weight.bfloat16()):
+        truth = (h.double() * w.double()).sum(-1)
+        assert error(kernels.window_dot(*window, w), truth) < 1e-6
+    assert error(kernels.window_dot(*window, weight), (h * weight.flip(2)).double().sum(-1)) > 1e-2
+
+
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("silu", [False, True])
@@ -361,6 +374,17 @@ def test_norm(dtype: torch.dtype, weighted: bool) -> None:
     assert error(normalized, exact[1]) < 1e-6
     assert error(scale, exact[2]) < 1e-6
     close("out", out, exact[0], 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_with_the_residual_gives_the_bits_of_both_apart(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, 40, device=DEVICE).bfloat16()[:, :, 5:]
+    residual, weight = torch.randn(2, 3, 35, device=DEVICE).to(dtype), torch.randn(35, device=DEVICE)
+    added, out, normalized, scale = kernels.add_norm_forward(x, residual, weight, 1e-5, expose=True)
+    assert torch.equal(added, residual + x)
+    for a, b in zip((out, normalized, scale), kernels.norm_forward(added, weight, 1e-5, expose=True), strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(out, kernels.norm_forward(residual, weight, 1e-5, expose=False)[0])
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")

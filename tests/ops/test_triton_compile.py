@@ -52,7 +52,7 @@ class Driver:
 
 driver.set_active(Driver())
 torch.cuda.current_device = lambda: 0
-from mambascope.ops.scan import triton, triton_conv, triton_launch, triton_layers
+from mambascope.ops.scan import triton, triton_conv, triton_launch, triton_layers, triton_window
 
 
 class Gpu:
@@ -63,7 +63,7 @@ def launch(kernel, programs, device, *arguments, **options):
     triton_launch.launch(kernel, programs, Gpu, *arguments, **options)
 
 
-for module in (triton, triton_conv, triton_layers):
+for module in (triton, triton_conv, triton_layers, triton_window):
     module.launch, module.check = launch, lambda *a, **k: None
 triton.processor_count = lambda device: 132
 
@@ -88,8 +88,11 @@ def layers(dtype):
         y, new = triton.conv_forward(x, weight, *rest, silu=True)
         triton.conv_backward(x, weight, *rest, y, new, silu=True)
     triton.softplus_forward(x), triton.silu_forward(x), triton.gate_forward(x.float(), x)
+    triton.add_norm_forward(x, x.float(), weight[:, 0], 1e-5, expose=True)
     triton.norm_forward(x, weight[:, 0], 1e-5, expose=True), triton.norm_forward(x, None, 1e-5, expose=False)
-    triton.state_window(x, x, torch.empty(96, 16), x[:, :, :16], torch.empty(2, 96, 16))
+    window = (x, x, torch.empty(96, 16), x[:, :, :16], torch.empty(2, 96, 16))
+    triton.state_window(*window)
+    triton.window_dot(*window, torch.empty(1, 1, 96, 16).expand(*x.shape, 16))
 
 
 def all_of_it():

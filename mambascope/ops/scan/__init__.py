@@ -5,15 +5,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mambascope.errors import BackendError, InputError
+from mambascope.errors import InputError
 from mambascope.ops import operators
-from mambascope.ops.checks import check_lengths, check_mask, check_scan, check_window, compute_dtype
+from mambascope.ops.checks import check_lengths, check_mask, check_scan, compute_dtype
 from mambascope.ops.dispatch import KERNEL_BACKENDS, Backend, choose, kernels
 from mambascope.ops.elementwise import gate_formula, softplus, softplus_formula
 from mambascope.ops.ready import Ready
 from mambascope.ops.scan import chunked, recurrence, reference
+from mambascope.ops.scan.contraction import window_dot
+from mambascope.ops.scan.windows import state_window
 
-__all__ = ["ScanOutput", "linear_scan", "selective_scan", "state_window"]
+__all__ = ["ScanOutput", "linear_scan", "selective_scan", "state_window", "window_dot"]
 
 _ready = Ready()
 
@@ -154,39 +156,6 @@ def _by_formulas(
     scan = chunked.scan_with_grad if name == "torch" else reference.scan
     y, h_last, h_boundary = scan(u, finish_delta(delta), A, B, C, h0, lengths, boundaries)
     return ScanOutput(finish_y(y, u, z), h_last, h_boundary)
-
-
-def state_window(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, h_start: Tensor, *, backend: Backend = "auto"
-) -> Tensor:
-    """States after each of W steps, replayed from the state before the first of them.
-
-    Args:
-        u, delta: ``B W D`` (delta after softplus); A: ``D N``; B: ``B W N``.
-        h_start: ``B D N``, the state entering the window.
-        backend: see `resolve_backend`.
-
-    Returns:
-        ``h``, ``B W D N``, float32 or float64. It is materialised: W·B·D·N·4 bytes.
-
-    Raises:
-        InputError: shapes, dtypes or devices that do not fit.
-        BackendError: an explicit kernel backend with tensors that require gradients (``auto`` takes ``torch`` there).
-    """
-    check_window(u, delta, A, B, h_start)
-    name = choose(backend, u, delta, A, B, h_start, d_state=A.shape[1])
-    if u.numel() == 0:
-        name = "reference"
-    if name in KERNEL_BACKENDS:
-        inputs = (u, delta, A, B, h_start)
-        if operators.direct(*inputs):
-            return kernels(name).state_window(*inputs)
-        if not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
-            return operators.call("state_window", name, *inputs)
-        if backend != "auto":
-            raise BackendError(f"state_window has no gradient on backend {name!r}; use backend='torch' or 'auto'")
-        name = "torch"
-    return (recurrence if name == "torch" else reference).window(u, delta, A, B, h_start)
 
 
 def linear_scan(A_bar: Tensor, write: Tensor, C: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

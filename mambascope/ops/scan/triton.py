@@ -19,12 +19,20 @@ from mambascope.ops.scan.triton_backward import adjoint_kernel, backward_kernel,
 from mambascope.ops.scan.triton_conv import conv_backward, conv_forward
 from mambascope.ops.scan.triton_forward import forward_kernel
 from mambascope.ops.scan.triton_launch import check, dense, launch, processor_count, strides, supports, whole
-from mambascope.ops.scan.triton_layers import gate_forward, norm_forward, silu_forward, softplus_forward
+from mambascope.ops.scan.triton_layers import (
+    add_norm_forward,
+    gate_forward,
+    norm_forward,
+    silu_forward,
+    softplus_forward,
+)
 from mambascope.ops.scan.triton_replay import replayed
 from mambascope.ops.scan.triton_table import BackwardPlan, ForwardPlan, backward_plan, forward_plan, padded
+from mambascope.ops.scan.triton_window import window_dot
 
 __all__ = [
     "REPLAY_INTERVAL",
+    "add_norm_forward",
     "backward_plan_of",
     "conv_backward",
     "conv_forward",
@@ -39,6 +47,7 @@ __all__ = [
     "softplus_forward",
     "state_window",
     "supports",
+    "window_dot",
 ]
 
 REPLAY_INTERVAL = 32

@@ -2,6 +2,8 @@
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -11,7 +13,7 @@ from mambascope.ops.scan.triton_launch import check, dense, launch
 from mambascope.ops.scan.triton_math import silu, softplus
 from mambascope.ops.scan.triton_replay import replayed
 
-__all__ = ["gate_forward", "norm_forward", "silu_forward", "softplus_forward"]
+__all__ = ["add_norm_forward", "gate_forward", "norm_forward", "silu_forward", "softplus_forward"]
 
 _BLOCK = 512
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -85,18 +87,24 @@ def gate_forward(y: Tensor, z: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["columns", "inner"])
 def _norm_kernel(
-    x, weight, out, normalized, scale, columns, inner, x_b, x_l, eps,
-    HAS_WEIGHT: tl.constexpr, EXPOSE: tl.constexpr, BLOCK: tl.constexpr,
+    x, residual, weight, added, out, normalized, scale, columns, inner, x_b, x_l, r_b, r_l, eps,
+    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, EXPOSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: rows."""
+    """Grid: rows. With a residual, of x + residual rounded to its dtype, which goes to ``added``."""
     row = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     inside = i < columns
-    start = (row // inner).to(tl.int64) * x_b + (row % inner).to(tl.int64) * x_l
-    v = tl.load(x + start + i, mask=inside, other=0.0).to(tl.float32)
+    outer = (row // inner).to(tl.int64)
+    step = (row % inner).to(tl.int64)
+    at = row.to(tl.int64) * columns + i
+    v = tl.load(x + outer * x_b + step * x_l + i, mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        kind = added.dtype.element_ty
+        v = (v + tl.load(residual + outer * r_b + step * r_l + i, mask=inside, other=0.0).to(tl.float32)).to(kind)
+        tl.store(added + at, v, mask=inside)
+        v = v.to(tl.float32)
     root = tl.sqrt_rn(tl.sum(v * v, axis=0) / columns + eps)
     v = v / root
-    at = row.to(tl.int64) * columns + i
     if EXPOSE:
         tl.store(normalized + at, v, mask=inside)
         tl.store(scale + row, root)
@@ -105,23 +113,46 @@ def _norm_kernel(
     tl.store(out + at, v.to(out.dtype.element_ty), mask=inside)
 
 
+def _norm(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, expose: bool) -> tuple[Any, ...]:
+    """The sum with the residual (None without one), out, normalized, scale."""
+    check(x)
+    kind = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    added = None if residual is None else torch.empty(x.shape, dtype=kind, device=x.device)
+    out = torch.empty(x.shape, dtype=kind if weight is None else weight.dtype, device=x.device)
+    normalized = torch.empty(x.shape, dtype=torch.float32, device=x.device) if expose else None
+    scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device) if expose else None
+    if out.numel() == 0:
+        return added, out, normalized, scale
+    x, rows, columns, inner, x_b, x_l = _as_rows(x)
+    r_b = r_l = 0
+    if residual is not None:
+        residual, _, _, _, r_b, r_l = _as_rows(residual)
+    weight = None if weight is None else weight.contiguous()
+    block = triton.next_power_of_2(columns)
+    flags = {
+        "HAS_RESIDUAL": residual is not None,
+        "HAS_WEIGHT": weight is not None,
+        "EXPOSE": expose,
+        "BLOCK": block,
+        "num_warps": max(1, min(8, block // 256)),
+        "enable_fp_fusion": False,
+    }
+    pointers = (x, residual, weight, added, out, normalized, scale)
+    launch(_norm_kernel, rows, x.device, *pointers, columns, inner, x_b, x_l, r_b, r_l, eps, **flags)
+    return added, out, normalized, scale
+
+
 @replayed(tensors=2)
 def norm_forward(
     x: Tensor, weight: Tensor | None, eps: float, *, expose: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``x / sqrt(mean(x²) + eps) · weight`` in weight's (or x's) dtype; with ``expose`` also the two float32 parts."""
-    check(x)
-    dtype = x.dtype if weight is None else weight.dtype
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    normalized = torch.empty(x.shape, dtype=torch.float32, device=x.device) if expose else None
-    scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device) if expose else None
-    if out.numel() == 0:
-        return out, normalized, scale
-    x, rows, columns, inner, x_b, x_l = _as_rows(x)
-    weight = None if weight is None else weight.contiguous()
-    block = triton.next_power_of_2(columns)
-    flags = {"HAS_WEIGHT": weight is not None, "EXPOSE": expose, "BLOCK": block}
-    options = {"num_warps": max(1, min(8, block // 256)), "enable_fp_fusion": False}
-    arguments = (x, weight, out, normalized, scale, columns, inner, x_b, x_l, eps)
-    launch(_norm_kernel, rows, x.device, *arguments, **flags, **options)
-    return out, normalized, scale
+    return _norm(x, None, weight, eps, expose)[1:]  # type: ignore[return-value]
+
+
+@replayed(tensors=3)
+def add_norm_forward(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, *, expose: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """x + residual, and `norm_forward` of it; the same bits as apart."""
+    return _norm(x, residual, weight, eps, expose)  # type: ignore[return-value]

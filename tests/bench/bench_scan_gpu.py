@@ -255,7 +255,11 @@ def check_resume() -> list[str]:
     window = k.state_window(x[0][:, :70], F.softplus(x[1] + x[7])[:, :70], x[2], x[3][:, :70], x[8])  # type: ignore[index]
     sub = [t[:, :70] if n in ("u", "delta", "B", "C", "z") else t for n, t in zip(NAMES, x, strict=True)]
     e = error(window[:, -1], k.scan_forward(*sub, dt_softplus=True, boundaries=None)[1].double())
-    return bad if e <= 2e-6 else [*bad, f"state_window: {e:.1e}"]
+    bad = bad if e <= 2e-6 else [*bad, f"state_window: {e:.1e}"]
+    steps = (x[0][:, :70], F.softplus(x[1] + x[7])[:, :70], x[2], x[3][:, :70], x[8])  # type: ignore[index]
+    weight = torch.randn_like(window)
+    e = error(k.window_dot(*steps, weight), (window.double() * weight.double()).sum(-1))
+    return bad if e <= 2e-6 else [*bad, f"window_dot: {e:.1e}"]
 
 
 def check_layers(dtype: str) -> list[str]:
@@ -289,6 +293,12 @@ def check_layers(dtype: str) -> list[str]:
         out, normalized, scale = k.norm_forward(x, weight, 1e-5, expose=True)
         exact = norm.norm_formula(x.double(), weight.double(), 1e-5)
         bars = (floor, 1e-6, 1e-6)
+        sums = k.add_norm_forward(x.flip(1), x.float(), weight, 1e-5, expose=True)
+        apart = (x.flip(1) + x.float(), *k.norm_forward(x.flip(1) + x.float(), weight, 1e-5, expose=True))
+        sums += k.add_norm_forward(x.flip(1), x, weight, 1e-5, expose=False)[:2]
+        apart += (x.flip(1) + x, k.norm_forward(x.flip(1) + x, weight, 1e-5, expose=False)[0])
+        if not all(same(a, b) for a, b in zip(sums, apart, strict=True)):
+            bad.append(f"norm {columns}: with the residual, other bits than apart")
         for name, a, b, bar in zip(("out", "norm", "scale"), (out, normalized, scale), exact, bars, strict=True):
             if not error(a, b) <= bar:
                 bad.append(f"norm {columns} {name}: {error(a, b):.1e}")

@@ -381,7 +381,10 @@ def test_norm_with_the_residual_gives_the_bits_of_both_apart(dtype: torch.dtype)
     x = torch.randn(2, 3, 40, device=DEVICE).bfloat16()[:, :, 5:]
     residual, weight = torch.randn(2, 3, 35, device=DEVICE).to(dtype), torch.randn(35, device=DEVICE)
     added, out, normalized, scale = kernels.add_norm_forward(x, residual, weight, 1e-5, expose=True)
-    assert torch.equal(added, residual + x)
+    if CUDA or dtype == torch.float32:
+        assert torch.equal(added, residual + x)
+    else:  # the interpreter cuts off what a GPU rounds
+        assert error(added, residual.double() + x.double()) < torch.finfo(dtype).eps
     for a, b in zip((out, normalized, scale), kernels.norm_forward(added, weight, 1e-5, expose=True), strict=True):
         assert torch.equal(a, b)
     assert not torch.equal(out, kernels.norm_forward(residual, weight, 1e-5, expose=False)[0])

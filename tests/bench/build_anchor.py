@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
-_PYTHON = ("ops/selective_scan_interface.py", "ops/triton/layer_norm.py", "utils/torch.py")
+_PYTHON = ("ops/selective_scan_interface.py", "ops/triton/layer_norm.py", "utils/torch.py", "utils/determinism.py")
 _NVCC = (
     "-O3 -std=c++17 -U__CUDA_NO_HALF_OPERATORS__ -U__CUDA_NO_HALF_CONVERSIONS__ -U__CUDA_NO_BFLOAT16_OPERATORS__ "
     "-U__CUDA_NO_BFLOAT16_CONVERSIONS__ -U__CUDA_NO_BFLOAT162_OPERATORS__ -U__CUDA_NO_BFLOAT162_CONVERSIONS__ "

@@ -221,6 +221,9 @@ class Clock:
     start: int | Tensor = 0  # absolute position of the first real token, one number or B
     padding: Padding | None = None
     absolute: bool = False  # generate, step: indices are absolute, negative ones refused
+    calls: int = 0  # forward passes so far
+    edits: dict[int, Any] = field(default_factory=dict)  # what interventions did in this call
+    applied: dict[Any, list[Any]] = field(default_factory=dict)  # which were where, to see overlaps
 
     def columns(self, index: int | slice, name: str) -> tuple[Any, Any] | None:
         """The columns that ``index`` means and the absolute positions there; None if not in this piece."""
@@ -240,6 +243,38 @@ class Clock:
         tokens = torch.tensor([list(r) for r in ranges], device=self.padding.left.device)  # B k
         start = self.start[:, None] if isinstance(self.start, Tensor) else self.start
         return tokens + self.padding.left[:, None], tokens + start
+
+    def mask(self, index: "int | slice | PerRow | Sequence[int]", name: str) -> Tensor:
+        """Which columns a set of positions means, ``1 L`` or ``B L`` bool on the CPU; in a growing text maybe none."""
+        if isinstance(index, Sequence):
+            return torch.stack([self.mask(t, name) for t in index]).any(0)
+        left = torch.zeros(1, 1, dtype=torch.long) if self.padding is None else self.padding.left.cpu()[:, None]
+        tokens = torch.arange(self.length)[None] - left  # 1|B L
+        if isinstance(index, PerRow):
+            hits = self.per_row(index, name)
+            none = torch.zeros(self.batch, self.length, dtype=torch.bool)
+            return none if hits is None else none.scatter(1, hits.columns, hits.on)
+        lengths = torch.tensor([[self.length]]) if self.padding is None else self.padding.lengths.cpu()[:, None]
+        real = (tokens >= 0) & (tokens < lengths)
+        if self.absolute:
+            edges = [index] if isinstance(index, int) else [index.start or 0, index.stop or 0]
+            if any(edge < 0 for edge in edges):
+                raise HookError(f"{name}: negative positions have no meaning here, where the text still grows")
+            start = self.start.cpu()[:, None] if isinstance(self.start, Tensor) else self.start
+            ranges = (
+                [(index, index + 1, 1)] if isinstance(index, int) else [(index.start or 0, index.stop, index.step or 1)]
+            )
+            tokens = tokens + start
+        elif isinstance(index, int):
+            found = [resolve(index, int(n), name, f"row {b}") for b, n in enumerate(lengths[:, 0])]
+            ranges = [(t, t + 1, 1) for t in found]
+        else:
+            cut = [resolve(index, int(n), name, f"row {b}") for b, n in enumerate(lengths[:, 0])]
+            ranges = [(c.start, c.stop, c.step) for c in cut]
+        begin = torch.tensor([[a] for a, _, _ in ranges])
+        stop = torch.tensor([[int(tokens.max()) + 1 if b is None else b] for _, b, _ in ranges])
+        every = torch.tensor([[c] for _, _, c in ranges])
+        return real & (tokens >= begin) & (tokens < stop) & ((tokens - begin) % every == 0)
 
     def per_row(self, index: PerRow, name: str) -> Hits | None:
         """The places that a per-row index means in this call; None if all lie outside of a running generation."""

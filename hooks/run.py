@@ -10,7 +10,36 @@ from torch import Tensor
 from mambascope.hooks.sites import Clock, Padding, SitePoint, Witness
 from mambascope.ops import Backend
 
-__all__ = ["Anchors", "PathTaken", "Recorder", "Run"]
+__all__ = ["Anchors", "EditDone", "PathTaken", "Recorder", "Run"]
+
+
+@dataclass
+class EditDone:
+    """What an intervention did in a forward pass: at which site, in how many calls, and how much it changed.
+
+    ``change`` is the largest absolute difference between what was there and what was put there.
+    """
+
+    what: str
+    site: str
+    layer: int | None
+    calls: int = 0
+    _changes: list[Tensor] = field(default_factory=list)
+
+    def add(self, change: Tensor) -> None:
+        self.calls += 1
+        self._changes.append(change)
+        if len(self._changes) > 64:
+            self._changes = [torch.stack(self._changes).amax()]
+
+    @property
+    def change(self) -> float:
+        return float(torch.stack(self._changes).amax()) if self._changes else 0.0
+
+    def __repr__(self) -> str:
+        return (
+            f"EditDone({self.what}: {self.site}, {self.calls} call{'s' * (self.calls != 1)}, change {self.change:.3g})"
+        )
 
 
 @dataclass(frozen=True)
@@ -19,12 +48,14 @@ class PathTaken:
 
     ``form`` is ``"fused"`` (softplus, skip and gate inside the scan), ``"open"`` (apart, each value
     passed through its hook point, same bits), ``"split"`` (the recurrence ran in pieces around edited
-    states) or ``"exposed"`` (A_bar, B_bar or write were edited: the recurrence ran on them).
+    states) or ``"exposed"`` (A_bar, B_bar or write were edited: the recurrence ran on them). ``edits`` lists what
+    interventions did in this layer.
     """
 
     backend: str
     form: str
     why: str
+    edits: tuple[EditDone, ...] = ()
 
 
 @dataclass

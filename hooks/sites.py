@@ -55,6 +55,7 @@ class SitePoint(HookPoint):
         self.clock = Clock()
         self.pos: Any = None
         self.rows: Tensor | None = None
+        self.beneath: Any = None  # see wants_beneath
         self.reached = False  # set when a hook of ours is called, or attached to a graph
         self.placed: list[Placed] = []
         self._on_gradient: OrderedDict[int, Callable[[Tensor, Any], Tensor | None]] = OrderedDict()
@@ -71,8 +72,18 @@ class SitePoint(HookPoint):
         return not self.lazy and "forward" in self.__dict__
 
     @property
+    def now(self) -> Any:
+        """What tells one call of the hooks here from another in the same forward pass; None where there is one."""
+        return None
+
+    @property
     def live_backward(self) -> bool:
         return bool(self._on_gradient or self._backward_hooks or self._backward_pre_hooks)
+
+    @property
+    def wants_beneath(self) -> bool:
+        """Whether a hook here needs to know what the value was computed from (hook_y: the recurrence's inputs)."""
+        return any(getattr(p.handle.user_hook, "beneath", False) for p in self.here())
 
     def here(self) -> list[Placed]:
         """Our hooks that are still attached (a handle's ``hook.remove()`` tells nobody)."""

@@ -103,6 +103,11 @@ class StatePoint(SitePoint):
             out = torch.where(alive[:, None, None], out, kept)
         return out, edited
 
+    @property
+    def now(self) -> Any:
+        step = self._moment().step
+        return tuple(step.tolist()) if isinstance(step, Tensor) else step
+
     def _moment(self) -> Plan:
         assert self._plan is not None
         return self._plan

@@ -51,6 +51,7 @@ _HOME = {
     "load": "mambascope.loading",
     "load_cache": "mambascope.hooks.cache_file",
 }
+_MODULES = {"interventions": "mambascope.hooks.interventions"}
 _SUBPACKAGES = ("analyses", "errors", "hooks", "loading", "model", "ops", "training", "zoo")
 
 __all__ = [
@@ -76,10 +77,12 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_HOME[name]), name)
         globals()[name] = value
         return value
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name])
     if name in _SUBPACKAGES:
         return importlib.import_module(f"mambascope.{name}")
     raise AttributeError(f"module 'mambascope' has no attribute {name!r}; public names: {', '.join(__all__)}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__, *_SUBPACKAGES])
+    return sorted([*globals(), *__all__, *_MODULES, *_SUBPACKAGES])

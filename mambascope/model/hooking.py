@@ -1,6 +1,7 @@
 """Hooks by site, and caching: TransformerLens' methods, strict where they would be silent."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 from torch import Tensor
@@ -8,6 +9,7 @@ from transformer_lens import HookedRootModule
 
 from mambascope.errors import HookError, InputError
 from mambascope.hooks.cache import CacheRecorder, MambaCache, select_names
+from mambascope.hooks.interventions.base import Intervention, expand, unfired
 from mambascope.hooks.model_protocol import Scope
 from mambascope.hooks.points import hook_names, resolve_name
 from mambascope.hooks.sites import Site, SitePoint, parse_site
@@ -86,6 +88,42 @@ class HookMethods(HookedRootModule):
     def _enable_hook(self, name: Any, hook: Callable[..., Any], dir: Literal["fwd", "bwd"]) -> None:
         self.add_hook(name, hook, dir=dir, level=self.context_level)
 
+    @contextmanager
+    def hooks(  # type: ignore[override]
+        self,
+        fwd_hooks: list[Any] = [],  # noqa: B006  (TransformerLens' signature)
+        bwd_hooks: list[Any] = [],  # noqa: B006
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator["HookMethods"]:
+        """Hooks ``[(site, fn), …]`` for as long as the context lasts; interventions may stand among them."""
+        pairs = expand(fwd_hooks, cast(Any, self))
+        with super().hooks(pairs, bwd_hooks, reset_hooks_end, clear_contexts):
+            yield self
+
+    @contextmanager
+    def intervene(self, interventions: "Intervention | list[Any]") -> Iterator["HookMethods"]:
+        """Interventions (``ms.interventions``) in force for as long as the context lasts.
+
+        They reach every call inside: the model itself, ``generate``, ``step``, ``run_with_cache``. One that no call
+        reached, although there was a call, is a HookError at the end.
+        """
+        one = isinstance(interventions, Intervention)
+        pairs = expand([interventions] if one else interventions, cast(Any, self))  # type: ignore[arg-type]
+        clock = cast(Any, self)._clock
+        calls = clock.calls
+        with self.hooks(fwd_hooks=pairs):
+            yield self
+        _check_reached(pairs if clock.calls > calls else [])
+
+    def run_with(self, input: Any, interventions: "Intervention | list[Any]", **options: Any) -> Any:
+        """``model(input, **options)`` with interventions in force; see :meth:`intervene`.
+
+        ``model.edits_done()`` and ``model.explain_path()`` tell what each of them did.
+        """
+        with self.intervene(interventions):
+            return self(input, **options)
+
     def run_with_hooks(  # type: ignore[override]
         self,
         *model_args: Any,
@@ -100,6 +138,7 @@ class HookMethods(HookedRootModule):
         Backward hooks stay attached to the graph of this call: they fire when its output is differentiated.
         A site named in words that the run does not reach is a HookError.
         """
+        fwd_hooks = expand(fwd_hooks, cast(Any, self))
         named = [
             (site, self._points_for(site)[0][0])
             for site, _ in (*fwd_hooks, *bwd_hooks)
@@ -115,6 +154,7 @@ class HookMethods(HookedRootModule):
                     f"{site} was never reached, so its hook did nothing: the run left it out (start_at_layer, "
                     "stop_at_layer), or no gradient flows there (torch.no_grad(), frozen weights)"
                 )
+        _check_reached(fwd_hooks)
         return out
 
     def run_with_cache(  # type: ignore[override]
@@ -166,3 +206,12 @@ class HookMethods(HookedRootModule):
         if remove_batch_dim:
             cache = cache.remove_batch_dim()
         return out, cache if return_cache_object else dict(cache.items())
+
+
+def _check_reached(pairs: list[Any]) -> None:
+    """HookError for an intervention that was never called."""
+    for bound in unfired(pairs):
+        raise HookError(
+            f"{bound.made_by} was never reached at {bound.site}, so it did nothing: its positions lie outside of what "
+            "was read, or the run left the site out (start_at_layer, stop_at_layer)"
+        )

@@ -4,7 +4,7 @@ import hashlib
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mambascope import ops
 from mambascope.config import MambaConfig
 from mambascope.errors import BackendError, InputError, StateError
-from mambascope.hooks.run import PathTaken, Recorder, Run
+from mambascope.hooks.run import EditDone, PathTaken, Recorder, Run
 from mambascope.hooks.sites import Clock, Padding, SitePoint
 from mambascope.model.block import Block
 from mambascope.model.generation import GenerateMethods
@@ -60,6 +60,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         self.model_id = uuid.uuid4().hex
         self._hash: tuple[tuple[Any, ...], str] | None = None
         self._clock = Clock()
+        self._edits: list[EditDone] = []
         self.setup()
         for point in self.hook_dict.values():
             cast(SitePoint, point).clock = self._clock
@@ -129,8 +130,13 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         return self._hash[1]
 
     def explain_path(self) -> list[PathTaken]:
-        """How each layer was computed in the last forward pass: backend, form and the reason for it."""
-        return [cast(Block, block).mixer.path for block in self.blocks]
+        """How each layer was computed in the last forward pass: backend, form, the reason, and what was edited."""
+        paths = [cast(Block, block).mixer.path for block in self.blocks]
+        return [replace(p, edits=tuple(e for e in self._edits if e.layer == i)) for i, p in enumerate(paths)]
+
+    def edits_done(self) -> list[EditDone]:
+        """What each intervention did in the last forward pass, in the order of their first calls."""
+        return list(self._edits)
 
     # ---- running ----------------------------------------------------------------------------------
 
@@ -290,13 +296,15 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
     @contextmanager
     def _clock_at(self, entry: "_Entry", state: State | None) -> Iterator[None]:
         clock = self._clock
-        before = (clock.length, clock.start, clock.padding, clock.batch)
+        before = (clock.length, clock.start, clock.padding, clock.batch, clock.edits, clock.applied)
         clock.length, clock.padding, clock.batch = entry.length, entry.padding, entry.batch
+        clock.edits, clock.applied, clock.calls = {}, {}, clock.calls + 1
         clock.start = state.position if state is not None else 0
         try:
             yield
         finally:
-            clock.length, clock.start, clock.padding, clock.batch = before
+            self._edits = list(clock.edits.values())
+            clock.length, clock.start, clock.padding, clock.batch, clock.edits, clock.applied = before
 
     def _pieces_of(self, entry: "_Entry", run: Run, stop: int | None) -> list[tuple[int, int]]:
         """Column ranges to run one after the other, the states carried between them."""

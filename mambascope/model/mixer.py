@@ -55,7 +55,7 @@ class MambaMixer(nn.Module):
         self.hook_y = SitePoint()
         self.hook_skip = SitePoint()
         self.hook_gated = SitePoint()
-        self._points = Points(self.hook_A_bar, self.hook_B_bar, self.hook_write, self.hook_h)
+        self._points = Points(self.hook_A_bar, self.hook_B_bar, self.hook_write, self.hook_h, self.hook_y)
         self.path = PathTaken("none", "none", "has not run yet")
         self._init_delta()
 
@@ -220,6 +220,7 @@ class MambaMixer(nn.Module):
         inputs = Inputs(u_write, delta, self.decay(), B, C, h0)
         y, h_last, form = run_recurrence(inputs, self._points, run)
         y = run.emit(self.hook_y, y)
+        self.hook_y.beneath = None
         skip = torch.mul(u_skip.to(y.dtype), self.D.to(y.dtype))  # B L D
         skip = run.emit(self.hook_skip, skip)
         self.path = PathTaken(run.backend, form, why)

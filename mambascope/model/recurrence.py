@@ -64,10 +64,28 @@ class Points:
     B_bar: SitePoint
     write: SitePoint
     h: StatePoint
+    y: SitePoint
+
+
+@dataclass
+class Beneath:
+    """What y was computed from, for a hook on y that computes it otherwise (a knockout)."""
+
+    inputs: Inputs
+    h_last: Tensor
+    form: str
+    backend: ops.Backend
 
 
 def run_recurrence(inputs: Inputs, points: Points, run: Run) -> tuple[Tensor, Tensor, str]:
     """y ``B L D`` (before skip and gate), the last state ``B D N``, and the form taken (see PathTaken)."""
+    y, h_last, form = _recurrence(inputs, points, run)
+    if run.hooks and points.y.wants_beneath:
+        points.y.beneath = Beneath(inputs, h_last, form, run.backend)
+    return y, h_last, form
+
+
+def _recurrence(inputs: Inputs, points: Points, run: Run) -> tuple[Tensor, Tensor, str]:
     if run.hooks and (points.A_bar.live or points.B_bar.live or points.write.live):
         exposed = _exposed(inputs, points, run)
         if exposed is not None:

@@ -1,0 +1,329 @@
+"""What an intervention is: a kind, the sites it edits, what it holds, and how it is put into a model.
+
+A kind is a function from an intervention and a model to hooks. Everything else (restriction to channels or state
+dimensions, overlaps, the report, the record) is common to all kinds and lives here.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mambascope.errors import HookError, nearest
+from mambascope.hooks.points import resolve_name, spec_of, tail_of
+from mambascope.hooks.positions import Index, PerRow, Site, parse_site
+from mambascope.hooks.run import EditDone
+
+__all__ = [
+    "KINDS",
+    "Bound",
+    "Edit",
+    "Intervention",
+    "Kind",
+    "Target",
+    "expand",
+    "index_from_json",
+    "index_to_json",
+    "kind",
+    "sites_of",
+    "unfired",
+]
+
+Edit = Callable[[Tensor, Any], Tensor | None]
+"""``(value, hook)`` -> the value to go on with, or None where there is nothing to do in this call."""
+
+
+class Target(Protocol):
+    """What an intervention needs from the model it is put into."""
+
+    cfg: Any
+    hook_dict: dict[str, Any]
+    blocks: Any
+
+    def weight_hash(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How interventions of one kind work: ``place`` gives ``(site, edit)`` pairs; see :func:`kind`."""
+
+    name: str
+    place: Callable[["Intervention", Target], list[tuple[Site, Edit]]]
+    overwrites: bool
+    own_dims: bool = False
+
+
+KINDS: dict[str, Kind] = {}
+
+
+def kind(name: str, *, overwrites: bool, own_dims: bool = False) -> Callable[[Any], Any]:
+    """Register a kind.
+
+    ``overwrites``: what stood there before is gone, so it may not follow another edit there. ``own_dims``: it sees to
+    the restriction to state dimensions itself.
+    """
+
+    def register(place: Callable[["Intervention", Target], list[tuple[Site, Edit]]]) -> Any:
+        KINDS[name] = Kind(name, place, overwrites, own_dims)
+        return place
+
+    return register
+
+
+def sites_of(site: str | Site | Sequence[str | Site]) -> tuple[Site, ...]:
+    """One site or several, strings or ``ms.at(…)``, as Sites; HookError if there is none."""
+    given = [site] if isinstance(site, (str, Site)) else list(site)
+    if not given:
+        raise HookError("an intervention needs a site; none was given")
+    return tuple(s if isinstance(s, Site) else Site(*parse_site(s)) for s in given)
+
+
+def _choice(name: str, chosen: Any) -> tuple[int, ...] | None:
+    """Channels or dimensions as sorted numbers; None means all."""
+    if chosen is None:
+        return None
+    if isinstance(chosen, Tensor):
+        chosen = chosen.nonzero()[:, 0].tolist() if chosen.dtype == torch.bool else chosen.tolist()
+    if isinstance(chosen, slice):
+        if chosen.stop is None or min(chosen.start or 0, chosen.stop) < 0:
+            raise HookError(f"{name}: a slice needs an end, and neither end negative; got {chosen}")
+        chosen = range(chosen.start or 0, chosen.stop, chosen.step or 1)
+    numbers = [chosen] if isinstance(chosen, int) else list(chosen)
+    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
+        raise HookError(f"{name} must be numbers ≥ 0, at least one; got {chosen!r}")
+    if len(set(numbers)) < len(numbers):
+        raise HookError(f"{name} names {sorted(n for n in set(numbers) if numbers.count(n) > 1)[0]} twice")
+    return tuple(sorted(numbers))
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """One edit of a run; made by the functions of :mod:`mambascope.interventions`.
+
+    Use it as ``model.run_with(x, [iv, …])``, in ``with model.intervene([iv, …])``, or in a list of ``fwd_hooks``.
+    ``options`` are JSON values, ``tensors`` what it holds; ``channels`` and ``dims`` restrict it to some channels
+    (the D or M axis) and state dimensions (N). ``source`` is the model whose activations it holds, or their hash.
+    """
+
+    kind: str
+    sites: tuple[Site, ...]
+    options: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    channels: tuple[int, ...] | None = None
+    dims: tuple[int, ...] | None = None
+    source: Any = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise HookError(f"unknown kind of intervention {self.kind!r}{nearest(self.kind, KINDS)}")
+        object.__setattr__(self, "channels", _choice("channels", self.channels))
+        object.__setattr__(self, "dims", _choice("dims", self.dims))
+
+    def __repr__(self) -> str:
+        return f"<{self}>"
+
+    def __str__(self) -> str:
+        where = f"{self.sites[0]}" + (f" and {len(self.sites) - 1} more" if len(self.sites) > 1 else "")
+        shown = {k: v for k, v in self.options.items() if k != "length" and isinstance(v, (int, float, str))}
+        parts = [f"{key}={value}" for key, value in shown.items()]
+        parts += [f"{len(c)} {n}" for n, c in (("channels", self.channels), ("dims", self.dims)) if c is not None]
+        return f"{self.kind} at {where}" + (f" ({', '.join(parts)})" if parts else "")
+
+    def only(self, channels: Any = None, dims: Any = None) -> "Intervention":
+        """The same edit restricted to some channels (D, or M on the residual stream) and state dimensions (N)."""
+        return dataclasses.replace(self, channels=channels, dims=dims)
+
+    def hooks(self, model: Target) -> list[tuple[Site, "Bound"]]:
+        """What it puts into ``model``: ``(site, hook)`` pairs.
+
+        Raises
+        ------
+        UnknownNameError: a site that the model does not have. HookError: channels or dims that the point does not
+            have, and what it holds coming from a model with other weights.
+        """
+        self._check_source(model)
+        known = [Site(resolve_name(s.name, model.hook_dict), s.index) for s in self.sites]
+        mine = dataclasses.replace(self, sites=tuple(known))
+        return [(site, Bound(mine, site, edit, model)) for site, edit in KINDS[self.kind].place(mine, model)]
+
+    def _check_source(self, model: Target) -> None:
+        if self.source is None or self.source is model:
+            return
+        held = self.source if isinstance(self.source, str) else self.source.weight_hash()
+        if held != model.weight_hash():
+            raise HookError(
+                f"{self} holds activations of a model with other weights than {model.cfg.name!r}; record them with "
+                "the model that is to run"
+            )
+
+    # ---- its record: JSON, and the tensors apart
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON value from which, with :attr:`tensors`, :meth:`from_dict` makes the same intervention."""
+        source = self.source if self.source is None or isinstance(self.source, str) else self.source.weight_hash()
+        return {
+            "kind": self.kind,
+            "sites": [{"name": s.name, "index": index_to_json(s.index)} for s in self.sites],
+            "options": self.options,
+            "tensors": sorted(self.tensors),
+            "channels": None if self.channels is None else list(self.channels),
+            "dims": None if self.dims is None else list(self.dims),
+            "source": source,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> "Intervention":
+        """The inverse of :meth:`to_dict`; HookError where something is missing or unknown."""
+        try:
+            sites = tuple(Site(str(s["name"]), index_from_json(s["index"])) for s in data["sites"])
+            held = {name: (tensors or {})[name] for name in data["tensors"]}
+            return cls(data["kind"], sites, dict(data["options"]), held, data["channels"], data["dims"], data["source"])
+        except KeyError as missing:
+            raise HookError(f"the record of an intervention lacks {missing}") from None
+        except (TypeError, AttributeError) as error:
+            raise HookError(f"this is no record of an intervention: {error}") from None
+
+
+def index_to_json(index: "Index | list[int]") -> Any:
+    """An index, or a list of positions, as a JSON value."""
+    if isinstance(index, slice):
+        return {"slice": [index.start, index.stop, index.step]}
+    if isinstance(index, PerRow):
+        return {"rows": index.positions.tolist(), "on": None if index.rows is None else index.rows.tolist()}
+    return index
+
+
+def index_from_json(value: Any) -> Any:
+    """The inverse of :func:`index_to_json`."""
+    if not isinstance(value, dict):
+        return value
+    if "slice" in value:
+        return slice(*value["slice"])
+    return PerRow(torch.tensor(value["rows"]), None if value["on"] is None else torch.tensor(value["on"]))
+
+
+class Bound:
+    """An intervention at one site of one model: the hook that runs."""
+
+    def __init__(self, made_by: Intervention, site: Site, edit: Edit, model: Target) -> None:
+        self.made_by, self.site, self.edit = made_by, site, edit
+        self.beneath = bool(getattr(edit, "beneath", False))
+        self.reads = bool(getattr(edit, "reads", False))  # it only takes notes for another of its hooks
+        self.edits = not self.reads
+        self.fired = 0
+        spec = spec_of(site.name)
+        axes = spec.shape.split()[2:]
+        self._channels = self._axis(made_by.channels, "channels", [a for a in axes if a in "DMR"], spec.shape, model)
+        dims = None if KINDS[made_by.kind].own_dims else made_by.dims
+        self._dims = self._axis(dims, "dims", [a for a in axes if a == "N"], spec.shape, model)
+
+    def _axis(
+        self, chosen: tuple[int, ...] | None, what: str, axes: list[str], shape: str, model: Target
+    ) -> Tensor | None:
+        """The chosen numbers as a mask of their axis; HookError if the point has no such axis or it is too short."""
+        if chosen is None or self.reads:
+            return None
+        if not axes:
+            raise HookError(f"{self.made_by.kind} at {self.site}: values there are {shape}, which has no {what}")
+        cfg = model.cfg
+        size = {"D": cfg.d_inner, "M": cfg.d_model, "N": cfg.d_state, "R": cfg.dt_rank}[axes[0]]
+        if chosen[-1] >= size:
+            raise HookError(f"{self.made_by.kind} at {self.site}: {what} {chosen[-1]} is outside 0…{size - 1}")
+        mask = torch.zeros(size, dtype=torch.bool)
+        mask[list(chosen)] = True
+        return mask[:, None] if what == "channels" and shape.split()[-1] == "N" else mask
+
+    @property
+    def within(self) -> Tensor | None:
+        """Which entries of a value's last axes may change; None for all."""
+        if self._channels is None or self._dims is None:
+            return self._channels if self._dims is None else self._dims
+        return self._channels & self._dims
+
+    def __call__(self, value: Tensor, hook: Any) -> Tensor | None:
+        if self.reads:
+            self.edit(value, hook)
+            return None
+        with torch.no_grad():
+            self._check_overlap(hook)
+        self.fired += 1
+        new = self.edit(value, hook)
+        if new is None:
+            return None
+        if new is value:
+            new = value.clone()
+        if self.within is not None:
+            new = torch.where(self.within.to(value.device), new, value)
+        self._report(value, new, hook)
+        return new
+
+    def _report(self, value: Tensor, new: Tensor, hook: Any) -> None:
+        """Note what was done; the size of the change stays on the device until somebody looks."""
+        done = hook.clock.edits.get(id(self))
+        if done is None:
+            layer = tail_of(self.site.name)[0]
+            done = hook.clock.edits[id(self)] = EditDone(str(self.made_by), str(self.site), layer)
+        change = (new.detach() - value.detach()).abs()
+        if hook.rows is not None:
+            change = change * hook.rows.reshape(*hook.rows.shape, *[1] * (change.ndim - hook.rows.ndim))
+        done.add(change.amax())
+
+    # ---- overlaps: a later edit may change what an earlier one made, never replace it unasked
+
+    def _check_overlap(self, hook: Any) -> None:
+        if sum(isinstance(p.handle.user_hook, Bound) and not p.handle.user_hook.reads for p in hook.here()) < 2:
+            return
+        places = self._places(hook)
+        earlier = hook.clock.applied.setdefault((self.site.name, hook.now), [])
+        for other, theirs in earlier:
+            if KINDS[self.made_by.kind].overwrites and self._meets(other, places, theirs):
+                raise HookError(
+                    f"{self.made_by} would overwrite what {other.made_by} does at the same place; leave one of the "
+                    "two out, restrict them to different positions or channels, or put the overwriting one first"
+                )
+        earlier.append((self, places))
+
+    def _places(self, hook: Any) -> set[tuple[int, int]] | None:
+        """(row, position) pairs of this call, row -1 for all; None for all positions."""
+        addressed = getattr(self.edit, "places", None)
+        if addressed is not None:
+            return addressed(hook)
+        if hook.pos is None or (self.site.index is None):
+            return None
+        pos = torch.as_tensor(hook.pos)
+        if not isinstance(self.site.index, PerRow) and hook.clock.padding is None:
+            return {(-1, t) for t in pos.flatten().tolist()}
+        pos = pos[:, None] if pos.ndim == 1 else pos  # B k
+        on = torch.ones_like(pos, dtype=torch.bool) if hook.rows is None else hook.rows.reshape(pos.shape[0], -1)
+        return {(b, int(pos[b, k])) for b, k in on.expand_as(pos).nonzero().tolist()}
+
+    def _meets(self, other: "Bound", mine: set[tuple[int, int]] | None, theirs: set[tuple[int, int]] | None) -> bool:
+        if self.within is not None and other.within is not None and not bool((self.within & other.within).any()):
+            return False
+        if mine is None or theirs is None:
+            return True
+        if mine & theirs:
+            return True
+        rows = {t for b, t in mine if b == -1} & {t for _, t in theirs}
+        return bool(rows or {t for b, t in theirs if b == -1} & {t for _, t in mine})
+
+
+def expand(hooks: Iterable[Any], model: Target) -> list[tuple[Any, Any]]:
+    """A list of hooks in which interventions may stand beside ``(site, fn)`` pairs, as pairs alone."""
+    pairs: list[tuple[Any, Any]] = []
+    for item in hooks:
+        if isinstance(item, Intervention):
+            pairs += item.hooks(model)
+        elif isinstance(item, (tuple, list)) and len(item) == 2:
+            pairs.append((item[0], item[1]))
+        else:
+            raise HookError(f"a hook is a pair (site, function) or an intervention, got {type(item).__name__}")
+    return pairs
+
+
+def unfired(pairs: Iterable[tuple[Any, Any]]) -> list[Bound]:
+    """The interventions among ``pairs`` that were never called."""
+    return [fn for _, fn in pairs if isinstance(fn, Bound) and not fn.reads and not fn.fired]

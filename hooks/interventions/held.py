@@ -1,0 +1,183 @@
+"""Activations that interventions hold: taken from a cache by token, and found again in the run by token.
+
+Everything is kept by a row's real tokens, so that padding may lie elsewhere in the run than in the cache.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambascope.errors import CacheError, HookError
+from mambascope.hooks.cache import MambaCache
+from mambascope.hooks.points import LAZY, hook_names, resolve_name, tail_of
+from mambascope.hooks.positions import Clock, Index, PerRow
+from mambascope.hooks.recorder import BOUNDARY
+
+__all__ = ["cached", "cached_mean", "check_cache", "lengths_of", "match"]
+
+
+def check_cache(cache: Any) -> MambaCache:
+    """The cache, if it is one with its batch axis; HookError if not."""
+    if not isinstance(cache, MambaCache):
+        raise HookError(f"give the cache of a run (model.run_with_cache(x)[1]), got {type(cache).__name__}")
+    if not cache.has_batch_dim:
+        raise HookError("the cache has no batch axis; give it as run_with_cache made it, before remove_batch_dim()")
+    return cache
+
+
+def lengths_of(cache: MambaCache) -> list[int]:
+    """Real tokens of each row."""
+    batch, length = cache.recording.shape
+    padding = cache.recording.padding
+    return [length] * batch if padding is None else [int(n) for n in padding.lengths.tolist()]
+
+
+def full_name(cache: MambaCache, name: str) -> str:
+    """A point's full name; errors as reading it would give."""
+    full = resolve_name(name, hook_names(cache.model.cfg.n_layers))
+    if full not in cache:
+        raise CacheError(f"{full} was not cached; name it in names_filter")
+    return full
+
+
+def cached(cache: MambaCache, name: str, index: Index) -> Tensor:
+    """The values of a point at an index's tokens, ``B …`` for one position a row, else ``B k …``; a copy.
+
+    With ``index`` None every real token, rows of different lengths filled up with zeros.
+    """
+    name, lengths = full_name(cache, name), lengths_of(cache)
+    batch, length = cache.recording.shape
+    clock = Clock(length, batch, 0, cache.recording.padding)
+    if isinstance(index, PerRow):
+        hits = clock.per_row(index, f"the cached {name}")
+        if hits is None or not bool(hits.on.all()):
+            raise HookError(f"{name}: a cache is read at a position in every row; leave rows= out here")
+        columns = hits.columns
+        out = _gather(cache, name, columns)
+        return out[:, 0] if index.one_each else out
+    if index is None:
+        left = [0] * batch if clock.padding is None else clock.padding.left.tolist()
+        if len(set(lengths)) == 1 and not any(left):
+            return cache[name][:, : lengths[0]].clone()
+        rows = [cache[name][b, a : a + n] for b, (a, n) in enumerate(zip(left, lengths, strict=True))]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    found = clock.columns(index, f"the cached {name}")
+    assert found is not None
+    where, _ = found
+    if not isinstance(where, Tensor):
+        return cache[name][:, where].clone()
+    return _gather(cache, name, where[:, None] if where.ndim == 1 else where)[
+        (slice(None), 0) if where.ndim == 1 else (slice(None),)
+    ]
+
+
+def _gather(cache: MambaCache, name: str, columns: Tensor) -> Tensor:
+    """Values at columns ``B k``; for the lazy points one short window a place."""
+    value = cache[name]
+    if tail_of(name)[1] in LAZY:
+        return torch.stack([torch.stack([value[b, t] for t in row]) for b, row in enumerate(columns.tolist())])
+    columns = columns.to(value.device)
+    return value[torch.arange(columns.shape[0], device=value.device)[:, None], columns]
+
+
+def cached_mean(cache: MambaCache, name: str) -> Tensor:
+    """The mean over all real tokens of all rows, in float64, then in the point's dtype; states in windows."""
+    name, lengths = full_name(cache, name), lengths_of(cache)
+    padding = cache.recording.padding
+    left = [0] * len(lengths) if padding is None else padding.left.tolist()
+    total: Any = 0
+    value = cache[name]
+    for b, (begin, n) in enumerate(zip(left, lengths, strict=True)):
+        for start in range(begin, begin + n, BOUNDARY):
+            total = total + value[b, start : min(start + BOUNDARY, begin + n)].double().sum(0)
+    return (total / sum(lengths)).to(value.dtype)
+
+
+def match(held: Tensor, value: Tensor, hook: Any, index: Index, length: int | None, who: str) -> Tensor:
+    """The part of ``held`` that belongs to this call of a hook, shaped and typed as ``value``.
+
+    ``held``: what :func:`cached` gave for the site's positions. ``length``: the tokens of the cached rows where
+    positions were not chosen by hand, so that another length is an error.
+    """
+    held = held.to(value.device)
+    batch = value.shape[0]
+    if held.shape[0] not in (1, batch):
+        raise HookError(
+            f"{who} holds {held.shape[0]} rows, the run has {batch}; give it the cache of one row, or of all"
+        )
+    clock: Clock = hook.clock
+    if length is not None and not clock.absolute:
+        lengths = [clock.length] if clock.padding is None else clock.padding.lengths.tolist()
+        other = [b for b, n in enumerate(lengths) if n != length]
+        if other:
+            rows = "the run" if clock.padding is None else f"row {other[0]} of the run"
+            raise HookError(
+                f"{who} holds values of {length} tokens, {rows} has {lengths[other[0]]}; "
+                "give tokens of one length, or say which cached positions go where (source=)"
+            )
+    one = isinstance(index, int) or (isinstance(index, PerRow) and index.one_each)
+    if not one:
+        held = _at_step(held, hook, index, who) if hook.now is not None else _over_piece(held, value, hook, index, who)
+    if held.shape[1:] != value.shape[1:]:
+        raise HookError(f"{who} holds values of shape {tuple(held.shape)}, the run has {tuple(value.shape)} there")
+    return held.to(value.dtype).expand(value.shape)
+
+
+def _at_step(held: Tensor, hook: Any, index: Index, who: str) -> Tensor:
+    """Of ``B k D N`` the entry that this step of the recurrence is, in each row."""
+    clock: Clock = hook.clock
+    batch = max(clock.batch, held.shape[0])
+    step = torch.as_tensor(hook.now).expand(batch)  # tokens since the start of this call
+    if index is None or isinstance(index, slice):
+        begin = torch.as_tensor(clock.start).cpu() if clock.absolute else 0
+        if index is None:
+            order = step + begin
+        elif clock.absolute:
+            order = (step + begin - (index.start or 0)) // (index.step or 1)
+        else:
+            lengths = torch.tensor([clock.length]) if clock.padding is None else clock.padding.lengths.cpu()
+            ranges = [index.indices(int(n)) for n in lengths.expand(batch).tolist()]
+            order = torch.tensor([(int(t) - a) // c for t, (a, _, c) in zip(step, ranges, strict=True)])
+    else:
+        assert isinstance(index, PerRow)
+        hits = clock.per_row(index, str(hook.name))
+        assert hits is not None
+        order = ((hits.tokens == step[:, None]) & hits.on).int().argmax(1)
+    on = torch.ones(batch, dtype=torch.bool) if hook.rows is None else hook.rows.cpu()
+    return _pick(held, order.masked_fill(~on, 0)[:, None], who)[:, 0]
+
+
+def _over_piece(held: Tensor, value: Tensor, hook: Any, index: Index, who: str) -> Tensor:
+    """Of ``B k …`` the entries that this call shows: all, or in a growing text those of its positions."""
+    clock: Clock = hook.clock
+    if isinstance(index, PerRow):
+        return held
+    if index is None and clock.padding is not None:
+        padding = clock.padding
+        missing = value.shape[1] - held.shape[1]
+        if missing < 0:
+            raise HookError(f"{who} holds values of {held.shape[1]} tokens, the run has {value.shape[1]} columns")
+        filled = torch.cat([held, held[:, -1:].expand(-1, missing, *held.shape[2:])], 1)
+        return padding.unalign(filled.expand(clock.batch, *filled.shape[1:]))
+    if not clock.absolute:
+        return held
+    if index is None:
+        start = torch.as_tensor(clock.start).cpu().reshape(-1, 1)
+        order = start + torch.arange(value.shape[1])  # 1|B L
+    else:
+        assert isinstance(index, slice)
+        order = (torch.as_tensor(hook.pos).cpu().reshape(-1) - (index.start or 0))[None] // (index.step or 1)
+    return _pick(held, order, who)
+
+
+def _pick(held: Tensor, order: Tensor, who: str) -> Tensor:
+    """Entries ``order`` (``1|B k``) of ``held`` (``1|B K …``); HookError past its end."""
+    last = int(order.max())
+    if last >= held.shape[1]:
+        raise HookError(
+            f"{who} holds {held.shape[1]} positions and is asked for number {last}: the text goes on past them"
+        )
+    rows = max(held.shape[0], order.shape[0])
+    held, order = held.expand(rows, *held.shape[1:]), order.expand(rows, -1).to(held.device)
+    return held[torch.arange(rows, device=held.device)[:, None], order]

@@ -13,6 +13,7 @@ result with ``.table()`` (pandas) and ``.figure()`` (plotly).
 ``sources``                  the same in every layer; ``hidden_attention``: all queries of a short text
 ``logit_contributions``      each layer's and each source token's direct share of a logit, adding up
 ``token_relevance``          a logit traced through all layers to every token, conserved at every depth
+``token_flow``               which token's embedding each last residual stream comes from, through the whole model
 ``state_norms``              how much every layer's state holds after every token
 ``predictions, logit_lens``  loss and guesses by token; the same read off every layer
 ``induction_score``          repeated random tokens: loss, and where each layer looks back
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from mambascope.analyses.patching import Patching, patch
     from mambascope.analyses.relevance import Relevance, token_relevance
     from mambascope.analyses.repeats import repeated_tokens
+    from mambascope.analyses.rollout import Flow, token_flow
     from mambascope.analyses.source import Reading, read
     from mambascope.analyses.states import StateNorms, state_norms
     from mambascope.analyses.timescales import Reach, Timescales, reach, timescale_spectrum
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AttentionMap": "kernels",
     "Capacity": "capacity",
+    "Flow": "rollout",
     "FreezingCost": "lti_freezing",
     "Gating": "gating",
     "GatingGroups": "gating_groups",
@@ -98,12 +101,14 @@ _HOME = {
     "sources": "kernels",
     "state_norms": "states",
     "timescale_spectrum": "timescales",
+    "token_flow": "rollout",
     "token_relevance": "relevance",
 }
 
 __all__ = [
     "AttentionMap",
     "Capacity",
+    "Flow",
     "FreezingCost",
     "Gating",
     "GatingGroups",
@@ -146,6 +151,7 @@ __all__ = [
     "sources",
     "state_norms",
     "timescale_spectrum",
+    "token_flow",
     "token_relevance",
 ]
 

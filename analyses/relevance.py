@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mambascope.analyses.contributions import Target, Token, final_stream, target_of
 from mambascope.analyses.relevance_block import Rule, check_rule, frozen_block
-from mambascope.analyses.source import Reading, Source, read, scan_layers
+from mambascope.analyses.source import Reading, Source, finite, read, scan_layers
 from mambascope.errors import CacheError
 
 if TYPE_CHECKING:
@@ -145,9 +145,10 @@ def token_relevance(
 
 
 def unedited_stream(reading: Reading, stop: int) -> None:
-    """CacheError if a hook changed the residual stream between two blocks."""
+    """CacheError if a hook changed the residual stream between two blocks, InputError if it is not finite there."""
     for i in range(reading.n_layers - 1):
-        left, entered = reading.value("resid_post", i)[:stop], reading.value("resid_pre", i + 1)[:stop]
+        left = finite(reading.value("resid_post", i)[:stop], f"resid_post of layer {i}")
+        entered = reading.value("resid_pre", i + 1)[:stop]
         if left is entered or torch.equal(left, entered.to(left)):
             continue
         at = int((left != entered).any(-1).nonzero()[0])

@@ -16,7 +16,7 @@ gate, a product of two things that both depend on the text (name the rule: resul
 Under both, what comes in equals what goes out: Σ gradient · r + bias terms + what earlier state contributes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import torch
@@ -114,6 +114,11 @@ class FrozenBlock:
     def factor(self) -> Float[Tensor, "L D"]:
         """u / conv."""
         return activation_factor(self.conv, self.activation)
+
+    def upto(self, stop: int) -> "FrozenBlock":
+        """The same block on the first ``stop`` tokens (it is causal)."""
+        names = ("r", "scale", "x", "z", "conv", "u", "delta", "B", "C", "total")
+        return replace(self, **{name: getattr(self, name)[:stop] for name in names})
 
     def pull(self, g: Float[Tensor, "Q L M"], rule: Rule = "frozen") -> Pulled:
         """The gradient with respect to r of what has gradient ``g`` with respect to resid_post; the module's rules.

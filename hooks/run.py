@@ -48,8 +48,8 @@ class PathTaken:
 
     ``form`` is ``"fused"`` (softplus, skip and gate inside the scan), ``"open"`` (apart, each value
     passed through its hook point, same bits), ``"split"`` (the recurrence ran in pieces around edited
-    states) or ``"exposed"`` (A_bar, B_bar or write were edited: the recurrence ran on them). ``edits`` lists what
-    interventions did in this layer.
+    states), ``"exposed"`` (A_bar, B_bar or write were edited: the recurrence ran on them) or ``"graph"`` (fused, and
+    replayed from a recording, same bits). ``edits`` lists what interventions did in this layer.
     """
 
     backend: str
@@ -115,6 +115,7 @@ class Run:
     hooks: bool = True
     recorder: Recorder | None = None
     padding: Padding | None = None
+    needs_grad: bool = False
 
     def exposes(self, point: SitePoint) -> bool:
         """Whether the value at ``point`` must exist as a tensor."""

@@ -17,6 +17,7 @@ from mambascope.hooks.run import EditDone, PathTaken, Recorder, Run
 from mambascope.hooks.sites import Clock, Padding, SitePoint
 from mambascope.model.block import Block
 from mambascope.model.generation import GenerateMethods
+from mambascope.model.graphs import Graphs
 from mambascope.model.head import Output, check_logits, last_positions, mean_loss, next_token_losses, unembed
 from mambascope.model.hooking import HookMethods
 from mambascope.model.inputs import Prepared, padding_of, prepare
@@ -61,6 +62,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         self._hash: tuple[tuple[Any, ...], str] | None = None
         self._clock = Clock()
         self._edits: list[EditDone] = []
+        self.graphs = Graphs()
         self.setup()
         for point in self.hook_dict.values():
             cast(SitePoint, point).clock = self._clock
@@ -199,24 +201,42 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
             raise InputError("the loss needs at least two tokens: one to predict from, one to predict")
         if wants_logits and stop is None and keep is None:
             check_logits(self, entry.batch * entry.length)
-        kept, losses = [], []
-        for begin, end in self._pieces_of(entry, run, stop):
-            resid = entry.resid if entry.tokens is None else self.hooked_embed(entry.tokens[:, begin:end], run)
-            for i in range(first, last):
-                resid, layers[i] = self._block(i, resid, run, layers[i])
-            if stop is not None:
-                return self._with_state(resid, entry, state, layers, return_state)
-            normed = self.ln_final(resid, run)
-            if wants_loss and entry.tokens is not None:
-                stop_at = min(end, entry.length - 1)
-                targets = entry.tokens[:, begin + 1 : stop_at + 1]
-                losses.append(next_token_losses(self, normed[:, : stop_at - begin], targets))
+        if stop is not None:
+            resid = self._blocks(entry, 0, entry.length, run, layers, first, last)
+            return self._with_state(resid, entry, state, layers, return_state)
+        pieces = self._pieces_of(entry, run)
+        stack = self.graphs.claim(self, run) if entry.tokens is not None else None
+        carry = return_state or len(pieces) > 1
+        kept, losses, logits = [], [], None
+        try:
+            for begin, end in pieces:
+                normed = None if stack is None else stack(cast(Tensor, entry.tokens)[:, begin:end], layers, carry)
+                if normed is None:
+                    normed = self.ln_final(self._blocks(entry, begin, end, run, layers, first, last), run)
+                if wants_loss and entry.tokens is not None:
+                    stop_at = min(end, entry.length - 1)
+                    targets = entry.tokens[:, begin + 1 : stop_at + 1]
+                    losses.append(next_token_losses(self, normed[:, : stop_at - begin], targets))
+                if wants_logits:
+                    last_of = self._kept(normed, begin, end, entry, keep)
+                    kept.append(last_of if stack is None or len(pieces) == 1 else last_of.clone())
             if wants_logits:
-                kept.append(self._kept(normed, begin, end, entry, keep))
-        logits = unembed(self, torch.cat(kept, 1) if len(kept) > 1 else kept[0]) if wants_logits else None
+                logits = unembed(self, torch.cat(kept, 1) if len(kept) > 1 else kept[0])
+        finally:
+            if stack is not None:
+                stack.release()
         loss = mean_loss(torch.cat(losses, 1), entry.padding, loss_per_token) if wants_loss else None
         out: Any = logits if loss is None else loss if logits is None else Output(logits, loss)
         return self._with_state(out, entry, state, layers, return_state)
+
+    def _blocks(
+        self, entry: "_Entry", begin: int, end: int, run: Run, layers: list[Any], first: int, last: int
+    ) -> Tensor:
+        """The residual stream ``B L M`` after the blocks, of columns [begin, end); ``layers`` gets the new states."""
+        resid = entry.resid if entry.tokens is None else self.hooked_embed(entry.tokens[:, begin:end], run)
+        for i in range(first, last):
+            resid, layers[i] = self._block(i, resid, run, layers[i])
+        return resid
 
     def hooked_embed(self, tokens: Tensor, run: Run) -> Tensor:
         """Token embeddings ``B L M``, passed through ``hook_embed``."""
@@ -288,7 +308,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
             or (state is not None and any(s.ssm.requires_grad or s.conv.requires_grad for s in state.layers))
         )
         backend, why = ops.resolve_backend(self.backend, self.device, self.dtype, needs_grad)
-        run = Run(cast(ops.Backend, backend), why, self._clock, True, recorder, entry.padding)
+        run = Run(cast(ops.Backend, backend), why, self._clock, True, recorder, entry.padding, needs_grad)
         if recorder is not None:
             recorder.begin(entry.tokens, entry.padding, entry.bos, backend, (entry.batch, entry.length))
         return run
@@ -306,12 +326,12 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
             self._edits = list(clock.edits.values())
             clock.length, clock.start, clock.padding, clock.batch, clock.edits, clock.applied = before
 
-    def _pieces_of(self, entry: "_Entry", run: Run, stop: int | None) -> list[tuple[int, int]]:
+    def _pieces_of(self, entry: "_Entry", run: Run) -> list[tuple[int, int]]:
         """Column ranges to run one after the other, the states carried between them."""
         whole = [(0, entry.length)]
         if entry.batch * entry.length <= _PIECE or entry.tokens is None or entry.padding is not None:
             return whole
-        if stop is not None or torch.is_grad_enabled() or run.recorder is not None:
+        if torch.is_grad_enabled() or run.recorder is not None:
             return whole
         if any(cast(SitePoint, point).live for point in self.hook_dict.values()):
             return whole

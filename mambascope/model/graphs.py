@@ -1,0 +1,262 @@
+"""The block stack as recorded CUDA graphs: the GPU's work without Python's.
+
+A forward pass of 24 layers launches some 250 kernels; where they are short, launching takes longer than running. So the
+second time that a shape comes, its kernels (embedding, blocks, final norm) are recorded, and from then on replayed:
+the same kernels on the same memory, so the same bits. The unembedding runs outside, on the recorded output, so no
+result ever lies in a graph's memory.
+
+A recording reads the weights where they lie: edits in place are seen by the next replay, and weights that were moved or
+reassigned make a new recording. Nothing is recorded, and everything runs as it always did, where hooks, gradients,
+padding, autocast or somebody else's tracing are at work.
+"""
+
+import os
+import threading
+import warnings
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from mambascope.hooks.run import PathTaken, Run
+from mambascope.hooks.sites import Clock
+from mambascope.model.block import Block
+from mambascope.model.state import MambaState
+from mambascope.model.watch import Watch
+from mambascope.ops import operators
+
+if TYPE_CHECKING:
+    from mambascope.model.language_model import HookedMamba
+
+__all__ = ["Graphs", "Stack"]
+
+_MOST_TOKENS = 16_384  # of one recording: beyond, kernels are long enough to hide their launches
+_MOST_GRAPHS = 32
+_MOST_SEEN = 1024
+_LEAST_LIMIT = 2 << 30  # bytes that recordings may hold, or a sixteenth of the device's memory
+
+
+def _switched_on() -> bool:
+    return os.environ.get("MAMBASCOPE_GRAPHS", "1").lower() not in ("0", "false", "off", "no")
+
+
+@dataclass
+class Recorded:
+    """One recording: its static inputs and outputs, all in or beside the graph's own memory."""
+
+    graph: Any
+    tokens: Tensor  # B L
+    entering: MambaState | None  # n_layers B D N, n_layers B D K-1
+    normed: Tensor  # B L M
+    leaving: MambaState | None
+
+
+class Graphs:
+    """A model's recordings. ``enabled`` is the switch (environment: ``MAMBASCOPE_GRAPHS=0``); ``clear`` frees all."""
+
+    def __init__(self) -> None:
+        self.enabled = _switched_on()
+        self.watch = Watch()
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[Any, Recorded] = OrderedDict()
+        self._seen: OrderedDict[Any, str] = OrderedDict()  # shapes that came once, or why they cannot be recorded
+        self._places: tuple[Any, ...] = ()
+        self._pool: Any = None
+        self._held = 0  # bytes of the pool
+        self._stream: Any = None  # of the last replay
+
+    def __reduce__(self) -> Any:
+        """A copy of a model, or one from a file, records for itself."""
+        return (_fresh, (self.enabled,))
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def clear(self) -> None:
+        """Drop every recording and its memory."""
+        with self._lock:
+            self._clear()
+
+    def _clear(self) -> None:
+        self._kept.clear()
+        self._seen.clear()
+        self._pool, self._held = None, 0
+
+    def claim(self, model: "HookedMamba", run: Run) -> "Stack | None":
+        """The right to replay until ``release``; None where this pass must run eagerly."""
+        if not self.enabled or run.backend != "triton" or run.needs_grad or run.padding is not None:
+            return None
+        if run.recorder is not None or not _undisturbed(model.device):
+            return None
+        if not self._lock.acquire(blocking=False):
+            return None  # another thread replays, on its own stream: this one need not wait
+        if self.watch.why_not(model):
+            self._lock.release()
+            return None
+        places = self.watch.places()
+        if places != self._places:  # weights moved: what was recorded reads memory that is no longer theirs
+            self._clear()
+            self._places = places
+        return Stack(self, model, run)
+
+    # ---- with the lock held
+
+    def come_to(self, device: torch.device) -> None:
+        """Let the current stream wait for what another one last replayed: all recordings share their memory."""
+        now = torch.cuda.current_stream(device)
+        if self._stream is not None and self._stream != now:
+            now.wait_stream(self._stream)
+        self._stream = now
+
+    def find(self, stack: "Stack", shape: tuple[int, int], stateful: bool, carry: bool) -> Recorded | None:
+        """The recording for this shape; made now if the shape came before."""
+        key = (shape, stateful, carry, _matmul_switches())
+        kept = self._kept.get(key)
+        if kept is not None:
+            self._kept.move_to_end(key)
+            return kept
+        if key not in self._seen:  # the first time runs eagerly: kernels compile, and many shapes come only once
+            self._seen[key] = ""
+            if len(self._seen) > _MOST_SEEN:
+                self._seen.popitem(last=False)
+            return None
+        if self._seen[key]:
+            return None
+        return self._record(key, stack.model, shape, stateful, carry)
+
+    def _record(
+        self, key: Any, model: "HookedMamba", shape: tuple[int, int], stateful: bool, carry: bool
+    ) -> Recorded | None:
+        limit = max(_LEAST_LIMIT, torch.cuda.get_device_properties(model.device).total_memory // 16)
+        if self._held > limit:
+            self._clear()
+            self._seen[key] = ""
+        while len(self._kept) >= _MOST_GRAPHS:
+            self._kept.popitem(last=False)
+        try:
+            with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(model.device):
+                made, held = _capture(model, self._shared_pool(), shape, stateful, carry)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            self._clear()  # the memory may be what is missing
+            self._seen[key] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            warnings.warn(
+                f"a forward pass of {shape[0]} x {shape[1]} tokens cannot be recorded as a CUDA graph and runs "
+                f"eagerly, with the same results ({self._seen[key]})",
+                stacklevel=2,
+            )
+            return None
+        self._held += held
+        self._kept[key] = made
+        return made
+
+    def _shared_pool(self) -> Any:
+        """One pool for all: replays never overlap, and each one's output is read before the next begins."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
+
+
+def _fresh(enabled: bool) -> Graphs:
+    graphs = Graphs()
+    graphs.enabled = enabled
+    return graphs
+
+
+class Stack:
+    """A claimed model: call it piece by piece, then ``release`` it, after the outputs were read."""
+
+    def __init__(self, graphs: Graphs, model: "HookedMamba", run: Run) -> None:
+        self._graphs, self.model, self._run = graphs, model, run
+        self._told = False
+
+    def release(self) -> None:
+        self._graphs._lock.release()
+
+    def __call__(self, tokens: Tensor, layers: list[Any], carry: bool) -> Tensor | None:
+        """The normalised residual ``B L M``, in graph memory: read it before the next call.
+
+        None where this piece must run eagerly. ``layers`` gets the states after the piece, if ``carry`` asks for them.
+        """
+        shape = (tokens.shape[0], tokens.shape[1])
+        if shape[0] * shape[1] > _MOST_TOKENS:
+            return None
+        recorded = self._graphs.find(self, shape, layers[0] is not None, carry)
+        if recorded is None:
+            return None
+        self._graphs.come_to(tokens.device)
+        recorded.tokens.copy_(tokens, non_blocking=True)
+        if recorded.entering is not None:
+            _fill(recorded.entering, layers)
+        recorded.graph.replay()
+        self._tell()
+        if recorded.leaving is not None:
+            after = recorded.leaving.map(torch.clone)
+            layers[:] = [MambaState(*pair) for pair in zip(after.ssm, after.conv, strict=True)]
+        return recorded.normed
+
+    def _tell(self) -> None:
+        if not self._told:
+            taken = PathTaken(self._run.backend, "graph", self._run.why)
+            for block in self.model.blocks:
+                cast(Block, block).mixer.path = taken
+            self._told = True
+
+
+def _fill(entering: MambaState, layers: list[MambaState]) -> None:
+    with torch.no_grad():
+        copy: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+        copy(list(entering.ssm), [layer.ssm for layer in layers])
+        copy(list(entering.conv), [layer.conv for layer in layers])
+
+
+def _undisturbed(device: torch.device) -> bool:
+    """Whether nobody records, traces or transforms what runs now."""
+    if not operators.direct() or torch.is_autocast_enabled("cuda"):
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
+        return False
+    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+
+
+def _matmul_switches() -> tuple[Any, ...]:
+    """The settings that choose how torch multiplies matrices: a recording keeps what it was made with."""
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None) or matmul.allow_tf32
+    reduced = (matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction)
+    return (precision, *reduced, torch.are_deterministic_algorithms_enabled())
+
+
+def _capture(
+    model: "HookedMamba", pool: Any, shape: tuple[int, int], stateful: bool, carry: bool
+) -> tuple[Recorded, int]:
+    """Record the stack once; also the bytes by which the pool grew."""
+    tokens = torch.zeros(shape, dtype=torch.long, device=model.device)
+    entering = None
+    if stateful:
+        states = model.initial_state(shape[0]).layers
+        entering = MambaState(torch.stack([s.ssm for s in states]), torch.stack([s.conv for s in states]))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        before = torch.cuda.memory_reserved(model.device)
+        normed, leaving = _run_stack(model, tokens, entering, carry)
+        held = torch.cuda.memory_reserved(model.device) - before
+    return Recorded(graph, tokens, entering, normed, leaving), held
+
+
+def _run_stack(
+    model: "HookedMamba", tokens: Tensor, entering: MambaState | None, carry: bool
+) -> tuple[Tensor, MambaState | None]:
+    run = Run("triton", "recorded", Clock(), False)
+    resid, after = model.embed(tokens), []
+    for i, block in enumerate(model.blocks):
+        state = None if entering is None else MambaState(entering.ssm[i], entering.conv[i])
+        resid, state = cast(Block, block)(resid.to(cast(Block, block).residual_dtype), run, state)
+        if carry:
+            after.append(state)
+        del state
+    normed = model.ln_final(resid, run)
+    if not carry:
+        return normed, None
+    return normed, MambaState(torch.stack([s.ssm for s in after]), torch.stack([s.conv for s in after]))

@@ -1,0 +1,106 @@
+"""Whether a model is just its weights: no hook, no exchanged module, no replaced ``forward`` anywhere in it.
+
+Only then may its blocks run as something else than Python: a recorded graph, or fused kernels for one token. The look
+is made before every such run, so it must be quick: lists that C loops compare, and torch's own count of hooks.
+"""
+
+from collections.abc import Iterator
+from itertools import chain, repeat
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
+
+from mambascope.hooks.sites import SitePoint
+from mambascope.hooks.state_point import StatePoint
+from mambascope.model.block import Block
+from mambascope.model.mixer import MambaMixer
+from mambascope.model.norm import RMSNorm
+
+if TYPE_CHECKING:
+    from mambascope.model.language_model import HookedMamba
+
+__all__ = ["Watch"]
+
+_PLAIN = (Block, MambaMixer, RMSNorm, SitePoint, StatePoint, nn.Linear, nn.Conv1d, nn.Embedding, nn.ModuleList)
+_SLOTS: dict[type, dict[str, type]] = {
+    Block: {"norm": RMSNorm, "mixer": MambaMixer},
+    MambaMixer: {
+        "in_proj": nn.Linear,
+        "conv1d": nn.Conv1d,
+        "x_proj": nn.Linear,
+        "dt_proj": nn.Linear,
+        "out_proj": nn.Linear,
+    },
+}
+
+
+class Watch:
+    """Looks at one model; holds references to its modules' dictionaries, never copies of its weights."""
+
+    def __init__(self) -> None:
+        self._children: list[Any] = []  # the modules' _modules
+        self._modules: list[nn.Module] = []  # what these held when the model was last walked through
+        self._spaces: list[dict[str, Any]] = []  # the modules' __dict__
+        self._owners: list[Any] = []  # the _parameters of modules that own some
+        self._constants: list[Any] = []  # modules with numbers of their own
+        self._why = "was not looked at yet"
+        self._hooks_at = -1  # torch's count of hooks when there were none in the model
+
+    def why_not(self, model: "HookedMamba") -> str:
+        """What stands in the way of running the weights alone; empty if nothing does."""
+        if list(chain.from_iterable(map(dict.values, self._children))) != self._modules or not self._modules:
+            self._walk(model)
+        if self._why:
+            return self._why
+        if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+            return "torch has a global hook on all modules"
+        if any(map(dict.__contains__, self._spaces, repeat("forward"))):
+            return "a module's forward was replaced"
+        count = RemovableHandle.next_id
+        if count != self._hooks_at:
+            if any(space["_forward_hooks"] or space["_forward_pre_hooks"] for space in self._spaces):
+                return "a hook sits in the model"
+            self._hooks_at = count
+        return ""
+
+    def _walk(self, model: "HookedMamba") -> None:
+        found = list(model.modules())
+        self._children = [m._modules for m in found]
+        self._modules = [m for m in chain.from_iterable(map(dict.values, self._children)) if m is not None]
+        self._spaces = [m.__dict__ for m in found if m is not model]
+        self._owners = [m._parameters for m in found if m._parameters]
+        self._constants = [m for m in found if isinstance(m, RMSNorm)]
+        self._hooks_at = -1
+        self._why = next(_strange(model), "")
+
+    def weights(self) -> list[Tensor]:
+        """The model's parameters, as they are now."""
+        return [p for p in chain.from_iterable(map(dict.values, self._owners)) if p is not None]
+
+    def places(self) -> tuple[Any, ...]:
+        """Where the weights lie and how, and the norms' eps: what a recorded kernel reads, whatever the values are."""
+        weights = self.weights()
+        return (*map(Tensor.data_ptr, weights), *map(Tensor.stride, weights), *[m.eps for m in self._constants])
+
+
+def _strange(model: "HookedMamba") -> Iterator[str]:
+    for name, m in model.named_modules():
+        if m is model:
+            continue
+        if type(m) not in _PLAIN:
+            yield f"{name} is a {type(m).__name__}"
+        for slot, kind in _SLOTS.get(type(m), {}).items():
+            if type(getattr(m, slot)) is not kind:
+                yield f"{name}.{slot} was exchanged"
+    if type(model.unembed) is not nn.Linear or type(model.embed) is not nn.Embedding:
+        yield "the embedding was exchanged"
+    weights = list(model.parameters())
+    if any(p.device != weights[0].device for p in weights):
+        yield "the weights lie on several devices"
+    if any(type(p) is not nn.Parameter or not p.dtype.is_floating_point for p in weights):
+        yield "a weight is no plain parameter"
+    if {p.dtype for p in weights} - {model.dtype, torch.float32}:
+        yield "the weights have several dtypes"

@@ -48,8 +48,9 @@ class PathTaken:
 
     ``form`` is ``"fused"`` (softplus, skip and gate inside the scan), ``"open"`` (apart, each value
     passed through its hook point, same bits), ``"split"`` (the recurrence ran in pieces around edited
-    states), ``"exposed"`` (A_bar, B_bar or write were edited: the recurrence ran on them) or ``"graph"`` (fused, and
-    replayed from a recording, same bits). ``edits`` lists what interventions did in this layer.
+    states), ``"exposed"`` (A_bar, B_bar or write were edited: the recurrence ran on them), ``"graph"`` (fused, and
+    replayed from a recording, same bits) or ``"step"`` (kernels for one token, in ``step`` and ``generate``).
+    ``edits`` lists what interventions did in this layer.
     """
 
     backend: str

@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from mambascope.errors import InputError
+from mambascope.model.decode import LOOK_AHEAD, Decoder, Generation
 from mambascope.model.inputs import prepare
 
 if TYPE_CHECKING:
     from mambascope.hooks.cache import MambaCache
+    from mambascope.model.graphs import Graphs
     from mambascope.model.state import State
 
 __all__ = ["GenerateMethods", "Sampler", "sample"]
@@ -37,9 +39,20 @@ class Sampler:
 
 
 def sample(logits: Tensor, sampler: Sampler, generator: torch.Generator | None = None) -> Tensor:
-    """One id per row from logits ``B V``."""
+    """One id per row from logits ``B V``; InputError where they are no distribution (NaN, or infinite everywhere)."""
+    ids, sound = _draw(logits, sampler, generator)
+    _check_sound(sound)
+    return ids
+
+
+def _draw(logits: Tensor, sampler: Sampler, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """The ids, and on the device whether the logits were sound: nothing here waits for it.
+
+    Ids are drawn as torch.multinomial does it (the largest p / e, e exponentially distributed), which looks at its
+    probabilities first and so waits.
+    """
     if sampler.temperature == 0:
-        return logits.argmax(-1)
+        return logits.argmax(-1), torch.ones((), dtype=torch.bool, device=logits.device)
     scores = logits.float() / sampler.temperature
     if sampler.top_k is not None and sampler.top_k < scores.shape[-1]:
         least = scores.topk(sampler.top_k, -1).values[:, -1:]
@@ -49,7 +62,26 @@ def sample(logits: Tensor, sampler: Sampler, generator: torch.Generator | None =
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the strictly likelier tokens
         ordered = ordered.masked_fill(before >= sampler.top_p, float("-inf"))
         scores = torch.empty_like(scores).scatter_(-1, order, ordered)
-    return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+    p = scores.softmax(-1)
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1), torch.isfinite(p).all()
+
+
+def _check_sound(sound: Tensor) -> None:
+    if not bool(sound):
+        raise InputError("the logits hold NaN or infinities, so no token can be drawn from them")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A generation's options."""
+
+    most: int
+    sampler: Sampler
+    generator: torch.Generator | None
+    stops: Tensor
+    stop_list: list[int]
+    watch: "Callable[[MambaCache], None] | None"
+    names_filter: Any
 
 
 class GenerateMethods:
@@ -58,6 +90,7 @@ class GenerateMethods:
     if TYPE_CHECKING:
         cfg: Any
         device: torch.device
+        graphs: Graphs
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
         def run_with_cache(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -86,33 +119,76 @@ class GenerateMethods:
         A row that has met a stop token (default: the model's end-of-text) yields that token from then on; the
         iterator ends when every row has. ``watch`` gets the cache of the prompt and of every step.
         """
-        sampler = Sampler(temperature, top_k, top_p)
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 0:
-            raise InputError(f"max_new_tokens must be an integer ≥ 0, got {max_new_tokens!r}")
-        stops = self._stops(stop_tokens)
+        plan = self._plan(max_new_tokens, Sampler(temperature, top_k, top_p), seed, stop_tokens, watch, names_filter)
+        for block in self._generated(plan, prompt, prepend_bos, attention_mask, state, 1):
+            yield block[:, 0]
+
+    def _plan(
+        self, most: int, sampler: Sampler, seed: int | None, stop_tokens: Any, watch: Any, names_filter: Any
+    ) -> "_Plan":
+        if isinstance(most, bool) or not isinstance(most, int) or most < 0:
+            raise InputError(f"max_new_tokens must be an integer ≥ 0, got {most!r}")
         generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
-        entry = prepare(self, prompt, prepend_bos, attention_mask)  # type: ignore[arg-type]
-        mask = None if entry.padding is None else entry.padding.mask
-        options: dict[str, Any] = {"return_state": True, "logits_to_keep": 1}
-        tokens, done = entry.tokens, torch.zeros(entry.tokens.shape[0], dtype=torch.bool, device=self.device)
-        ids = torch.zeros(tokens.shape[0], dtype=torch.long, device=self.device)
-        for i in range(max_new_tokens):
-            with self._absolute():
-                if watch is None:
-                    logits, state = self(tokens, state=state, attention_mask=mask, **options)
-                else:
-                    (logits, state), cache = self.run_with_cache(
-                        tokens, state=state, attention_mask=mask, names_filter=names_filter, **options
-                    )
-                    watch(cache)
-            mask = None
-            new = sample(logits[:, -1], sampler, generator)
-            ids = torch.where(done, ids, new)
-            done = done | torch.isin(ids, stops)
-            yield ids
-            if bool(done.all()) or i == max_new_tokens - 1:
-                return
-            tokens = ids[:, None]
+        stops = self._stops(stop_tokens)
+        return _Plan(most, sampler, generator, stops, stops.tolist(), watch, names_filter)
+
+    @torch.no_grad()
+    def _generated(
+        self, plan: "_Plan", prompt: Any, prepend_bos: bool | None, mask: Tensor | None, state: Any, ahead: int
+    ) -> Iterator[Tensor]:
+        """New ids ``B k``, at most ``ahead`` columns at a time, until every row is done."""
+        entry = prepare(self, prompt, prepend_bos, mask)  # type: ignore[arg-type]
+        if plan.most == 0:
+            return
+        logits, state = self._read(entry.tokens, state, None if entry.padding is None else entry.padding.mask, plan)
+        ids = sample(logits[:, -1], plan.sampler, plan.generator)
+        yield ids[:, None]
+        going, left = Generation(state, ids, torch.isin(ids, plan.stops), plan.stop_list), plan.most - 1
+        while left and not bool(going.done.all()):
+            block = self._next_block(going, plan, min(left, ahead))
+            left -= block.shape[1]
+            yield block
+
+    def _read(self, tokens: Tensor, state: Any, mask: Tensor | None, plan: "_Plan") -> Any:
+        options: dict[str, Any] = {"return_state": True, "logits_to_keep": 1, "state": state, "attention_mask": mask}
+        with self._absolute():
+            if plan.watch is None:
+                return self(tokens, **options)
+            out, cache = self.run_with_cache(tokens, names_filter=plan.names_filter, **options)
+        plan.watch(cache)
+        return out
+
+    def _next_block(self, going: Generation, plan: "_Plan", tokens: int) -> Tensor:
+        """Up to ``tokens`` new ids ``B k``: by the step kernels where they can run, else one by an ordinary pass."""
+        if plan.watch is None:
+            greedy = plan.sampler.temperature == 0 and len(plan.stop_list) <= Generation.MOST_STOPS
+            with self.graphs.decoding(self, going.ids.shape[0], greedy) as decoder:  # type: ignore[arg-type]
+                if decoder is not None:
+                    return self._decoded(going, decoder, plan, tokens, greedy)
+        logits, state = self._read(going.ids[:, None], self.graphs.settled(going), None, plan)
+        ids = torch.where(going.done, going.ids, sample(logits[:, -1], plan.sampler, plan.generator))
+        going.read(state, ids, going.done | torch.isin(ids, plan.stops))
+        return ids[:, None]
+
+    def _decoded(self, going: Generation, decoder: Decoder, plan: "_Plan", tokens: int, greedy: bool) -> Tensor:
+        model: Any = self
+        done = going.done
+        if greedy:
+            told = going.greedy(model, decoder, tokens)
+        else:
+            columns, all_sound = [], []
+            for _ in range(tokens):
+                new, sound = _draw(going.logits(model, decoder), plan.sampler, plan.generator)
+                ids = torch.where(going.done, going.ids, new)
+                going.chosen(model, decoder, ids, going.done | torch.isin(ids, plan.stops))
+                columns.append(ids)
+                all_sound.append(sound)
+            told = torch.stack(columns, 1)
+            _check_sound(torch.stack(all_sound).all())
+        if tokens == 1:
+            return told
+        over = (done[:, None] | torch.isin(told, plan.stops)).cummax(1).values.all(0)  # all rows are done after it
+        return told[:, : min(tokens, 1 + int((~over).sum()))]
 
     def _stops(self, stop_tokens: Iterable[int] | None) -> Tensor:
         if stop_tokens is None:
@@ -152,12 +228,11 @@ class GenerateMethods:
         if return_cache and entry.padding is not None:
             raise InputError("return_cache needs rows of one length; generate the rows one at a time")
         mask = None if entry.padding is None else entry.padding.mask
-        options: dict[str, Any] = {"stop_tokens": stop_tokens, "attention_mask": mask, "state": state}
-        options |= {"watch": watch, "names_filter": names_filter}
-        stops = self._stops(stop_tokens).tolist()
-        new = list(self.stream(entry.tokens, max_new_tokens, temperature, top_k, top_p, seed, **options))
-        columns = torch.stack(new, 1) if new else entry.tokens[:, :0]
-        rows = [self._row(entry, b, columns[b].tolist(), stops) for b in range(entry.tokens.shape[0])]
+        plan = self._plan(max_new_tokens, Sampler(temperature, top_k, top_p), seed, stop_tokens, watch, names_filter)
+        ahead = LOOK_AHEAD if watch is None else 1
+        new = list(self._generated(plan, entry.tokens, None, mask, state, ahead))
+        columns = torch.cat(new, 1) if new else entry.tokens[:, :0]
+        rows = [self._row(entry, b, columns[b].tolist(), plan.stop_list) for b in range(entry.tokens.shape[0])]
         if isinstance(prompt, str) or (isinstance(prompt, (list, tuple)) and isinstance(prompt[0], str)):
             texts = [self.to_string(row) for row in rows]
             out: Any = texts[0] if isinstance(prompt, str) else texts

@@ -14,6 +14,8 @@ import os
 import threading
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,9 +25,10 @@ from torch import Tensor
 from mambascope.hooks.run import PathTaken, Run
 from mambascope.hooks.sites import Clock
 from mambascope.model.block import Block
-from mambascope.model.state import MambaState
+from mambascope.model.decode import Decoder, Generation, fill, why_no_decoder
+from mambascope.model.state import MambaState, State
 from mambascope.model.watch import Watch
-from mambascope.ops import operators
+from mambascope.ops import operators, resolve_backend
 
 if TYPE_CHECKING:
     from mambascope.model.language_model import HookedMamba
@@ -60,6 +63,7 @@ class Graphs:
         self.enabled = _switched_on()
         self.watch = Watch()
         self._lock = threading.Lock()
+        self._decoders: dict[int, Decoder | str] = {}  # by rows; or why there is none
         self._kept: OrderedDict[Any, Recorded] = OrderedDict()
         self._seen: OrderedDict[Any, str] = OrderedDict()  # shapes that came once, or why they cannot be recorded
         self._places: tuple[Any, ...] = ()
@@ -80,26 +84,74 @@ class Graphs:
             self._clear()
 
     def _clear(self) -> None:
+        for decoder in self._decoders.values():
+            owner = decoder.owner() if isinstance(decoder, Decoder) and decoder.owner is not None else None
+            if owner is not None:
+                owner.state()  # a running generation goes on elsewhere
+        self._decoders.clear()
         self._kept.clear()
         self._seen.clear()
         self._pool, self._held = None, 0
 
-    def claim(self, model: "HookedMamba", run: Run) -> "Stack | None":
-        """The right to replay until ``release``; None where this pass must run eagerly."""
-        if not self.enabled or run.backend != "triton" or run.needs_grad or run.padding is not None:
-            return None
-        if run.recorder is not None or not _undisturbed(model.device):
-            return None
-        if not self._lock.acquire(blocking=False):
-            return None  # another thread replays, on its own stream: this one need not wait
+    def _enter(self, model: "HookedMamba", wait: bool) -> bool:
+        """Take the lock, if the model is nothing but its weights and nobody is at work around it."""
+        if not self.enabled or not _undisturbed(model.device):
+            return False
+        if not self._lock.acquire(blocking=wait):
+            return False
         if self.watch.why_not(model):
             self._lock.release()
-            return None
+            return False
         places = self.watch.places()
         if places != self._places:  # weights moved: what was recorded reads memory that is no longer theirs
             self._clear()
             self._places = places
-        return Stack(self, model, run)
+        return True
+
+    def claim(self, model: "HookedMamba", run: Run) -> "Stack | None":
+        """The right to replay until ``release``; None where this pass must run eagerly."""
+        if run.backend != "triton" or run.needs_grad or run.padding is not None or run.recorder is not None:
+            return None
+        # Another thread that replays does so on its own stream; this one need not wait for it.
+        return Stack(self, model, run) if self._enter(model, wait=False) else None
+
+    @contextmanager
+    def decoding(self, model: "HookedMamba", batch: int, greedy: bool) -> "Iterator[Decoder | None]":
+        """The decoder for ``batch`` rows while the lock is held; None where tokens must run as any other pass."""
+        backend, why = resolve_backend(model.backend, model.device, model.dtype)
+        if backend != "triton" or not self._enter(model, wait=True):
+            yield None
+            return
+        try:
+            decoder = self._decoder(model, batch, greedy)
+            if decoder is not None:
+                self.come_to(model.device)
+                _tell(model, PathTaken(backend, "step", why))
+            yield decoder
+        finally:
+            self._lock.release()
+
+    def settled(self, going: Generation) -> State:
+        """The states of a running generation, taken out of the decoder."""
+        with self._lock:
+            return going.state()
+
+    def _decoder(self, model: "HookedMamba", batch: int, greedy: bool) -> Decoder | None:
+        found = self._decoders.get(batch)
+        try:
+            if found is None:
+                found = why_no_decoder(model, batch)
+                if not found:
+                    with torch.inference_mode(False), torch.no_grad():
+                        found = Decoder(model, batch)
+                self._decoders[batch] = found
+            if isinstance(found, Decoder):
+                with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(model.device):
+                    found.prepare(model, greedy)
+                return found
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            self._decoders[batch] = _notice(f"a step of {batch} rows", error)
+        return None
 
     # ---- with the lock held
 
@@ -140,12 +192,7 @@ class Graphs:
                 made, held = _capture(model, self._shared_pool(), shape, stateful, carry)
         except (RuntimeError, torch.OutOfMemoryError) as error:
             self._clear()  # the memory may be what is missing
-            self._seen[key] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            warnings.warn(
-                f"a forward pass of {shape[0]} x {shape[1]} tokens cannot be recorded as a CUDA graph and runs "
-                f"eagerly, with the same results ({self._seen[key]})",
-                stacklevel=2,
-            )
+            self._seen[key] = _notice(f"a forward pass of {shape[0]} x {shape[1]} tokens", error)
             return None
         self._held += held
         self._kept[key] = made
@@ -169,7 +216,7 @@ class Stack:
 
     def __init__(self, graphs: Graphs, model: "HookedMamba", run: Run) -> None:
         self._graphs, self.model, self._run = graphs, model, run
-        self._told = False
+        self._path = PathTaken(run.backend, "graph", run.why)
 
     def release(self) -> None:
         self._graphs._lock.release()
@@ -188,27 +235,27 @@ class Stack:
         self._graphs.come_to(tokens.device)
         recorded.tokens.copy_(tokens, non_blocking=True)
         if recorded.entering is not None:
-            _fill(recorded.entering, layers)
+            fill(recorded.entering, layers)
         recorded.graph.replay()
-        self._tell()
+        _tell(self.model, self._path)
         if recorded.leaving is not None:
             after = recorded.leaving.map(torch.clone)
             layers[:] = [MambaState(*pair) for pair in zip(after.ssm, after.conv, strict=True)]
         return recorded.normed
 
-    def _tell(self) -> None:
-        if not self._told:
-            taken = PathTaken(self._run.backend, "graph", self._run.why)
-            for block in self.model.blocks:
-                cast(Block, block).mixer.path = taken
-            self._told = True
+
+def _tell(model: "HookedMamba", path: PathTaken) -> None:
+    for block in model.blocks:
+        cast(Block, block).mixer.path = path
 
 
-def _fill(entering: MambaState, layers: list[MambaState]) -> None:
-    with torch.no_grad():
-        copy: Any = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
-        copy(list(entering.ssm), [layer.ssm for layer in layers])
-        copy(list(entering.conv), [layer.conv for layer in layers])
+def _notice(what: str, error: Exception) -> str:
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    warnings.warn(
+        f"{what} cannot be recorded as a CUDA graph and runs without, within the same tolerances ({reason})",
+        stacklevel=3,
+    )
+    return reason
 
 
 def _undisturbed(device: torch.device) -> bool:

@@ -20,7 +20,7 @@ from mambascope.model.generation import GenerateMethods
 from mambascope.model.graphs import Graphs
 from mambascope.model.head import Output, check_logits, last_positions, mean_loss, next_token_losses, unembed
 from mambascope.model.hooking import HookMethods
-from mambascope.model.inputs import Prepared, padding_of, prepare
+from mambascope.model.inputs import Prepared, check_ids, padding_of, prepare
 from mambascope.model.norm import RMSNorm
 from mambascope.model.state import MambaState, State
 from mambascope.model.text import TextMethods
@@ -202,7 +202,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         if wants_logits and stop is None and keep is None:
             check_logits(self, entry.batch * entry.length)
         if stop is not None:
-            resid = self._blocks(entry, 0, entry.length, run, layers, first, last)
+            resid = self._through(entry, 0, entry.length, run, layers, first, last)
             return self._with_state(resid, entry, state, layers, return_state)
         pieces = self._pieces_of(entry, run)
         stack = self.graphs.claim(self, run) if entry.tokens is not None else None
@@ -212,7 +212,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
             for begin, end in pieces:
                 normed = None if stack is None else stack(cast(Tensor, entry.tokens)[:, begin:end], layers, carry)
                 if normed is None:
-                    normed = self.ln_final(self._blocks(entry, begin, end, run, layers, first, last), run)
+                    normed = self.ln_final(self._through(entry, begin, end, run, layers, first, last), run)
                 if wants_loss and entry.tokens is not None:
                     stop_at = min(end, entry.length - 1)
                     targets = entry.tokens[:, begin + 1 : stop_at + 1]
@@ -229,7 +229,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         out: Any = logits if loss is None else loss if logits is None else Output(logits, loss)
         return self._with_state(out, entry, state, layers, return_state)
 
-    def _blocks(
+    def _through(
         self, entry: "_Entry", begin: int, end: int, run: Run, layers: list[Any], first: int, last: int
     ) -> Tensor:
         """The residual stream ``B L M`` after the blocks, of columns [begin, end); ``layers`` gets the new states."""
@@ -302,16 +302,19 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         return _Entry(None, value, padding, None)
 
     def _new_run(self, entry: "_Entry", state: State | None, recorder: Recorder | None) -> Run:
-        needs_grad = torch.is_grad_enabled() and (
-            any(p.requires_grad for p in self.parameters())
-            or (entry.resid is not None and entry.resid.requires_grad)
-            or (state is not None and any(s.ssm.requires_grad or s.conv.requires_grad for s in state.layers))
-        )
+        needs_grad = self._needs_grad(entry.resid, state)
         backend, why = ops.resolve_backend(self.backend, self.device, self.dtype, needs_grad)
         run = Run(cast(ops.Backend, backend), why, self._clock, True, recorder, entry.padding, needs_grad)
         if recorder is not None:
             recorder.begin(entry.tokens, entry.padding, entry.bos, backend, (entry.batch, entry.length))
         return run
+
+    def _needs_grad(self, resid: Tensor | None, state: State | None) -> bool:
+        return torch.is_grad_enabled() and (
+            any(p.requires_grad for p in self.parameters())
+            or (resid is not None and resid.requires_grad)
+            or (state is not None and any(s.ssm.requires_grad or s.conv.requires_grad for s in state.layers))
+        )
 
     @contextmanager
     def _clock_at(self, entry: "_Entry", state: State | None) -> Iterator[None]:
@@ -346,16 +349,20 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
             raise StateError("the state was made by another model")
         if len(state.layers) != self.cfg.n_layers:
             raise StateError(f"the state has {len(state.layers)} layers, the model {self.cfg.n_layers}")
+        like: dict[Any, MambaState] = {}
         for i, layer in enumerate(state.layers):
-            want = cast(Block, self.blocks[i]).mixer.initial_state(0)
-            for name, got, like in (("ssm", layer.ssm, want.ssm), ("conv", layer.conv, want.conv)):
-                if tuple(got.shape) != (batch, *like.shape[1:]):
-                    expected = (batch, *like.shape[1:])
+            mixer = cast(Block, self.blocks[i]).mixer
+            kind = (id(mixer.cfg), mixer.in_proj.weight.dtype, mixer.in_proj.weight.device)
+            if kind not in like:
+                like[kind] = mixer.initial_state(0)
+            for name, got, want in (("ssm", layer.ssm, like[kind].ssm), ("conv", layer.conv, like[kind].conv)):
+                if tuple(got.shape) != (batch, *want.shape[1:]):
+                    expected = (batch, *want.shape[1:])
                     raise StateError(f"layer {i}: state.{name} has shape {tuple(got.shape)}, expected {expected}")
-                if got.dtype != like.dtype or got.device != like.device:
+                if got.dtype != want.dtype or got.device != want.device:
                     raise StateError(
                         f"layer {i}: state.{name} is {got.dtype} on {got.device}, "
-                        f"expected {like.dtype} on {like.device}"
+                        f"expected {want.dtype} on {want.device}"
                     )
 
     def initial_state(self, batch: int = 1) -> State:
@@ -374,6 +381,14 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
                 f"step takes one token a row, got shape {tuple(tokens.shape)}; give more to model(…, state=)"
             )
         state = state if state is not None else self.initial_state(tokens.shape[0])
+        if not self._needs_grad(None, state):
+            check_ids(tokens, self.cfg.n_tokens)
+            self.check_state(state, tokens.shape[0])
+            with self.graphs.decoding(self, tokens.shape[0], greedy=False) as decoder:
+                if decoder is not None:
+                    with torch.no_grad():
+                        logits, layers = decoder.step(self, tokens[:, 0], state)
+                    return logits, State(layers, state.position + 1, self.model_id)
         with self._absolute():
             logits, after = self(tokens, state=state, return_state=True)
         return logits[:, 0], after

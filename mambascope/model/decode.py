@@ -1,0 +1,226 @@
+"""One token at a time on a GPU: fused kernels, recorded as CUDA graphs, the states where the graphs find them.
+
+A decoder serves a few rows. Its memory holds the states of whoever uses it now (a call of ``step``, or a running
+generation); whoever used it before gets a copy of its own, and comes back with that.
+"""
+
+import weakref
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from mambascope.model.block import Block
+from mambascope.model.state import MambaState, State
+
+if TYPE_CHECKING:
+    from mambascope.model.language_model import HookedMamba
+    from mambascope.ops import step as kernels
+
+__all__ = ["LOOK_AHEAD", "Decoder", "Generation", "fill", "why_no_decoder"]
+
+LOOK_AHEAD = 32  # the width of what a decoder can tell
+"""Tokens that a generation computes before it looks whether all rows have met a stop token."""
+
+_UNROLLED = 8  # tokens of the longer greedy recording
+
+
+class Decoder:
+    """Buffers and recordings for ``batch`` rows of one model.
+
+    ``record=False`` launches the kernels one by one instead (what Triton's interpreter can do).
+    """
+
+    def __init__(self, model: "HookedMamba", batch: int, record: bool = True) -> None:
+        from mambascope.ops import step as kernels
+
+        self._kernels, self._record = kernels, record
+        cfg, device = model.cfg, model.device
+        layers, head = weights_of(model)
+        states = model.initial_state(batch).layers
+        self.ssm = torch.stack([s.ssm for s in states])  # n_layers B D N
+        self.conv = torch.stack([s.conv for s in states])  # n_layers B D K-1
+        residual = cast(Block, model.blocks[0]).residual_dtype
+        self.resid = torch.zeros(batch, cfg.d_model, dtype=residual, device=device)
+        self.logits = torch.zeros(batch, cfg.d_vocab, dtype=model.dtype, device=device)
+        self.choice = kernels.Choice.of(head, batch, LOOK_AHEAD)
+        self._scratch = kernels.Scratch.of(layers[0], batch)
+        self._recorded: dict[tuple[bool, int], Any] = {}
+        self.owner: weakref.ref[Generation] | None = None
+
+    def prepare(self, model: "HookedMamba", greedy: bool) -> None:
+        """Record what `run` will replay, if that has not been done."""
+        counts = [n for n in ((1, _UNROLLED) if greedy else (1,)) if (greedy, n) not in self._recorded]
+        if not self._record or not counts:
+            return
+        memory = (self.ssm, self.conv, self.resid, self.choice.done, self.choice.ids, self.choice.count)
+        kept = [t.clone() for t in memory]
+        self._launch(model, greedy, 1)  # compiles; what it does to the memory is undone
+        for t, before in zip(memory, kept, strict=True):
+            t.copy_(before)
+        for count in counts:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._launch(model, greedy, count)
+            self._recorded[greedy, count] = graph
+
+    def run(self, model: "HookedMamba", greedy: bool, tokens: int = 1) -> None:
+        """``tokens`` tokens from ``resid``; greedy ones choose the next each, else ``logits`` are left behind."""
+        while tokens:
+            count = _UNROLLED if greedy and tokens >= _UNROLLED else 1
+            if self._record:
+                self._recorded[greedy, count].replay()
+            else:
+                self._launch(model, greedy, count)
+            tokens -= count
+
+    def _launch(self, model: "HookedMamba", greedy: bool, count: int) -> None:
+        layers, head = weights_of(model)
+        for _ in range(count):
+            for i, weights in enumerate(layers):
+                self._kernels.layer(weights, self.resid, self.ssm[i], self.conv[i], self._scratch, i == 0)
+            self._kernels.head(head, self.resid, self.logits, self.choice if greedy else None)
+            if greedy:
+                self._kernels.pick(head, self.resid, self.choice)
+
+    def step(self, model: "HookedMamba", ids: Tensor, state: State) -> tuple[Tensor, list[MambaState]]:
+        """Logits ``B V`` after reading ids ``B`` from ``state``, and the states after them."""
+        owner = None if self.owner is None else self.owner()
+        if owner is not None:
+            owner.state()
+        self.owner = None
+        self.load(state)
+        self.enter(model, ids)
+        self.run(model, False)
+        return self.logits.clone(), self.layers()
+
+    def load(self, state: State) -> None:
+        """Take over the states of all layers."""
+        fill(MambaState(self.ssm, self.conv), state.layers)
+
+    def layers(self) -> list[MambaState]:
+        """Copies of the states, one storage for all layers."""
+        return [MambaState(*pair) for pair in zip(self.ssm.clone(), self.conv.clone(), strict=True)]
+
+    def enter(self, model: "HookedMamba", ids: Tensor) -> None:
+        """Put the embeddings of ids ``B`` into the residual stream."""
+        self.resid.copy_(model.embed(ids))
+
+
+class Generation:
+    """A running generation: its rows' states, the ids it reads next, and which rows are done."""
+
+    MOST_STOPS = 16  # that the kernels look for
+
+    def __init__(self, state: State, ids: Tensor, done: Tensor, stops: list[int]) -> None:
+        self._state, self.ids, self.done, self._stops = state, ids, done, stops
+        self._decoder: Decoder | None = None
+        self._read = 0  # tokens since the state
+
+    def state(self) -> State:
+        """The states before ``ids`` are read, in memory of this generation's own."""
+        decoder = self._decoder
+        if decoder is not None and decoder.owner is not None and decoder.owner() is self:
+            self._state = State(decoder.layers(), self._state.position + self._read, self._state.model_id)
+            self._read, decoder.owner, self._decoder = 0, None, None
+        return self._state
+
+    def read(self, state: State, ids: Tensor, done: Tensor) -> None:
+        """Somebody else read the last ids; this is where that led."""
+        self._state, self.ids, self.done = state, ids, done
+
+    def _come(self, model: "HookedMamba", decoder: Decoder) -> None:
+        owner = None if decoder.owner is None else decoder.owner()
+        if owner is not self:
+            if owner is not None:
+                owner.state()
+            decoder.load(self._state)
+            decoder.owner, self._decoder = weakref.ref(self), decoder
+            decoder.enter(model, self.ids)
+
+    def greedy(self, model: "HookedMamba", decoder: Decoder, tokens: int) -> Tensor:
+        """The next ``tokens`` most likely ids, ``B tokens``; rows repeat their last one once they are done."""
+        self._come(model, decoder)
+        choice = decoder.choice
+        choice.ids.copy_(self.ids)
+        choice.done.copy_(self.done)
+        choice.stops.copy_(torch.tensor((self._stops + [-1] * len(choice.stops))[: len(choice.stops)]))
+        choice.count.zero_()
+        decoder.run(model, True, tokens)
+        self._read += tokens
+        told = choice.told[:, :tokens].clone()
+        self.ids, self.done = told[:, -1], choice.done.bool()
+        return told
+
+    def logits(self, model: "HookedMamba", decoder: Decoder) -> Tensor:
+        """Logits ``B V`` after reading the ids, in the decoder's memory."""
+        self._come(model, decoder)
+        decoder.run(model, False)
+        self._read += 1
+        return decoder.logits
+
+    def chosen(self, model: "HookedMamba", decoder: Decoder, ids: Tensor, done: Tensor) -> None:
+        """What a sampler made of the logits."""
+        self.ids, self.done = ids, done
+        decoder.enter(model, ids)
+
+
+def weights_of(model: "HookedMamba") -> "tuple[list[kernels.Layer], kernels.Head]":
+    """The weights as the kernels take them: views, to be dropped after use so that they keep no memory alive."""
+    from mambascope.ops import step as kernels
+
+    def of(linear: Any) -> tuple[Tensor, Tensor | None]:
+        return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
+
+    layers = []
+    for block in model.blocks:
+        block = cast(Block, block)
+        m = block.mixer
+        (in_proj, in_bias), (conv, conv_bias) = of(m.in_proj), of(m.conv1d)
+        (dt_proj, dt_bias), (out_proj, out_bias) = of(m.dt_proj), of(m.out_proj)
+        x_proj, _ = of(m.x_proj)
+        layers.append(
+            kernels.Layer(
+                block.norm.weight.detach(), in_proj, in_bias, conv[:, 0], conv_bias, x_proj, dt_proj, dt_bias,
+                m.A_log.detach(), m.D.detach(), out_proj, out_bias, block.norm.eps, m.cfg.mixer_norm_eps,
+            )
+        )  # fmt: skip
+    final = model.ln_final
+    head = kernels.Head(final.weight.detach(), of(model.unembed)[0], model.embed.weight.detach(), final.eps)
+    return layers, head
+
+
+def why_no_decoder(model: "HookedMamba", batch: int) -> str:
+    """Why the step kernels cannot serve this model; empty if they can."""
+    from mambascope.ops import step as kernels
+
+    if batch > kernels.MOST_ROWS:
+        return f"{batch} rows are better served by matrix products"
+    if model.cfg.activation != "silu":
+        return f"activation {model.cfg.activation}"
+    layers, head = weights_of(model)
+    return next((why for why in (kernels.unfit(weights, head) for weights in layers) if why), "")
+
+
+def fill(into: MambaState, layers: list[MambaState]) -> None:
+    """Copy the layers' states into ``n_layers B …`` tensors: at one go where they lie like that already."""
+    with torch.no_grad():
+        for own, given in ((into.ssm, [s.ssm for s in layers]), (into.conv, [s.conv for s in layers])):
+            whole = _slab(given, own)
+            if whole is not None:
+                own.copy_(whole)
+            else:
+                torch._foreach_copy_(list(own), given)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _slab(parts: list[Tensor], like: Tensor) -> Tensor | None:
+    """The one tensor that ``parts`` are the rows of, if they are."""
+    first = parts[0]
+    step = first.numel() * first.element_size()
+    if any(p.data_ptr() != first.data_ptr() + i * step or not p.is_contiguous() for i, p in enumerate(parts)):
+        return None
+    if first.untyped_storage().nbytes() < first.storage_offset() * first.element_size() + step * len(parts):
+        return None
+    if step == 0 or any(p.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() for p in parts):
+        return None
+    return first.as_strided(like.shape, like.stride(), first.storage_offset())

@@ -5,11 +5,13 @@ generation); whoever used it before gets a copy of its own, and comes back with 
 """
 
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from mambascope.model import recording
 from mambascope.model.block import Block
 from mambascope.model.state import MambaState, State
 
@@ -26,15 +28,12 @@ _UNROLLED = 8  # tokens of the longer greedy recording
 
 
 class Decoder:
-    """Buffers and recordings for ``batch`` rows of one model.
+    """Buffers and recordings for ``batch`` rows of one model."""
 
-    ``record=False`` launches the kernels one by one instead (what Triton's interpreter can do).
-    """
-
-    def __init__(self, model: "HookedMamba", batch: int, record: bool = True) -> None:
+    def __init__(self, model: "HookedMamba", batch: int) -> None:
         from mambascope.ops import step as kernels
 
-        self._kernels, self._record = kernels, record
+        self._kernels = kernels
         cfg, device = model.cfg, model.device
         layers, head = weights_of(model)
         states = model.initial_state(batch).layers
@@ -45,13 +44,13 @@ class Decoder:
         self.logits = torch.zeros(batch, cfg.d_vocab, dtype=model.dtype, device=device)
         self.choice = kernels.Choice.of(head, batch, LOOK_AHEAD)
         self._scratch = kernels.Scratch.of(layers[0], batch)
-        self._recorded: dict[tuple[bool, int], Any] = {}
+        self._recorded: dict[tuple[bool, int], recording.Recorded] = {}
         self.owner: weakref.ref[Generation] | None = None
 
     def prepare(self, model: "HookedMamba", greedy: bool) -> None:
         """Record what `run` will replay, if that has not been done."""
         counts = [n for n in ((1, _UNROLLED) if greedy else (1,)) if (greedy, n) not in self._recorded]
-        if not self._record or not counts:
+        if not counts:
             return
         memory = (self.ssm, self.conv, self.resid, self.choice.done, self.choice.ids, self.choice.count)
         kept = [t.clone() for t in memory]
@@ -59,19 +58,14 @@ class Decoder:
         for t, before in zip(memory, kept, strict=True):
             t.copy_(before)
         for count in counts:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._launch(model, greedy, count)
-            self._recorded[greedy, count] = graph
+            launch = partial(self._launch, model, greedy, count)
+            self._recorded[greedy, count], _, _ = recording.record(launch, model.device)
 
-    def run(self, model: "HookedMamba", greedy: bool, tokens: int = 1) -> None:
+    def run(self, greedy: bool, tokens: int = 1) -> None:
         """``tokens`` tokens from ``resid``; greedy ones choose the next each, else ``logits`` are left behind."""
         while tokens:
             count = _UNROLLED if greedy and tokens >= _UNROLLED else 1
-            if self._record:
-                self._recorded[greedy, count].replay()
-            else:
-                self._launch(model, greedy, count)
+            self._recorded[greedy, count].replay()
             tokens -= count
 
     def _launch(self, model: "HookedMamba", greedy: bool, count: int) -> None:
@@ -91,7 +85,7 @@ class Decoder:
         self.owner = None
         self.load(state)
         self.enter(model, ids)
-        self.run(model, False)
+        self.run(False)
         return self.logits.clone(), self.layers()
 
     def load(self, state: State) -> None:
@@ -146,7 +140,7 @@ class Generation:
         choice.done.copy_(self.done)
         choice.stops.copy_(torch.tensor((self._stops + [-1] * len(choice.stops))[: len(choice.stops)]))
         choice.count.zero_()
-        decoder.run(model, True, tokens)
+        decoder.run(True, tokens)
         self._read += tokens
         told = choice.told[:, :tokens].clone()
         self.ids, self.done = told[:, -1], choice.done.bool()
@@ -155,7 +149,7 @@ class Generation:
     def logits(self, model: "HookedMamba", decoder: Decoder) -> Tensor:
         """Logits ``B V`` after reading the ids, in the decoder's memory."""
         self._come(model, decoder)
-        decoder.run(model, False)
+        decoder.run(False)
         self._read += 1
         return decoder.logits
 

@@ -24,17 +24,20 @@ from torch import Tensor
 
 from mambascope.hooks.run import PathTaken, Run
 from mambascope.hooks.sites import Clock
+from mambascope.model import recording
 from mambascope.model.block import Block
 from mambascope.model.decode import Decoder, Generation, fill, why_no_decoder
 from mambascope.model.state import MambaState, State
 from mambascope.model.watch import Watch
-from mambascope.ops import operators, resolve_backend
+from mambascope.ops import resolve_backend
+from mambascope.ops.ready import unwatched
 
 if TYPE_CHECKING:
     from mambascope.model.language_model import HookedMamba
 
 __all__ = ["Graphs", "Stack"]
 
+RECORDED_BACKENDS = ("triton",)
 _MOST_TOKENS = 16_384  # of one recording: beyond, kernels are long enough to hide their launches
 _MOST_GRAPHS = 32
 _MOST_SEEN = 1024
@@ -46,10 +49,10 @@ def _switched_on() -> bool:
 
 
 @dataclass
-class Recorded:
+class Taped:
     """One recording: its static inputs and outputs, all in or beside the graph's own memory."""
 
-    graph: Any
+    graph: recording.Recorded
     tokens: Tensor  # B L
     entering: MambaState | None  # n_layers B D N, n_layers B D K-1
     normed: Tensor  # B L M
@@ -64,7 +67,7 @@ class Graphs:
         self.watch = Watch()
         self._lock = threading.Lock()
         self._decoders: dict[int, Decoder | str] = {}  # by rows; or why there is none
-        self._kept: OrderedDict[Any, Recorded] = OrderedDict()
+        self._kept: OrderedDict[Any, Taped] = OrderedDict()
         self._seen: OrderedDict[Any, str] = OrderedDict()  # shapes that came once, or why they cannot be recorded
         self._places: tuple[Any, ...] = ()
         self._pool: Any = None
@@ -110,7 +113,12 @@ class Graphs:
 
     def claim(self, model: "HookedMamba", run: Run) -> "Stack | None":
         """The right to replay until ``release``; None where this pass must run eagerly."""
-        if run.backend != "triton" or run.needs_grad or run.padding is not None or run.recorder is not None:
+        if (
+            run.backend not in RECORDED_BACKENDS
+            or run.needs_grad
+            or run.padding is not None
+            or run.recorder is not None
+        ):
             return None
         # Another thread that replays does so on its own stream; this one need not wait for it.
         return Stack(self, model, run) if self._enter(model, wait=False) else None
@@ -146,7 +154,7 @@ class Graphs:
                         found = Decoder(model, batch)
                 self._decoders[batch] = found
             if isinstance(found, Decoder):
-                with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(model.device):
+                with torch.inference_mode(False), torch.no_grad():
                     found.prepare(model, greedy)
                 return found
         except (RuntimeError, torch.OutOfMemoryError) as error:
@@ -157,12 +165,9 @@ class Graphs:
 
     def come_to(self, device: torch.device) -> None:
         """Let the current stream wait for what another one last replayed: all recordings share their memory."""
-        now = torch.cuda.current_stream(device)
-        if self._stream is not None and self._stream != now:
-            now.wait_stream(self._stream)
-        self._stream = now
+        self._stream = recording.follow(device, self._stream)
 
-    def find(self, stack: "Stack", shape: tuple[int, int], stateful: bool, carry: bool) -> Recorded | None:
+    def find(self, stack: "Stack", shape: tuple[int, int], stateful: bool, carry: bool) -> Taped | None:
         """The recording for this shape; made now if the shape came before."""
         key = (shape, stateful, carry, _matmul_switches())
         kept = self._kept.get(key)
@@ -176,20 +181,20 @@ class Graphs:
             return None
         if self._seen[key]:
             return None
-        return self._record(key, stack.model, shape, stateful, carry)
+        return self._record(key, stack, shape, stateful, carry)
 
-    def _record(
-        self, key: Any, model: "HookedMamba", shape: tuple[int, int], stateful: bool, carry: bool
-    ) -> Recorded | None:
-        limit = max(_LEAST_LIMIT, torch.cuda.get_device_properties(model.device).total_memory // 16)
-        if self._held > limit:
+    def _record(self, key: Any, stack: "Stack", shape: tuple[int, int], stateful: bool, carry: bool) -> Taped | None:
+        model = stack.model
+        if self._held > _limit(model.device):
             self._clear()
             self._seen[key] = ""
         while len(self._kept) >= _MOST_GRAPHS:
             self._kept.popitem(last=False)
         try:
-            with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(model.device):
-                made, held = _capture(model, self._shared_pool(), shape, stateful, carry)
+            if self._pool is None:
+                self._pool = recording.new_pool(model.device)
+            with torch.inference_mode(False), torch.no_grad():
+                made, held = _tape(model, stack.backend, self._pool, shape, stateful, carry)
         except (RuntimeError, torch.OutOfMemoryError) as error:
             self._clear()  # the memory may be what is missing
             self._seen[key] = _notice(f"a forward pass of {shape[0]} x {shape[1]} tokens", error)
@@ -197,12 +202,6 @@ class Graphs:
         self._held += held
         self._kept[key] = made
         return made
-
-    def _shared_pool(self) -> Any:
-        """One pool for all: replays never overlap, and each one's output is read before the next begins."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        return self._pool
 
 
 def _fresh(enabled: bool) -> Graphs:
@@ -215,8 +214,8 @@ class Stack:
     """A claimed model: call it piece by piece, then ``release`` it, after the outputs were read."""
 
     def __init__(self, graphs: Graphs, model: "HookedMamba", run: Run) -> None:
-        self._graphs, self.model, self._run = graphs, model, run
-        self._path = PathTaken(run.backend, "graph", run.why)
+        self._graphs, self.model = graphs, model
+        self.backend, self._path = run.backend, PathTaken(run.backend, "graph", run.why)
 
     def release(self) -> None:
         self._graphs._lock.release()
@@ -229,19 +228,19 @@ class Stack:
         shape = (tokens.shape[0], tokens.shape[1])
         if shape[0] * shape[1] > _MOST_TOKENS:
             return None
-        recorded = self._graphs.find(self, shape, layers[0] is not None, carry)
-        if recorded is None:
+        taped = self._graphs.find(self, shape, layers[0] is not None, carry)
+        if taped is None:
             return None
         self._graphs.come_to(tokens.device)
-        recorded.tokens.copy_(tokens, non_blocking=True)
-        if recorded.entering is not None:
-            fill(recorded.entering, layers)
-        recorded.graph.replay()
+        taped.tokens.copy_(tokens, non_blocking=True)
+        if taped.entering is not None:
+            fill(taped.entering, layers)
+        taped.graph.replay()
         _tell(self.model, self._path)
-        if recorded.leaving is not None:
-            after = recorded.leaving.map(torch.clone)
+        if taped.leaving is not None:
+            after = taped.leaving.map(torch.clone)
             layers[:] = [MambaState(*pair) for pair in zip(after.ssm, after.conv, strict=True)]
-        return recorded.normed
+        return taped.normed
 
 
 def _tell(model: "HookedMamba", path: PathTaken) -> None:
@@ -260,11 +259,13 @@ def _notice(what: str, error: Exception) -> str:
 
 def _undisturbed(device: torch.device) -> bool:
     """Whether nobody records, traces or transforms what runs now."""
-    if not operators.direct() or torch.is_autocast_enabled("cuda"):
+    if device.type != "cuda" or not unwatched() or torch.is_autocast_enabled("cuda"):
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
-        return False
-    return device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    return not torch.cuda.is_current_stream_capturing()
+
+
+def _limit(device: torch.device) -> int:
+    return max(_LEAST_LIMIT, torch.cuda.get_device_properties(device).total_memory // 16)
 
 
 def _matmul_switches() -> tuple[Any, ...]:
@@ -275,27 +276,25 @@ def _matmul_switches() -> tuple[Any, ...]:
     return (precision, *reduced, torch.are_deterministic_algorithms_enabled())
 
 
-def _capture(
-    model: "HookedMamba", pool: Any, shape: tuple[int, int], stateful: bool, carry: bool
-) -> tuple[Recorded, int]:
+def _tape(
+    model: "HookedMamba", backend: Any, pool: Any, shape: tuple[int, int], stateful: bool, carry: bool
+) -> tuple[Taped, int]:
     """Record the stack once; also the bytes by which the pool grew."""
     tokens = torch.zeros(shape, dtype=torch.long, device=model.device)
     entering = None
     if stateful:
         states = model.initial_state(shape[0]).layers
         entering = MambaState(torch.stack([s.ssm for s in states]), torch.stack([s.conv for s in states]))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        before = torch.cuda.memory_reserved(model.device)
-        normed, leaving = _run_stack(model, tokens, entering, carry)
-        held = torch.cuda.memory_reserved(model.device) - before
-    return Recorded(graph, tokens, entering, normed, leaving), held
+    graph, (normed, leaving), grown = recording.record(
+        lambda: _run_stack(model, backend, tokens, entering, carry), model.device, pool
+    )
+    return Taped(graph, tokens, entering, normed, leaving), grown
 
 
 def _run_stack(
-    model: "HookedMamba", tokens: Tensor, entering: MambaState | None, carry: bool
+    model: "HookedMamba", backend: Any, tokens: Tensor, entering: MambaState | None, carry: bool
 ) -> tuple[Tensor, MambaState | None]:
-    run = Run("triton", "recorded", Clock(), False)
+    run = Run(backend, "recorded", Clock(), False)
     resid, after = model.embed(tokens), []
     for i, block in enumerate(model.blocks):
         state = None if entering is None else MambaState(entering.ssm[i], entering.conv[i])

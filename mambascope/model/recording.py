@@ -1,0 +1,44 @@
+"""Work recorded as a CUDA graph: what a function launches, to be launched again without it."""
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+__all__ = ["Recorded", "follow", "new_pool", "record"]
+
+T = TypeVar("T")
+
+
+class Recorded(Protocol):
+    """What `record` gives: ``replay`` launches everything again, on the same memory."""
+
+    def replay(self) -> None: ...
+
+
+def new_pool(device: torch.device) -> Any:
+    """Memory that recordings may share: those whose replays never overlap, and are read before the next."""
+    with torch.cuda.device(device):
+        return torch.cuda.graph_pool_handle()
+
+
+def record(function: Callable[[], T], device: torch.device, pool: Any = None) -> tuple[Recorded, T, int]:
+    """Record ``function``, which must have run before (so that its kernels are compiled).
+
+    Gives the recording, what the function returned (tensors in the recording's own memory, undefined until the first
+    replay), and the bytes by which the pool grew. Threads that do other work are not disturbed.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        before = torch.cuda.memory_reserved(device)
+        result = function()
+        grown = torch.cuda.memory_reserved(device) - before
+    return graph, result, grown
+
+
+def follow(device: torch.device, last: Any) -> Any:
+    """Let the current stream wait for ``last``, a stream that used the same memory; gives the current one."""
+    now = torch.cuda.current_stream(device)
+    if last is not None and last != now:
+        now.wait_stream(last)
+    return now

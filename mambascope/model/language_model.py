@@ -386,6 +386,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
             self.check_state(state, tokens.shape[0])
             with self.graphs.decoding(self, tokens.shape[0], greedy=False) as decoder:
                 if decoder is not None:
+                    self._edits = []
                     with torch.no_grad():
                         logits, layers = decoder.step(self, tokens[:, 0], state)
                     return logits, State(layers, state.position + 1, self.model_id)

@@ -225,6 +225,12 @@ class Clock:
     edits: dict[int, Any] = field(default_factory=dict)  # what interventions did in this call
     applied: dict[Any, list[Any]] = field(default_factory=dict)  # which were where, to see overlaps
 
+    @property
+    def ragged(self) -> bool:
+        """Whether the rows have different lengths, or begin at different positions."""
+        uneven = isinstance(self.start, Tensor) and int(self.start.min()) != int(self.start.max())
+        return uneven or (self.padding is not None and int(self.padding.lengths.min()) < self.length)
+
     def columns(self, index: int | slice, name: str) -> tuple[Any, Any] | None:
         """The columns that ``index`` means and the absolute positions there; None if not in this piece."""
         if self.absolute:

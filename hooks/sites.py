@@ -56,6 +56,7 @@ class SitePoint(HookPoint):
         self.pos: Any = None
         self.rows: Tensor | None = None
         self.beneath: Any = None  # see wants_beneath
+        self.demand: Any = None  # who asks for states while the recurrence runs (hook_h: state_point.Demand)
         self.reached = False  # set when a hook of ours is called, or attached to a graph
         self.placed: list[Placed] = []
         self._on_gradient: OrderedDict[int, Callable[[Tensor, Any], Tensor | None]] = OrderedDict()
@@ -67,7 +68,7 @@ class SitePoint(HookPoint):
         nnsight replaces a wrapped module's ``forward`` instead of adding hooks. It wraps every module, so at
         the lazy points (``B L D N``) that alone does not count: exposing them costs too much to do unasked.
         """
-        if self._forward_hooks or self._forward_pre_hooks or self.live_backward:
+        if self._forward_hooks or self._forward_pre_hooks or self.live_backward or self.demand is not None:
             return True
         return not self.lazy and "forward" in self.__dict__
 

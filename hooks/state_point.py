@@ -1,17 +1,31 @@
 """The hook point of the recurrent state: called step by step, inside the recurrence."""
 
+import bisect
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from mambascope.errors import HookError
 from mambascope.hooks.positions import Clock, Index, PerRow, resolve
 from mambascope.hooks.sites import Placed, SitePoint, Witness
 
-__all__ = ["Plan", "StatePoint"]
+__all__ = ["Demand", "Plan", "StatePoint"]
+
+
+class Demand(Protocol):
+    """Somebody who asks for states while the recurrence runs, not before it: the next one after seeing the last."""
+
+    def turns(self) -> list[list[int]]:
+        """What is asked for now: of each request the step in every row, -1 where it concerns none."""
+        ...
+
+    def serve(self, step: int | Tensor, h: Tensor) -> Tensor:
+        """Show h ``B D N`` after a step (``B``: in each row its own, or -1) to who asks for it; what to go on with."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -21,6 +35,7 @@ class Plan:
     ``steps``: all of them, in order; ``rows``: for each index the steps that it means in each row (None: all);
     ``sure``: the steps at which some hook is known to edit. ``turns``, if only per-row indices are in force: column
     r holds every row's r-th step, or -1 (``B R``). ``step``: where the recurrence stands, in a turn each row's own.
+    ``demand`` may add steps while the recurrence runs; in rows of different lengths it goes by turns.
     """
 
     clock: Clock
@@ -29,6 +44,53 @@ class Plan:
     sure: frozenset[int] = frozenset()
     turns: Tensor | None = None
     step: int | Tensor = -1
+    demand: Demand | None = None
+
+    @property
+    def by_turns(self) -> bool:
+        return self.turns is not None or (self.demand is not None and self.clock.ragged)
+
+    def later(self, t: int) -> Iterator[int]:
+        """The steps after t in order, those among them that are asked for meanwhile."""
+        while True:
+            self._ask()
+            i = bisect.bisect_right(self.steps, t)
+            if i == len(self.steps):
+                return
+            t = self.steps[i]
+            yield t
+
+    def wants(self, t: int) -> bool:
+        """Whether step t is addressed, or asked for by now."""
+        self._ask()
+        i = bisect.bisect_left(self.steps, t)
+        return i < len(self.steps) and self.steps[i] == t
+
+    def _ask(self) -> None:
+        for turn in self.demand.turns() if self.demand is not None else ():
+            t = max(turn)
+            i = bisect.bisect_left(self.steps, t)
+            if t >= 0 and (i == len(self.steps) or self.steps[i] != t):
+                self.steps.insert(i, t)
+
+    def each_turn(self) -> Iterator[Tensor]:
+        """The turns ``B``, one after the other; what is asked for meanwhile follows, requests of other rows at once."""
+        if self.turns is not None:
+            yield from self.turns.unbind(1)
+            return
+        assert self.demand is not None
+        last = [-1] * self.clock.batch
+        while True:
+            turn = [-1] * self.clock.batch
+            asked = sorted(self.demand.turns(), key=lambda steps: min(t for t in steps if t >= 0))
+            for steps in asked:
+                rows = [b for b, t in enumerate(steps) if t >= 0]
+                if all(turn[b] < 0 and steps[b] > last[b] for b in rows):
+                    turn = [max(old, new) for old, new in zip(turn, steps, strict=True)]
+            if max(turn) < 0:
+                return
+            last = [max(old, new) for old, new in zip(last, turn, strict=True)]
+            yield torch.tensor(turn)
 
 
 class StatePoint(SitePoint):
@@ -63,7 +125,14 @@ class StatePoint(SitePoint):
             wanted |= set(range(max(lengths)))  # another library's hook cannot name positions: it sees every step
         clock, ordered = dataclasses.replace(self.clock), sorted(wanted)
         turns = None if foreign else _turns(ours, steps, ordered)
-        return Plan(clock, ordered, steps, frozenset(sure), turns)
+        if self.demand is not None and clock.ragged and (foreign or ours):
+            raise HookError(
+                f"{self.name}: in a batch of different lengths a trace and other hooks cannot share it; give the rows "
+                "one length, or use either"
+            )
+        plan = Plan(clock, ordered, steps, frozenset(sure), turns, demand=self.demand)
+        plan.wants(-1)  # what is asked for already
+        return plan
 
     def _steps_of(self, index: int | slice | PerRow, lengths: list[int]) -> list[set[int]]:
         if isinstance(index, PerRow):
@@ -94,7 +163,10 @@ class StatePoint(SitePoint):
         given = h.clone() if h.requires_grad and torch.is_grad_enabled() else h
         witness, kept = Witness(given), h.clone() if plan.clock.padding is not None else h
         try:
-            out = self.attach(self.checked(self(given), given))
+            out = self.checked(self(given), given)
+            if plan.demand is not None:
+                out = self.checked(plan.demand.serve(step, out), given)
+            out = self.attach(out)
         finally:
             self._plan = before  # a hook may run the model again, and with it this point
         edited = out is not given or witness.changed(given)

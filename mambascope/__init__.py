@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from mambascope.errors import MambascopeError
     from mambascope.hooks.cache import MambaCache
     from mambascope.hooks.cache_file import load_cache
+    from mambascope.hooks.nnsight_bridge import wrap
     from mambascope.hooks.points import HOOK_POINTS
     from mambascope.hooks.positions import Site, at
     from mambascope.loading import list_models, load
@@ -50,6 +51,7 @@ _HOME = {
     "list_models": "mambascope.loading",
     "load": "mambascope.loading",
     "load_cache": "mambascope.hooks.cache_file",
+    "wrap": "mambascope.hooks.nnsight_bridge",
 }
 _MODULES = {"interventions": "mambascope.hooks.interventions"}
 _SUBPACKAGES = ("analyses", "errors", "hooks", "loading", "model", "ops", "training", "zoo")
@@ -69,6 +71,7 @@ __all__ = [
     "list_models",
     "load",
     "load_cache",
+    "wrap",
 ]
 
 

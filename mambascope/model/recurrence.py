@@ -95,7 +95,7 @@ def _recurrence(inputs: Inputs, points: Points, run: Run) -> tuple[Tensor, Tenso
         aligned = padding is not None and padding.any_left
         plan = points.h.begin()
         if plan.steps:
-            split = _split if plan.turns is None or run.boundaries is not None else _turn_by_turn
+            split = _turn_by_turn if plan.by_turns and run.boundaries is None else _split
             y, h_last, anchors, edited = split(_align(inputs, run) if aligned else inputs, points.h, plan, run)
             if aligned and padding is not None:
                 y = padding.unalign(y)
@@ -133,10 +133,9 @@ def read_out(h: Tensor, C: Tensor) -> Tensor:
 
 
 def _split(inputs: Inputs, point: StatePoint, plan: Plan, run: Run) -> tuple[Tensor, Tensor, Anchors, bool]:
-    length, steps = inputs.u.shape[1], plan.steps
-    interval = run.boundaries or BOUNDARY
+    length, interval = inputs.u.shape[1], run.boundaries or BOUNDARY
     # A backward hook needs h inside the graph, so its steps are split even if nobody edits.
-    first, edited_h, out = steps[0], None, None
+    first, edited_h, out, done = plan.steps[0], None, None, -1
     if not point.live_backward and first not in plan.sure:
         out = inputs.scan(run.backend, interval)
         assert out.h_boundary is not None
@@ -147,8 +146,8 @@ def _split(inputs: Inputs, point: StatePoint, plan: Plan, run: Run) -> tuple[Ten
     if out is not None and edited_h is not None:
         pieces.adopt(out, first, interval)
         pieces.put(first, edited_h)
-        steps = [t for t in steps if t > first]
-    for t in steps:
+        done = first
+    for t in plan.later(done):
         h = pieces.scan_to(t)
         h, _ = point.at(t, h, plan)
         pieces.put(t, h)
@@ -160,21 +159,21 @@ def _read(
     inputs: Inputs, h_boundary: Tensor, interval: int, point: StatePoint, plan: Plan, run: Run
 ) -> tuple[int, Tensor | None]:
     """Show the hooks h at their steps; stop at the first edit and return its step and state."""
-    window, begin, steps = None, -1, plan.steps
+    window, begin, stop = None, -1, -1
     # The kernels' windows carry no gradient; an edit that depends on h must pass one on.
     graph = torch.is_grad_enabled() and any(v.requires_grad for v in (inputs.u, inputs.delta, inputs.B, inputs.h0))
     backend = "torch" if graph and run.backend != "reference" else run.backend
-    for t in steps:
+    for t in plan.later(-1):
         chunk = t // interval
-        if window is None or chunk * interval != begin:
+        if window is None or t >= stop or chunk * interval != begin:
             begin = chunk * interval
-            stop = 1 + max(s for s in steps if s // interval == chunk)
+            stop = 1 + max(s for s in plan.steps if s // interval == chunk)
             part = inputs.cut(begin, stop, h_boundary[:, chunk])
             window = ops.state_window(part.u, part.delta, part.A, part.B, part.h0, backend=backend)
         h, edited = point.at(t, window[:, t - begin].contiguous(), plan)
         if edited:
             return t, h
-    return steps[-1], None
+    return -1, None
 
 
 def _turn_by_turn(inputs: Inputs, point: StatePoint, plan: Plan, run: Run) -> tuple[Tensor, Tensor, None, bool]:
@@ -182,12 +181,11 @@ def _turn_by_turn(inputs: Inputs, point: StatePoint, plan: Plan, run: Run) -> tu
 
     The scan after a turn keeps each row still (delta = 0) up to its edited step, and starts from its edited state.
     """
-    assert plan.turns is not None
     interval, edited = BOUNDARY, False
     columns = torch.arange(inputs.u.shape[1], device=inputs.u.device)
     out = inputs.scan(run.backend, interval)
     y, h_last, now = out.y, out.h_last, inputs
-    for turn in plan.turns.unbind(1):
+    for turn in plan.each_turn():
         at = turn.to(inputs.u.device)[:, None]  # B 1
         assert out.h_boundary is not None
         h, changed = point.at(turn, _states_at(now, out.h_boundary, at[:, 0].clamp_min(0), interval, run), plan)
@@ -312,10 +310,10 @@ def _exposed_steps(
             f"{point.name}: hooks on h together with edits of A_bar, B_bar or write need unpadded or right-padded "
             "text; pad on the right"
         )
-    h, states, ys, steps = inputs.h0, [], [], set(plan.steps)
+    h, states, ys = inputs.h0, [], []
     for t in range(A_bar.shape[1]):
         h = A_bar[:, t] * h + write[:, t]  # B D N
-        if t in steps:
+        if plan.wants(t):
             h, _ = point.at(t, h, plan)
         states.append(h)
         ys.append(read_out(h, inputs.C[:, t]))

@@ -1,0 +1,382 @@
+"""Hook points inside an nnsight trace: who asks for which site, and serving it when the forward pass gets there.
+
+nnsight runs a block of interventions beside the forward pass: the block waits wherever it asks for a value, the pass
+goes on until it has that value and hands it over. A hook point is served by a hook of ours, put there when the
+block asks, so what nobody asks for is computed as in a plain run.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from nnsight.intervention.batching import Batcher
+from nnsight.intervention.envoy import Envoy
+from nnsight.intervention.interleaver import Interleaver, Mediator
+from torch import Tensor
+
+from mambascope.errors import HookError
+from mambascope.hooks.points import resolve_name
+from mambascope.hooks.positions import Clock, Index, PerRow, Site, index_text, parse_site, resolve
+from mambascope.hooks.sites import SitePoint
+from mambascope.hooks.state_point import StatePoint
+
+__all__ = ["ConvEnvoy", "Desk", "PointEnvoy", "RowBatcher", "TraceInterleaver", "TracedSite"]
+
+_LEVEL = -1_000_001
+"""The context level of the hooks that serve a trace: nobody else's, so that they can be taken away together."""
+
+
+class TracedSite:
+    """A hook point, whole or at positions, inside a trace: read ``.output``, assign to it, or edit it in place.
+
+    At ``hook_h`` it is the state after one step, ``B D N``; without a position every step is an occurrence of its
+    own (``tracer.iter``). In an invoke of a batch it has that invoke's rows.
+    """
+
+    def __init__(self, desk: "Desk", name: str, index: Index) -> None:
+        self._desk, self.name, self.index = desk, name, index
+
+    @property
+    def output(self) -> Any:
+        """The value here; HookError or nnsight's OutOfOrderError if the run does not come by any more."""
+        return Mediator.value(self._desk.ask(self))
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        Mediator.swap(self._desk.ask(self), value)
+
+    def __repr__(self) -> str:
+        return f"TracedSite({self.name}{index_text(self.index)})"
+
+
+class PointEnvoy(Envoy):
+    """nnsight's view of a hook point: ``.output`` is the value that passes it."""
+
+    @property
+    def output(self) -> Any:  # type: ignore[override]
+        return self._site().output
+
+    @output.setter
+    def output(self, value: Any) -> None:
+        self._site().output = value
+
+    def _site(self) -> TracedSite:
+        desk = cast(TraceInterleaver, self.interleaver).desk
+        return TracedSite(desk, str(self._module.name), None)
+
+    def _refuse(self, *_: Any) -> Any:
+        raise HookError(f"{self._module.name} is a hook point, which hands its value on: read or set .output")
+
+    input = property(_refuse, _refuse)  # type: ignore[assignment]
+    inputs = property(_refuse, _refuse)  # type: ignore[assignment]
+    source = property(_refuse, _refuse)  # type: ignore[assignment]
+    skip = _refuse  # type: ignore[assignment]
+
+
+class ConvEnvoy(Envoy):
+    """The convolution's parameters; it is computed by an operator of ours and never called as a module."""
+
+    def _refuse(self, *_: Any) -> Any:
+        raise HookError(
+            f"{self.path} is never called: hook_x is the convolution's input, hook_conv its output before SiLU"
+        )
+
+    output = property(_refuse, _refuse)  # type: ignore[assignment]
+    input = property(_refuse, _refuse)  # type: ignore[assignment]
+    inputs = property(_refuse, _refuse)  # type: ignore[assignment]
+    source = property(_refuse, _refuse)  # type: ignore[assignment]
+    skip = _refuse  # type: ignore[assignment]
+
+
+class RowBatcher(Batcher):
+    """nnsight's batcher, which also knows a list with one entry a row (``generate`` of rows of different lengths)."""
+
+    def narrow(self, value: Any, group: Any) -> Any:
+        if isinstance(value, list) and len(value) == self.total and self.batching and group is not None:
+            return value[group[0] : group[0] + group[1]]
+        return super().narrow(value, group)
+
+
+class TraceInterleaver(Interleaver):
+    """nnsight's interleaver, without controllers on hook points; it tells the desk where a run stands."""
+
+    desk: "Desk"
+
+    def instrument(self, envoy: Envoy) -> None:
+        if not isinstance(envoy, PointEnvoy):
+            super().instrument(envoy)
+
+    def reindex(self) -> None:
+        super().reindex()
+        self.desk.observe(self.observers)
+
+    def handle(self, provider: str, value: Any) -> Any:
+        out = super().handle(provider, value)
+        if provider == "model.output":
+            self.desk.end_forward()
+        return out
+
+
+@dataclass
+class Request:
+    """A site that some block of the running trace asked for: for its rows, under a location of nnsight's."""
+
+    location: str
+    name: str
+    point: SitePoint
+    index: Index
+    group: tuple[int, int] | None  # first row and number of rows, None for all
+    base: int  # visits that nnsight had counted before this run
+
+    def rows(self, batch: int) -> range:
+        return range(batch) if self.group is None else range(self.group[0], sum(self.group))
+
+    def placed(self, clock: Clock) -> Index:
+        """The index for the whole batch: other rows may be shorter, so in a ragged one every row gets its own."""
+        index, batch = self.index, clock.batch
+        if isinstance(index, PerRow):
+            return self._spread(index.positions, index.rows, batch)
+        if index is None or self.group is None or not clock.ragged:
+            return index
+        if isinstance(index, int):
+            return self._spread(torch.full((self.group[1],), index), None, batch)
+        if clock.absolute:
+            return index  # refused there: rows of different lengths
+        found = [range(n)[resolve(index, n, self.name, f"row {b}")] for b, n in self._lengths(clock)]
+        if len({len(r) for r in found}) > 1:
+            counts = ", ".join(f"row {b}: {len(r)}" for (b, _), r in zip(self._lengths(clock), found, strict=True))
+            raise HookError(f"{self.name}: the slice covers different numbers of tokens in the rows ({counts})")
+        return self._spread(torch.tensor([list(r) for r in found]), None, batch)
+
+    def _spread(self, positions: Tensor, on: Tensor | None, batch: int) -> PerRow:
+        rows = self.rows(batch)
+        if len(positions) != len(rows):
+            raise HookError(f"{self.name}: positions were given for {len(positions)} rows, the prompt has {len(rows)}")
+        whole = torch.zeros(batch, *positions.shape[1:], dtype=torch.long)
+        mask = torch.zeros(whole.shape, dtype=torch.bool)
+        whole[rows.start : rows.stop] = positions
+        mask[rows.start : rows.stop] = True if on is None else on
+        return PerRow(whole, mask)
+
+    def _lengths(self, clock: Clock) -> list[tuple[int, int]]:
+        lengths = [clock.length] * clock.batch if clock.padding is None else clock.padding.lengths.tolist()
+        return [(b, int(lengths[b])) for b in self.rows(clock.batch)]
+
+    def turn(self, clock: Clock, step: int | None) -> list[int]:
+        """For ``hook_h``: the step of every row that is meant, -1 where none; ``step`` if there is no index."""
+        out = [-1] * clock.batch
+        starts = clock.start.tolist() if isinstance(clock.start, Tensor) else [clock.start] * clock.batch
+        first = self.rows(clock.batch).start
+        for b, n in self._lengths(clock):
+            index = self.index
+            if isinstance(index, PerRow):
+                if len(index.positions) != len(self.rows(clock.batch)):
+                    self._spread(index.positions, index.rows, clock.batch)  # says what is wrong
+                off = index.rows is not None and not bool(index.rows[b - first])
+                index = None if off else int(index.positions[b - first])
+            elif index is None:
+                out[b] = step if step is not None and 0 <= step < n else -1
+                continue
+            if index is None:
+                continue
+            if not clock.absolute:
+                out[b] = resolve(cast(int, index), n, self.name, f"row {b}" if clock.ragged else "the text")
+            elif cast(int, index) < 0:
+                raise HookError(f"{self.name}: negative positions have no meaning here, where the text still grows")
+            elif 0 <= cast(int, index) - starts[b] < n:
+                out[b] = cast(int, index) - starts[b]
+        return out
+
+    def visits(self, forwards: list[Clock]) -> int:
+        """How often these forward passes came by here."""
+        total = 0
+        for clock in forwards:
+            if isinstance(self.point, StatePoint):
+                steps = clock.length if clock.padding is None else int(clock.padding.lengths.max())
+                total += steps if self.index is None else max(self.turn(clock, None)) >= 0
+            elif self.index is None:
+                total += 1
+            elif isinstance(placed := self.placed(clock), PerRow):
+                total += clock.per_row(placed, self.name) is not None
+            else:
+                total += clock.columns(cast(Any, placed), self.name) is not None
+        return total
+
+
+class Desk:
+    """Serves the hook points of one model to the blocks of the running trace."""
+
+    def __init__(self, model: Any, interleaver: TraceInterleaver) -> None:
+        self.model, self.interleaver = model, interleaver
+        self.running = False
+        self._requests: dict[str, Request] = {}
+        self._served: list[SitePoint] = []
+        self._forwards: list[Clock] = []
+        self._clock = Clock()
+
+    # ---- the life of a run
+
+    def open(self) -> None:
+        if self.running:
+            raise HookError("this model is being traced already: end that trace first")
+        self.running, self._forwards = True, []
+        # A hook that only reads: it notes what the pass covers, and keeps a long text from being cut into pieces.
+        self.model.hook_embed.add_hook(self._begin_forward, is_permanent=True, level=_LEVEL)
+        self._served = [self.model.hook_embed]
+
+    def close(self) -> None:
+        for point in self._served:
+            point.remove_hooks("fwd", including_permanent=True, level=_LEVEL)
+            point.demand = None
+        self.running, self._requests, self._served = False, {}, []
+
+    def _begin_forward(self, value: Tensor, hook: SitePoint) -> None:
+        self._clock = dataclasses.replace(hook.clock)
+
+    def end_forward(self) -> None:
+        """One pass is over: what it did not come by for anybody counts as visited all the same."""
+        self._forwards.append(self._clock)
+        for request in self._requests.values():
+            if self._clock.absolute or request.index is None:
+                self._count(request)
+
+    def _count(self, request: Request, more: int = 0) -> None:
+        self.interleaver.counts[request.location] = request.base + request.visits(self._forwards) + more
+
+    # ---- what is asked for
+
+    def site(self, site: str | Site) -> TracedSite:
+        name, index = parse_site(site) if isinstance(site, str) else (site.name, site.index)
+        full = resolve_name(name, self.model.hook_dict)
+        one = index is None or isinstance(index, int) or (isinstance(index, PerRow) and index.one_each)
+        if isinstance(self.model.hook_dict[full], StatePoint) and not one:
+            raise HookError(
+                f"{full}{index_text(index)}: states come one after the other; ask for each, as in\n"
+                f'    for t in range(a, b): lm.site(f"{full}[{{t}}]").output'
+            )
+        return TracedSite(self, full, index)
+
+    def ask(self, site: TracedSite) -> str:
+        """Note that the running block asks for this site, and see that it will be served; its location."""
+        name = f"model.{site.name}{_key(site.index)}.output"
+        mediator = Mediator.current(name)
+        group = None
+        if site.index is not None and self.interleaver.batcher is not None and self.interleaver.batcher.batching:
+            group = None if mediator.batch_group is None else (mediator.batch_group[0], mediator.batch_group[1])
+        if group is not None:
+            name = f"model.{site.name}{_key(site.index)} of rows {group[0]}:{sum(group)}.output"
+        self._request(name, site.name, site.index, group)
+        return name
+
+    def _request(self, location: str, name: str, index: Index, group: tuple[int, int] | None) -> None:
+        if location in self._requests:
+            return
+        point = self.model.hook_dict[name]
+        request = Request(location, name, point, index, group, self.interleaver.counts.get(location, 0))
+        self._requests[location] = request
+        self._count(request)
+        if point in self._served and (point is not self.model.hook_embed or self._has_server(point)):
+            return
+        self._served.append(point)
+        if isinstance(point, StatePoint):
+            point.demand = _StateDemand(self, point)
+        else:
+            point.add_hook(self._serve, is_permanent=True, level=_LEVEL)
+
+    def _has_server(self, point: SitePoint) -> bool:
+        return any(handle.user_hook == self._serve for handle in point.fwd_hooks)
+
+    def observe(self, observers: Any) -> None:
+        """Serve the points that a ``tracer.cache()`` records; the ``B L D N`` ones only where it names them."""
+        for location, watching in observers.items():
+            name = location.removeprefix("model.").removesuffix(".output")
+            point = self.model.hook_dict.get(name)
+            if point is not None and (not point.lazy or any(cache.targets is not None for _, cache, _ in watching)):
+                self._request(location, name, None, None)
+
+    # ---- serving
+
+    def waiting(self, point: SitePoint, tried: set[str]) -> list[Request]:
+        """The requests at this point that somebody waits for, in the order in which they were made."""
+        wanted = (self.interleaver.parked, self.interleaver.observers)
+        return [
+            r
+            for r in self._requests.values()
+            if r.point is point and r.location not in tried and any(r.location in w for w in wanted)
+        ]
+
+    def _serve(self, value: Tensor, hook: SitePoint) -> Tensor | None:
+        """A point's hook: hand the value to who waits for it, and to who comes to wait meanwhile."""
+        given, tried = value, set()
+        while todo := self.waiting(hook, tried):
+            request = todo[0]
+            tried.add(request.location)
+            answer = hook._call(self._hand(request), value, hook, request.placed(hook.clock), hook._moment())
+            value = value if answer is None else answer
+        return None if value is given else value
+
+    def _hand(self, request: Request) -> Callable[..., Any]:
+        def hand(piece: Tensor, hook: Any) -> Any:
+            return self.hand_over(request, piece)
+
+        return hand
+
+    def hand_over(self, request: Request, piece: Tensor) -> Any:
+        """What the blocks make of a value; it is part of the graph, so that they can ask for its gradient."""
+        if piece.requires_grad:
+            piece.register_hook(_nothing)
+        return self.interleaver.handle(request.location, piece)
+
+    def step_wanted(self, request: Request) -> list[int]:
+        """The steps that blocks wait for at a ``hook_h`` without index, in this pass."""
+        before = request.visits(self._forwards)
+        if request.location in self.interleaver.observers:
+            return list(range(request.point.clock.length))
+        pending = [m.pending for m in self.interleaver.mediators if m.pending is not None]
+        return [cast(int, p.iteration) - before for p in pending if p.provider == request.location]
+
+    def count_step(self, request: Request, step: int) -> None:
+        self._count(request, step)
+
+
+class _StateDemand:
+    """``hook_h`` of one block: see mambascope.hooks.state_point.Demand."""
+
+    def __init__(self, desk: Desk, point: StatePoint) -> None:
+        self._desk, self._point = desk, point
+
+    def _turns_of(self, request: Request) -> list[list[int]]:
+        steps = self._desk.step_wanted(request) if request.index is None else [None]
+        turns = [request.turn(self._point.clock, step) for step in steps]
+        return [turn for turn in turns if max(turn) >= 0]
+
+    def turns(self) -> list[list[int]]:
+        return [turn for request in self._desk.waiting(self._point, set()) for turn in self._turns_of(request)]
+
+    def serve(self, step: int | Tensor, h: Tensor) -> Tensor:
+        here = [step] * h.shape[0] if isinstance(step, int) else step.tolist()
+        tried: set[str] = set()
+        while True:
+            todo = [
+                (request, turn)
+                for request in self._desk.waiting(self._point, tried)
+                for turn in self._turns_of(request)
+                if all(t in (-1, now) for t, now in zip(turn, here, strict=True))
+            ]
+            if not todo:
+                return h
+            request, turn = todo[0]
+            tried.add(request.location)
+            if request.index is None:
+                self._desk.count_step(request, max(turn))
+            h = self._desk.hand_over(request, h)
+
+
+def _key(index: Index) -> str:
+    return f"[{index!r}]" if isinstance(index, PerRow) else index_text(index)
+
+
+def _nothing(grad: Tensor) -> None:
+    """Keeps a value in the graph by being there."""

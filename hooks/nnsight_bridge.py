@@ -51,6 +51,7 @@ class TracedMamba(Envoy):
     """nnsight's root envoy of a :class:`~mambascope.HookedMamba`; made by :func:`wrap`."""
 
     _batcher_class = RowBatcher
+    _module: Any
 
     def __init__(self, model: Any, padding_side: str = "right") -> None:
         if not isinstance(model, nn.Module) or not isinstance(getattr(model, "hook_embed", None), SitePoint):

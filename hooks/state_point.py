@@ -79,14 +79,15 @@ class Plan:
             yield from self.turns.unbind(1)
             return
         assert self.demand is not None
-        last = [-1] * self.clock.batch
+        last, done = [-1] * self.clock.batch, set()
         while True:
             turn = [-1] * self.clock.batch
             asked = sorted(self.demand.turns(), key=lambda steps: min(t for t in steps if t >= 0))
             for steps in asked:
                 rows = [b for b, t in enumerate(steps) if t >= 0]
-                if all(turn[b] < 0 and steps[b] > last[b] for b in rows):
+                if tuple(steps) not in done and all(turn[b] < 0 and steps[b] >= last[b] for b in rows):
                     turn = [max(old, new) for old, new in zip(turn, steps, strict=True)]
+                    done.add(tuple(steps))  # shown once: who did not want it then waits for another pass
             if max(turn) < 0:
                 return
             last = [max(old, new) for old, new in zip(last, turn, strict=True)]

@@ -16,7 +16,8 @@ The exponents are sums over the steps between, taken afresh in each tile and nev
 (which lose everything in float32), so they are ≤ 0 whatever delta is, and nothing overflows. Results carry no gradient.
 """
 
-from typing import NamedTuple
+import importlib
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +28,7 @@ from mambascope.ops.dispatch import Backend, choose
 from mambascope.ops.maps import lines, tiled
 from mambascope.ops.maps.problem import (
     REDUCTIONS,
+    Problem,
     Reduction,
     at_columns,
     check_reduction,
@@ -88,7 +90,9 @@ def kernel_map(
     name = choose(backend, p.delta, d_state=A.shape[1])
     if name == "reference":
         return tiled.kernel_map_reference(p, reduce, wanted, sources)
-    return tiled.kernel_map(p, reduce, wanted, sources)
+    if name == "torch":
+        return tiled.kernel_map(p, reduce, wanted, sources)
+    return _kernels(name).kernel_map(p, reduce, wanted, sources)
 
 
 @torch.no_grad()
@@ -110,16 +114,12 @@ def kernel_row(
     Arguments as :func:`kernel_map`. Time O(L D N), memory beyond the result O(L D).
     """
     p = problem(delta, A, B, C, gain, taps, read)
-    choose(backend, p.delta, d_state=A.shape[1])
     batch, length, _ = delta.shape
     at = at_columns(query, batch, length, delta, "query")
     each = torch.arange(batch, device=delta.device)
     fixed = p.C[each, at]  # B N
-    out, total = lines.line(p.delta, p.A, fixed, p.B, at, True)
-    out *= p.write
     factor = None if p.read is None else p.read[each, at]  # B D
-    if factor is not None:
-        out *= factor[:, None]
+    out, total = _line(backend, p, fixed, p.B, at, True, p.gain, factor)
     carry = torch.zeros_like(total)
     if h0 is not None:
         carry = (torch.exp(total[..., None] * p.A) * fixed[:, None] * h0.to(out)).sum(-1)  # B D
@@ -152,7 +152,6 @@ def kernel_column(
     Arguments as :func:`kernel_map`. Time O(K L D N), memory beyond the result O(L D).
     """
     p = problem(delta, A, B, C, gain, taps, read)
-    choose(backend, p.delta, d_state=A.shape[1])
     batch, length, _ = delta.shape
     at = at_columns(source, batch, length, delta, "source")
     each = torch.arange(batch, device=delta.device)
@@ -165,7 +164,17 @@ def kernel_column(
             break
         place = place.clamp(max=length - 1)
         wrote = write[each, place] * p.tap(behind) * inside  # B D
-        part = lines.line(p.delta, p.A, p.B[each, place], p.C, place, False)[0].mul_(wrote[:, None])
+        part, _ = _line(backend, p, p.B[each, place], p.C, place, False, p.read, wrote)
         total = part if total is None else total.add_(part)
     assert total is not None
-    return total if p.read is None else total.mul_(p.read)
+    return total
+
+
+def _line(backend: Backend, p: Problem, *line: Any) -> tuple[Tensor, Tensor]:
+    name = choose(backend, p.delta, d_state=p.A.shape[1])
+    return (lines if name in ("reference", "torch") else _kernels(name)).line(p, *line)
+
+
+def _kernels(name: str) -> Any:
+    """The module of ``cpu`` or ``triton``: ``kernel_map`` and ``line`` as :mod:`tiled` and :mod:`lines` have them."""
+    return importlib.import_module(f"mambascope.ops.maps.{name}")

@@ -4,24 +4,30 @@ Both are the same sum: with one end held at its place, and R the delta summed fr
 
     line[t, d] = Σ_n fixed[n] moving[t, n] exp(A[d, n] R[t, d])
 
-A row holds C of the query and moves B backward over the sources, a column holds B of the source and moves C forward
-over the queries. R is summed outward from the end that is held, so it is small where the line is large.
+A row holds C of the query and moves B backward over the sources (each then times its delta), a column holds B of the
+source and moves C forward over the queries. R is summed outward from the end that is held, so it is small where the line is large.
 """
 
 import torch
 from torch import Tensor
+
+from mambascope.ops.maps.problem import Problem
 
 __all__ = ["line"]
 
 _BLOCK = 1 << 21  # elements of a ``block D N`` tensor of exponentials: 8 MB in float32
 
 
-def line(delta: Tensor, A: Tensor, fixed: Tensor, moving: Tensor, at: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
-    """The line ``B L D`` before any gain, zero on the far side of ``at`` ``B``, and delta summed over it, ``B D``.
+def line(
+    p: Problem, fixed: Tensor, moving: Tensor, at: Tensor, backward: bool, gain: Tensor | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The line ``B L D`` · gain ``B L D`` · scale ``B D``, zero on the far side of ``at`` ``B``, and delta summed over
+    it, ``B D``.
 
     Backward: places s ≤ at, R over (s, at], the sum over [0, at]. Forward: places t ≥ at, R over (at, t], the sum over
     (at, L). ``fixed`` is ``B N``, ``moving`` ``B L N``. Time O(L D N), memory a block.
     """
+    delta, A = p.delta, p.A
     batch, length, width = delta.shape
     places = torch.arange(length, device=delta.device)
     out = torch.zeros_like(delta)
@@ -44,5 +50,8 @@ def line(delta: Tensor, A: Tensor, fixed: Tensor, moving: Tensor, at: Tensor, ba
         weight = torch.exp(R[..., None] * A)  # B T D N
         both = (moving[:, begin:stop] * fixed[:, None])[:, :, None]  # B T 1 N
         seen = here <= at[:, None] if backward else here >= at[:, None]
-        out[:, begin:stop] = weight.mul_(both).sum(-1) * seen[..., None]
+        value = weight.mul_(both).sum(-1) * seen[..., None]
+        out[:, begin:stop] = value * delta[:, begin:stop] if backward else value
+    for factor in (gain, None if scale is None else scale[:, None]):
+        out = out if factor is None else out.mul_(factor)
     return out, tail

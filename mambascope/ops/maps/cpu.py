@@ -1,0 +1,2 @@
+from mambascope.ops.maps.lines import line
+from mambascope.ops.maps.tiled import kernel_map

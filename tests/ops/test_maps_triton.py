@@ -1,0 +1,106 @@
+"""The Triton kernels of the effective kernels: under the interpreter on a CPU, as they are on a GPU.
+
+The interpreter shows what the kernels compute, not what a GPU makes of them; ``tests/bench/bench_maps.py`` repeats the
+comparison there at full shapes before it times anything.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from maps_cases import OPTIONS, close, maps_inputs, naive, reduced, without
+
+os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
+pytest.importorskip("triton", reason="triton is not installed (extra 'test')")
+
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+from mambascope import ops
+from mambascope.ops.maps import REDUCTIONS
+from mambascope.ops.maps import triton as kernels
+from mambascope.ops.maps.problem import problem
+from mambascope.ops.maps.triton import Plan, plan_of
+
+CUDA = torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(
+    not CUDA and not isinstance(tl.sum, InterpretedFunction),
+    reason="triton was imported before TRITON_INTERPRET=1 was set, and there is no GPU",
+)
+DEVICE = "cuda" if CUDA else "cpu"
+PARTS = [(), ("gain",), ("taps",), OPTIONS]
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    "torch.empty gives NaN: what a kernel does not write is seen"
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def given(parts: tuple[str, ...], *sizes: int, **options: Any) -> dict[str, Any]:
+    x = without(maps_inputs(*sizes, **options), *(name for name in OPTIONS if name not in parts))
+    return {name: None if v is None else v.to(DEVICE) for name, v in x.items()}
+
+
+def truth(x: dict[str, Any]) -> torch.Tensor:
+    return naive(**{name: None if v is None else v.cpu() for name, v in x.items()})
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize(("length", "N", "scale"), [(1, 1, 0.3), (17, 7, 60.0), (65, 16, 1e-7), (150, 5, 0.05)])
+def test_rows_maps_and_columns_are_the_formula(length: int, N: int, scale: float, parts: tuple[str, ...]) -> None:
+    x = given(parts, length, N, scale=scale, batch=2)
+    exact = truth(x)
+    for reduce in REDUCTIONS if length < 100 else ("mean_abs", "max"):
+        found = ops.kernel_map(**x, reduce=reduce, backend="triton").cpu()
+        assert close(found, reduced(exact, reduce)), reduce
+        assert not found.triu(1).any()
+    at = length // 2
+    row = ops.kernel_row(**x, query=torch.tensor([at, length - 1], device=DEVICE), backend="triton")
+    assert close(row.weights.cpu(), torch.stack([exact[0, at], exact[1, -1]]))
+    column = ops.kernel_column(**x, source=torch.tensor([at, 0], device=DEVICE), backend="triton")
+    assert close(column.cpu(), torch.stack([exact[0, :, at], exact[1, :, 0]]))
+
+
+@pytest.mark.parametrize("plan", [Plan(32, 4, "ieee", 1, 1), Plan(64, 4, "tf32x3", 3, 2), Plan(16, 4, "ieee", 2, 3)])
+def test_a_map_does_not_depend_on_its_plan(plan: Plan) -> None:
+    for parts in ((), OPTIONS):
+        x = given(parts, 140, 4, D=40, scale=0.02)
+        exact = reduced(truth(x), "rms")
+        found = kernels.kernel_map(problem(**x), "rms", range(140), range(140), plan)
+        assert close(found.cpu(), exact)
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols"), [((0, 9), (3, 40)), ((100, 150), (5, 29)), ((70, 71), (0, 150)), ((0, 40), (64, 90))]
+)
+def test_windows_are_parts_of_the_map(rows: tuple[int, int], cols: tuple[int, int]) -> None:
+    for parts in ((), OPTIONS):
+        x = given(parts, 150, 4, scale=0.02)
+        part = reduced(truth(x), "mean_abs")[:, slice(*rows), slice(*cols)]
+        found = ops.kernel_map(**x, rows=slice(*rows), cols=slice(*cols), backend="triton").cpu()
+        assert found.shape == part.shape
+        assert close(found, part) if part.any() else not found.any()
+
+
+def test_nan_reaches_what_it_touches() -> None:
+    for name in ("delta", "B"):
+        x = given((), 40, 4)
+        x[name][:, 12] = float("nan")
+        for reduce in REDUCTIONS:
+            found = ops.kernel_map(**x, reduce=reduce, backend="triton")[0]
+            assert found[12:, 12].isnan().all(), (name, reduce)
+            assert found[:12].isfinite().all()
+
+
+def test_plans_fill_the_machine_and_stay_small() -> None:
+    x = given((), 700, 16, D=64)
+    p = problem(**{**x, "delta": x["delta"].expand(1, -1, -1)})
+    plan = plan_of(p, range(700), range(700))
+    assert plan.far >= 1 and plan.near >= 1
+    assert plan.far * 4 * 700 * 700 <= kernels._SCRATCH + 4 * 700 * 700

@@ -163,7 +163,7 @@ class Emitter:
         return self.b.add(address, self.b.mul(step, ir.Constant(INT64, count)))
 
 
-def _lane_intrinsic(result: types.Type, *args: types.Type) -> Callable[[Callable[..., Any]], Any]:
+def lane_intrinsic(result: types.Type, *args: types.Type) -> Callable[[Callable[..., Any]], Any]:
     """Makes `emit(emitter, *values)` a numba intrinsic of that signature, named as the function."""
 
     def decorate(emit: Callable[..., Any]) -> Any:
@@ -176,19 +176,19 @@ def _lane_intrinsic(result: types.Type, *args: types.Type) -> Callable[[Callable
 
         define.__name__, define.__doc__ = emit.__name__, emit.__doc__
         define.__signature__ = inspect.Signature(  # numba reads the arity here
-            [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("context", *"xyzw"[: len(args)])]
+            [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in ("context", *"xyzwuv"[: len(args)])]
         )
         return intrinsic(define)
 
     return decorate
 
 
-@_lane_intrinsic(Lanes, types.int64)
+@lane_intrinsic(Lanes, types.int64)
 def load(e: Emitter, address: Any) -> Any:
     return e.load(address)
 
 
-@_lane_intrinsic(types.void, types.int64, Lanes)
+@lane_intrinsic(types.void, types.int64, Lanes)
 def store(e: Emitter, address: Any, value: Any) -> None:
     e.store(address, value)
 
@@ -205,7 +205,7 @@ def _part(e: Emitter, lanes: Any, whole: Callable[[], Any], part: Callable[[Any,
             part(buffer, count)
 
 
-@_lane_intrinsic(Lanes, types.int64, types.int64)
+@lane_intrinsic(Lanes, types.int64, types.int64)
 def load_part(e: Emitter, address: Any, lanes: Any) -> Any:
     "the first `lanes` (1…16) floats at the address, zero in the other lanes"
     result = cgutils.alloca_once(e.b, VECTOR)
@@ -219,7 +219,7 @@ def load_part(e: Emitter, address: Any, lanes: Any) -> Any:
     return e.b.load(result)
 
 
-@_lane_intrinsic(types.void, types.int64, Lanes, types.int64)
+@lane_intrinsic(types.void, types.int64, Lanes, types.int64)
 def store_part(e: Emitter, address: Any, value: Any, lanes: Any) -> None:
     def part(buffer: Any, count: Any) -> None:
         e.b.store(value, buffer)
@@ -228,85 +228,85 @@ def store_part(e: Emitter, address: Any, value: Any, lanes: Any) -> None:
     _part(e, lanes, lambda: e.store(address, value), part)
 
 
-@_lane_intrinsic(Lanes, types.int64)
+@lane_intrinsic(Lanes, types.int64)
 def load_splat(e: Emitter, address: Any) -> Any:
     "one float in every lane"
     return e.splat(e.b.load(e.pointer(address, FLOAT), align=4))
 
 
-@_lane_intrinsic(Lanes, types.float32)
+@lane_intrinsic(Lanes, types.float32)
 def splat(e: Emitter, value: Any) -> Any:
     return e.splat(value)
 
 
-@_lane_intrinsic(types.float32, types.int64)
+@lane_intrinsic(types.float32, types.int64)
 def load_float(e: Emitter, address: Any) -> Any:
     return e.b.load(e.pointer(address, FLOAT), align=4)
 
 
-@_lane_intrinsic(types.void, types.int64, types.float32)
+@lane_intrinsic(types.void, types.int64, types.float32)
 def store_float(e: Emitter, address: Any, value: Any) -> None:
     e.b.store(value, e.pointer(address, FLOAT), align=4)
 
 
-@_lane_intrinsic(types.int64, types.int64)
+@lane_intrinsic(types.int64, types.int64)
 def load_int(e: Emitter, address: Any) -> Any:
     return e.b.load(e.pointer(address, INT64), align=8)
 
 
-@_lane_intrinsic(types.int64, types.int64, types.int64)
+@lane_intrinsic(types.int64, types.int64, types.int64)
 def fetch_add(e: Emitter, address: Any, amount: Any) -> Any:
     "atomically adds to an int64, gives what was there before: how threads share out the work"
     return e.b.atomic_rmw("add", e.pointer(address, INT64), amount, "monotonic")
 
 
-@_lane_intrinsic(Lanes, Lanes, Lanes, Lanes)
+@lane_intrinsic(Lanes, Lanes, Lanes, Lanes)
 def fma(e: Emitter, x: Any, y: Any, z: Any) -> Any:
     return e.fma(x, y, z)
 
 
-@_lane_intrinsic(Lanes, Lanes, Lanes)
+@lane_intrinsic(Lanes, Lanes, Lanes)
 def exp2_product(e: Emitter, x: Any, y: Any) -> Any:
     return e.exp2_product(x, y)
 
 
-@_lane_intrinsic(Lanes, Lanes, Lanes, Lanes)
+@lane_intrinsic(Lanes, Lanes, Lanes, Lanes)
 def nan_where_it_overflows(e: Emitter, x: Any, low: Any, high: Any) -> Any:
     "x, or NaN in the lanes where 2^(x·low) or 2^(x·high) would leave float32"
     return e.nan_above(127.0, x, low, high)
 
 
-@_lane_intrinsic(Lanes, Lanes, Lanes)
+@lane_intrinsic(Lanes, Lanes, Lanes)
 def lesser(e: Emitter, x: Any, y: Any) -> Any:
     return e.b.select(e.b.fcmp_ordered("<", y, x), y, x)
 
 
-@_lane_intrinsic(Lanes, Lanes, Lanes)
+@lane_intrinsic(Lanes, Lanes, Lanes)
 def greater(e: Emitter, x: Any, y: Any) -> Any:
     return e.b.select(e.b.fcmp_ordered(">", y, x), y, x)
 
 
-@_lane_intrinsic(Lanes, Lanes)
+@lane_intrinsic(Lanes, Lanes)
 def sigmoid(e: Emitter, x: Any) -> Any:
     return e.sigmoid(x)
 
 
-@_lane_intrinsic(Lanes, Lanes)
+@lane_intrinsic(Lanes, Lanes)
 def silu(e: Emitter, x: Any) -> Any:
     return e.silu(x)
 
 
-@_lane_intrinsic(Lanes, Lanes)
+@lane_intrinsic(Lanes, Lanes)
 def softplus(e: Emitter, x: Any) -> Any:
     return e.softplus(x)
 
 
-@_lane_intrinsic(types.float32, Lanes)
+@lane_intrinsic(types.float32, Lanes)
 def lane_sum(e: Emitter, x: Any) -> Any:
     return e.sum(x)
 
 
-@_lane_intrinsic(Lanes, types.int64)
+@lane_intrinsic(Lanes, types.int64)
 def sum_each(e: Emitter, address: Any) -> Any:
     "the lane sums of 16 vectors in a row, as one vector: the tree of `lane_sum` for all of them at once"
     rows = [e.load(e.offset(address, ir.Constant(INT64, BYTES), i)) for i in range(WIDTH)]
@@ -322,7 +322,7 @@ def sum_each(e: Emitter, address: Any) -> Any:
     return e.shuffle(rows[0], rows[0], order)
 
 
-@_lane_intrinsic(types.void, types.int64)
+@lane_intrinsic(types.void, types.int64)
 def prefetch(e: Emitter, address: Any) -> None:
     "a hint that the cache line will be read soon (rows lie pages apart: the hardware does not guess them)"
     pointer = e.pointer(address, ir.IntType(8))
@@ -331,7 +331,7 @@ def prefetch(e: Emitter, address: Any) -> None:
     e.b.call(function, [pointer, ir.Constant(INT32, 0), ir.Constant(INT32, 3), ir.Constant(INT32, 1)])
 
 
-@_lane_intrinsic(types.void, types.int64, types.int64, types.int64, types.int64)
+@lane_intrinsic(types.void, types.int64, types.int64, types.int64, types.int64)
 def transpose(e: Emitter, source: Any, source_step: Any, target: Any, target_step: Any) -> None:
     "16 rows of 16 floats, the steps being bytes between rows, written as columns"
     rows = [e.load(e.offset(source, source_step, i)) for i in range(WIDTH)]

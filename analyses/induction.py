@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mambascope.analyses.kernels import Reduction, attention_map
+from mambascope.analyses.kernels import Reduction
 from mambascope.analyses.repeats import repeated_tokens, scores
 from mambascope.errors import InputError
 
@@ -138,10 +138,7 @@ def _profiles(model: "HookedMamba", tokens: Tensor, n: int, reduce: Reduction) -
     out = []
     for row in tokens.split(1):  # one map at a time
         _, cache = model.run_with_cache(row, return_type=None)
-        layers = []
-        for i in range(model.cfg.n_layers):
-            delta, B, C = cache["delta", i], cache["B", i], cache["C", i]
-            layers.append(lag_profile(attention_map(delta, model.decay(i), B, C, reduce=reduce)[0], n))
+        layers = [lag_profile(cache.hidden_attention(i, reduce)[0], n) for i in range(model.cfg.n_layers)]
         out.append(torch.stack(layers))
     return torch.stack(out)
 

@@ -6,34 +6,24 @@ al., 2403.01590). With h[t] = exp(delta[t] A) h[t-1] + delta[t] B[t] u[t] and y[
     y[t, d] = sum_{s <= t} alpha[t, s, d] u[s, d] + carry[t, d]
     alpha[t, s, d] = sum_n C[t, n] exp(A[d, n] sum_{s < r <= t} delta[r, d]) delta[s, d] B[s, n]
 
-where carry is what the state before the first token contributes. A row (one query t) is computed as follows.
-
-1. Start with g = C[t], ``D N``: how much of each state dimension the query reads.
-2. Walk backward in blocks of time. Inside a block, sum delta afresh from each s to the block's end; every exponent
-   is then <= 0, and no difference of long prefix sums is taken (which would lose everything in float32).
-3. alpha[t, s] = delta[s] sum_n g[n] exp(A[n] Σdelta) B[s, n].
-4. Multiply g by the whole block's decay and go on; nothing is ever divided by a decay.
-5. What is left of g, read against h0, is the carry. Then sum_s alpha u + carry must be y: it is checked.
-
-A map (all queries, reduced over channels) goes forward in tiles: for each tile of sources their weights decayed
-to the tile's end, ``Q[s, d, n]``, are built by running products (which also give the tile on the diagonal); for every
-later tile of queries, P[t, d, n] = C[t, n] exp(A Σdelta since that tile began), and the tile of alpha is one thin
-matrix product a channel, P Qᵀ; Q is then decayed through the tile. Memory: tiles, and the map.
+where carry is what the state before the first token contributes. The cache computes rows, columns and maps of it
+(:mod:`mambascope.hooks.effective`, kernels in :mod:`mambascope.ops.maps`); here they get labels, tables and figures.
 
 The kernel is signed: a reduction over channels says which (``mean_abs``, ``rms``, ``signed``, ``max``).
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mambascope.analyses.labels import visible
-from mambascope.analyses.source import Reading, Source, finite, layer_index, position_index, read
-from mambascope.errors import CacheError, InputError, nearest
-from mambascope.memory import require_bytes
+from mambascope.analyses.source import Reading, Source, layer_index, position_index, read
+from mambascope.errors import CacheError
+from mambascope.hooks.effective_path import Through
+from mambascope.ops.maps import REDUCTIONS, Reduction, check_reduction, over_channels
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,69 +37,15 @@ __all__ = [
     "KernelRow",
     "Reduction",
     "Sources",
-    "attention_map",
     "effective_kernel",
     "hidden_attention",
-    "kernel_row",
     "sources",
 ]
 
-Reduction = Literal["mean_abs", "rms", "signed", "max"]
-REDUCTIONS: tuple[Reduction, ...] = ("mean_abs", "rms", "signed", "max")
-"""Over channels: mean |alpha|; root mean square; plain mean (channels cancel); largest |alpha|."""
-
-_BLOCK = 1 << 21  # elements of a ``block D N`` tensor of exponentials: 8 MB in float32
-_TILE = 32
 _AGREES = 1e-3  # relative; float32 gives 1e-6, an edited state gives order 1
 
 
-def _check_reduction(reduce: str) -> None:
-    if reduce not in REDUCTIONS:
-        raise InputError(
-            f"reduction {reduce!r} is unknown{nearest(str(reduce), REDUCTIONS)}; known: {', '.join(REDUCTIONS)}"
-        )
-
-
-def over_channels(x: Tensor, reduce: Reduction) -> Tensor:
-    """Reduce the last axis (channels) of a signed tensor."""
-    if reduce == "signed":
-        return x.mean(-1)
-    if reduce == "rms":
-        return x.pow(2).mean(-1).sqrt()
-    return x.abs().amax(-1) if reduce == "max" else x.abs().mean(-1)
-
-
 # ---- one row
-
-
-@torch.no_grad()
-def kernel_row(
-    delta: Float[Tensor, "S D"],
-    A: Float[Tensor, "D N"],
-    B: Float[Tensor, "S N"],
-    C: Float[Tensor, " N"],
-    h0: Float[Tensor, "D N"],
-) -> tuple[Float[Tensor, "S D"], Float[Tensor, " D"]]:
-    """alpha of the last of S steps, ``S D``, and the share of h0 in its y, ``D``; see the module's algorithm.
-
-    ``delta`` is after softplus, ``C`` the query's. Computed in delta's dtype: time O(S D N), memory a block.
-    """
-    steps, width = delta.shape
-    g = C.to(delta.dtype).expand_as(A).clone()  # D N
-    A, B = A.to(delta.dtype), B.to(delta.dtype)
-    alpha = torch.zeros_like(delta)
-    size = max(1, _BLOCK // (width * A.shape[1]))
-    for stop in range(steps, 0, -size):
-        begin = max(0, stop - size)
-        block = delta[begin:stop]
-        through = block.flip(0).cumsum(0).flip(0)  # delta over [s, stop)
-        after = torch.cat([through[1:], torch.zeros_like(through[:1])])  # over (s, stop)
-        weight = torch.exp(after[..., None] * A).mul_(g).mul_(B[begin:stop, None, :])  # S D N
-        alpha[begin:stop] = weight.sum(-1) * block
-        g = g * torch.exp(through[0][:, None] * A)
-        if not bool(g.any()):  # all is forgotten: earlier sources weigh exactly 0
-            break
-    return alpha, (g * h0).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -132,12 +68,12 @@ class KernelRow:
 
     def weights(self, reduce: Reduction = "mean_abs") -> Float[Tensor, " S"]:
         """alpha reduced over channels: how strongly the query reads what each token wrote."""
-        _check_reduction(reduce)
+        check_reduction(reduce)
         return over_channels(self.alpha, reduce)
 
     def contributions(self, reduce: Reduction = "mean_abs") -> Float[Tensor, " S"]:
         """alpha·u reduced over channels: what each token adds to y, in y's units."""
-        _check_reduction(reduce)
+        check_reduction(reduce)
         return over_channels(self.alpha * self.u, reduce)
 
     def table(self, reduce: Reduction = "mean_abs") -> "pd.DataFrame":
@@ -182,23 +118,16 @@ def effective_kernel(model: "HookedMamba", source: Source, layer: int, query: in
 
 
 def row_of(reading: Reading, layer: int, query: int) -> KernelRow:
-    stop = query + 1
-    reading.unedited_recurrence(layer, stop)
-    delta = finite(reading.value("delta", layer)[:stop], f"delta of layer {layer}")
-    u = reading.value("u_write", layer)[:stop].to(delta.dtype)
-    B, C = reading.value("B", layer)[:stop], reading.value("C", layer)[query]
-    y = finite(reading.value("y", layer)[query : query + 1], f"y of layer {layer}")[0].to(delta.dtype)
-    h0 = reading.entry_state(layer).to(delta.device)
-    alpha, carry = kernel_row(delta, reading.model.decay(layer).to(delta.device), B, C, h0)
-    parts = alpha * u
-    scale = (parts.abs().sum(0) + carry.abs()).clamp_min(torch.finfo(delta.dtype).tiny)
-    error = float(((parts.sum(0) + carry - y).abs() / scale.amax()).amax())
-    if not error < _AGREES:
+    """The row of one layer and query of a text that was read."""
+    row, stop = reading.cache.effective_kernel(layer, query), query + 1
+    alpha, u, carry, y = (x if x.ndim == n else x[0] for x, n in zip(row.parts, (2, 2, 1, 1), strict=True))
+    if not row.error < _AGREES:
         raise CacheError(
-            f"layer {layer}, query {query}: Σ alpha·u differs from y by {error:.1e} of its terms; the cache's tensors "
-            "do not belong together"
+            f"layer {layer}, query {query}: Σ alpha·u differs from y by {row.error:.1e} of its terms; the cache's "
+            "tensors do not belong together"
         )
-    return KernelRow(layer, query, alpha, u, carry, y, error, reading.labels[:stop], reading.start)
+    u = u[:stop].to(alpha.dtype)
+    return KernelRow(layer, query, alpha[:stop], u, carry, y, row.error, reading.labels[:stop], reading.start)
 
 
 # ---- all layers, one query
@@ -249,7 +178,7 @@ def sources(model: "HookedMamba", source: Source, query: int = -1, *, reduce: Re
 
     Time O(layers L D N); memory one layer's row. Raises as :func:`effective_kernel`.
     """
-    _check_reduction(reduce)
+    check_reduction(reduce)
     reading = read(model, source)
     query = position_index(reading.length, query, "query")
     return sources_of([row_of(reading, i, query) for i in range(reading.n_layers)], reduce)
@@ -272,85 +201,44 @@ def sources_of(rows: list[KernelRow], reduce: Reduction) -> Sources:
 # ---- the map
 
 
-@torch.no_grad()
-def attention_map(
-    delta: Float[Tensor, "B L D"],
-    A: Float[Tensor, "D N"],
-    B: Float[Tensor, "B L N"],
-    C: Float[Tensor, "B L N"],
-    *,
-    reduce: Reduction = "mean_abs",
-    tile: int = _TILE,
-) -> Float[Tensor, "B L L"]:
-    """alpha[t, s] of all pairs, reduced over channels: ``B T S``, zero above the diagonal.
-
-    Time O(L² D N), memory O(tile D N + tile² D) beyond the map. See the module's algorithm.
-    """
-    _check_reduction(reduce)
-    batch, length, _ = delta.shape
-    need = batch * length * length * delta.element_size()
-    way_out = "take a shorter text, or single rows with effective_kernel"
-    require_bytes(need, delta.device, f"a map of {length:,} x {length:,} tokens", way_out, InputError)
-    out = torch.zeros(batch, length, length, dtype=delta.dtype, device=delta.device)
-    A, B, C = A.to(delta.dtype), B.to(delta.dtype), C.to(delta.dtype)
-    for begin in range(0, length, tile):
-        columns = slice(begin, min(begin + tile, length))
-        Q = _diagonal(out, delta, A, B, C, columns, reduce)  # B S D N
-        for start in range(columns.stop, length, tile):
-            rows = slice(start, min(start + tile, length))
-            since = delta[:, rows].cumsum(1)  # B T D, over [start, t]
-            P = torch.exp(since[..., None] * A).mul_(C[:, rows, None, :])  # B T D N
-            alpha = torch.einsum("btdn,bsdn->btsd", P, Q)
-            out[:, rows, columns] = over_channels(alpha, reduce)
-            Q = Q * torch.exp(since[:, -1, :, None] * A)[:, None]
-            if not bool(Q.any()):  # all later weights are exactly 0
-                break
-    return out
-
-
-def _diagonal(out: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, columns: slice, reduce: Reduction) -> Tensor:
-    """Fill the tile on the diagonal by running products; the sources' weights at the tile's end, ``B S D N``."""
-    begin, stop = columns.start, columns.stop
-    Q = delta[:, columns, :, None] * B[:, columns, None, :]  # B S D N: each source as written
-    for t in range(begin, stop):
-        k = t - begin
-        Q[:, :k] *= torch.exp(delta[:, t, :, None] * A)[:, None]
-        alpha = (Q[:, : k + 1] * C[:, t, None, None, :]).sum(-1)  # B S D
-        out[:, t, begin : t + 1] = over_channels(alpha, reduce)
-    return Q
-
-
 @dataclass(frozen=True)
 class AttentionMap:
-    """The hidden attention of one layer: ``weights`` ``T S``, alpha reduced over channels (says ``reduce``)."""
+    """The hidden attention of one layer: ``weights`` ``T S``, alpha reduced over channels (says ``reduce``).
+
+    ``through``: whether sources are what the scan reads, or what the convolution reads, and queries what the scan gives
+    or what reaches the residual stream (:mod:`mambascope.hooks.effective_path`).
+    """
 
     layer: int
     reduce: Reduction
     weights: Float[Tensor, "L L"]
     labels: tuple[str, ...]
     start: int = 0
+    through: Through = "scan"
 
     def figure(self) -> "go.Figure":
         """The map, query down, source across, plotly."""
         from mambascope.analyses.plots import pair_map
 
-        title = f"layer {self.layer}: hidden attention, {self.reduce} of alpha over channels"
+        title = f"layer {self.layer}: hidden attention through the {self.through}, {self.reduce} of alpha over channels"
         return pair_map(self.weights, self.labels, title, "alpha", signed=self.reduce == "signed", start=self.start)
 
 
 @torch.no_grad()
 def hidden_attention(
-    model: "HookedMamba", source: Source, layer: int, *, reduce: Reduction = "mean_abs"
+    model: "HookedMamba",
+    source: Source,
+    layer: int,
+    *,
+    reduce: Reduction = "mean_abs",
+    through: Through = "scan",
 ) -> AttentionMap:
     """The effective kernel of a layer as a map over (query, source), reduced over channels.
 
-    For short texts: time O(L² D N). Raises as :func:`effective_kernel`; InputError for a map that does not fit.
+    Time O(L² D N), memory the map. Raises as :func:`effective_kernel`; InputError for a map that does not fit.
     """
     reading = read(model, source)
     layer = layer_index(model, layer)
-    reading.unedited_recurrence(layer, reading.length)
-    delta = finite(reading.value("delta", layer), f"delta of layer {layer}")
-    A = model.decay(layer).to(delta.device)
-    B, C = reading.value("B", layer), reading.value("C", layer)
-    weights = attention_map(delta[None], A, B[None], C[None], reduce=reduce)[0]
-    return AttentionMap(layer, reduce, weights, reading.labels, reading.start)
+    weights = reading.cache.hidden_attention(layer, reduce, through=through)
+    weights = weights[0] if weights.ndim == 3 else weights
+    return AttentionMap(layer, reduce, weights, reading.labels, reading.start, through)

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mambascope import ops
 from mambascope.analyses.labels import token_labels
 from mambascope.errors import CacheError, InputError
 from mambascope.hooks import effective_path
@@ -67,43 +66,14 @@ class Reading:
 
     def entry_state(self, layer: int) -> Float[Tensor, "D N"]:
         """h0: the state of a layer before the first token shown."""
-        record = self.cache.recording.blocks.get(layer)
-        anchors = None if record is None else record.anchors
-        if anchors is not None and not anchors.aligned and -1 in anchors.columns:
-            return anchors.states[0, anchors.columns.index(-1)]
-        if record is not None and record.x is not None:  # a block without hooks: what it was given
-            if record.state is not None:
-                return record.state.ssm[0]
-            return torch.zeros_like(self.model.decay(layer))
-        raise CacheError(
-            f"blocks.{layer}.mixer.hook_h was not cached, so the state that layer {layer} started from is unknown; "
-            "run with names_filter=None, or name hook_h in it"
-        )
+        return effective_path.entry_state(self.cache, layer)[0]
 
     def unedited_recurrence(self, layer: int, stop: int) -> None:
         """CacheError if a hook edited A_bar, B_bar, write, h or y of this layer before position ``stop``.
 
         There y is not what delta, B, C and u_write give. Only blocks that carried hooks are computed again to see.
         """
-        record = self.cache.recording.blocks.get(layer)
-        if record is None or not record.edited:
-            return
-        way_out = "edit delta, B, C or u_write instead, or analyse the run without that hook"
-        if record.exposed:
-            names = ", ".join(sorted(name.rsplit("hook_", 1)[1] for name in record.exposed))
-            raise CacheError(
-                f"layer {layer}: a hook edited the recurrence ({names} were exposed), so alpha means nothing; {way_out}"
-            )
-        u, delta, B, C, y = (self.value(name, layer)[None, :stop] for name in ("u_write", "delta", "B", "C", "y"))
-        h0 = self.entry_state(layer)[None].to(delta.device)
-        again = ops.selective_scan(u, delta, self.model.decay(layer).to(delta.device), B, C, h0=h0).y
-        scale = y.abs().amax(1, keepdim=True).clamp_min(1e-30)  # each channel's own
-        off = ((again - y).abs() > 1e-4 * scale).any(-1)[0]
-        if bool(off.any()):
-            at = int(off.nonzero()[0])
-            raise CacheError(
-                f"layer {layer}: a hook edited hook_h or hook_y at position {at}, so alpha·u is not y; {way_out}"
-            )
+        effective_path.unedited(self.cache, layer, "scan", stop)
 
 
 def read(model: "HookedMamba", source: Source, *, max_tokens: int | None = None) -> Reading:

@@ -7,9 +7,9 @@ import torch
 from hand_built import random_model
 from torch import Tensor
 
+from mambascope import ops
 from mambascope.analyses import gates_by, reach, read, timescale_spectrum
 from mambascope.analyses.gating_groups import word_class
-from mambascope.analyses.kernels import attention_map
 from mambascope.analyses.timescales import half_lives
 from mambascope.errors import CacheError, InputError
 
@@ -135,7 +135,7 @@ def test_reach_is_that_of_the_map(random, ids: Tensor) -> None:
         for j, d in enumerate((3, random.cfg.d_inner - 1)):
             delta, B, C = (cache[n, layer].double() for n in ("delta", "B", "C"))
             A = random.decay(layer).double()[d : d + 1]
-            alpha = attention_map(delta[..., d : d + 1], A, B, C, reduce="mean_abs")[0]
+            alpha = ops.kernel_map(delta[..., d : d + 1], A, B, C)[0]
             distance, beyond = [], []
             for t in (20, 74):
                 row = alpha[t, : t + 1]

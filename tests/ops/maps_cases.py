@@ -36,20 +36,25 @@ def naive(
     batch, length, width = delta.shape
     alpha = torch.zeros(batch, length, length, width, dtype=torch.float64)
     for t in range(length):
-        for s in range(t + 1):
-            between = delta[:, s + 1 : t + 1].sum(1)  # B D
-            decay = torch.exp(A * between[..., None])  # B D N
-            alpha[:, t, s] = (C[:, t, None] * decay * delta[:, s, :, None] * B[:, s, None]).sum(-1)
+        after = torch.cat([delta[:, 1 : t + 1], delta.new_zeros(batch, 1, width)], 1)
+        between = after.flip(1).cumsum(1).flip(1)  # B t+1 D: the steps after s, up to t
+        decay = torch.exp(A * between[..., None])  # B t+1 D N
+        read_out = C[:, t, None, None] * B[:, : t + 1, None]
+        alpha[:, t, : t + 1] = (decay * read_out).sum(-1) * delta[:, : t + 1]
+    return spread(alpha, gain, taps, read)
+
+
+def spread(alpha: Tensor, gain: Any, taps: Any, read: Any) -> Tensor:
+    """The bare alpha ``B L L D`` with the factors of a longer path."""
+    length = alpha.shape[1]
     if gain is not None:
         alpha = alpha * gain.double()[:, None]
     if taps is not None:
-        K = taps.shape[1]
-        spread = torch.zeros_like(alpha)
+        K, at = taps.shape[1], torch.arange(length)
+        wide = torch.zeros_like(alpha)
         for j in range(min(K, length)):
-            spread[:, :, : length - j] += taps[:, K - 1 - j].double() * alpha[:, :, j:]
-        alpha = spread
-        at = torch.arange(length)
-        alpha = alpha * (at[:, None] >= at)[None, :, :, None]
+            wide[:, :, : length - j] += taps[:, K - 1 - j].double() * alpha[:, :, j:]
+        alpha = wide * (at[:, None] >= at)[None, :, :, None]
     return alpha if read is None else alpha * read.double()[:, :, None]
 
 

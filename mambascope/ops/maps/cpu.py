@@ -56,7 +56,8 @@ __all__ = ["kernel_map", "line"]
 
 MEAN_ABS, RMS, SIGNED, MAX = range(4)
 
-_ROOMY = "avx512f" in (config.CPU_FEATURES or get_host_cpu_features())
+_FEATURES = getattr(config, "CPU_FEATURES", None)
+_ROOMY = "+avx512f" in (get_host_cpu_features() if _FEATURES is None else _FEATURES)
 ROWS = 8 if _ROOMY else 4  # of a product held in registers: 32 of them, or 16 of half the size
 PAIR = 2 if _ROOMY else 1  # vectors of a row
 
@@ -425,8 +426,8 @@ def kernel_map(p: Problem, reduce: Reduction, wanted: range, sources: range, til
 # ---- one row or one column
 
 LINE = Arguments(
-    "length channels states backward delta delta_batch delta_row A fixed moving moving_batch moving_row gain gain_batch "
-    "gain_row scale at out total"
+    "length channels states backward delta delta_batch delta_row A fixed moving moving_batch moving_row gain "
+    "gain_batch gain_row scale at out total"
 )
 line_arguments = reader(LINE)
 

@@ -5,7 +5,8 @@ Both are the same sum: with one end held at its place, and R the delta summed fr
     line[t, d] = Σ_n fixed[n] moving[t, n] exp(A[d, n] R[t, d])
 
 A row holds C of the query and moves B backward over the sources (each then times its delta), a column holds B of the
-source and moves C forward over the queries. R is summed outward from the end that is held, so it is small where the line is large.
+source and moves C forward over the queries. R is summed outward from the end that is held, so it is small where the
+line is large.
 """
 
 import torch

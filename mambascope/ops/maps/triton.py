@@ -111,7 +111,7 @@ class _Call:
         self.written = dense(p.write)
         self.write = self.written.transpose(1, 2).contiguous()  # B D L
         self.read = None if p.read is None else p.read.transpose(1, 2).contiguous()  # B D L
-        batch, length, channels = p.delta.shape
+        batch, _, channels = p.delta.shape
         sizes = [self.tiles(T) * (T + extra) for T in self.sizes() for extra in (0, p.reach)]
         self.since, self.until = p.delta.new_empty(2, batch * channels * max(sizes))
         self.total = p.delta.new_empty(batch * self.tiles(_BLOCK) * channels)

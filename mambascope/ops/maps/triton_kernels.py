@@ -15,6 +15,7 @@ then begin K-1 steps later than tiles of sources, so that r still lies between: 
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false
+# ruff: noqa: RUF005, B007
 
 import triton
 import triton.language as tl

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from greenlet import getcurrent
 from nnsight.intervention.batching import Batcher
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.interleaver import Interleaver, Mediator
@@ -91,11 +92,20 @@ class ConvEnvoy(Envoy):
 
 
 class RowBatcher(Batcher):
-    """nnsight's batcher, which also knows a list with one entry a row (``generate`` of rows of different lengths)."""
+    """nnsight's batcher, which also knows states, and lists with one entry a row (``generate`` of ragged rows)."""
 
     def narrow(self, value: Any, group: Any) -> Any:
-        if isinstance(value, list) and len(value) == self.total and self.batching and group is not None:
-            return value[group[0] : group[0] + group[1]]
+        if group is None or not self.batching:
+            return value
+        rows = slice(group[0], group[0] + group[1])
+        if isinstance(value, list) and len(value) == self.total:
+            return value[rows]
+        if isinstance(value, tuple):
+            parts = [self.narrow(v, group) for v in value]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        rows_of = getattr(value, "rows", None)  # a State has this
+        if callable(rows_of) and not isinstance(value, Tensor):
+            return rows_of(rows)
         return super().narrow(value, group)
 
 
@@ -233,10 +243,17 @@ class Desk:
         self.running, self._requests, self._served = False, {}, []
 
     def _begin_forward(self, value: Tensor, hook: SitePoint) -> None:
-        self._clock = dataclasses.replace(hook.clock)
+        if not self._aside():
+            self._clock = dataclasses.replace(hook.clock)
+
+    def _aside(self) -> bool:
+        """Whether the model runs inside a block, ``lm(text)`` or ``model(text)``: that is not the traced pass."""
+        return not self.interleaver.interleaving or hasattr(getcurrent(), "mediator")
 
     def end_forward(self) -> None:
         """One pass is over: what it did not come by for anybody counts as visited all the same."""
+        if self._aside():
+            return
         self._forwards.append(self._clock)
         for request in self._requests.values():
             if self._clock.absolute or request.index is None:
@@ -300,6 +317,8 @@ class Desk:
 
     def waiting(self, point: SitePoint, tried: set[str]) -> list[Request]:
         """The requests at this point that somebody waits for, in the order in which they were made."""
+        if self._aside():
+            return []
         wanted = (self.interleaver.parked, self.interleaver.observers)
         return [
             r

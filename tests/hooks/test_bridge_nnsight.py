@@ -1,8 +1,12 @@
 # ruff: noqa: SIM117, PT012, PT031  (nnsight reads a trace's block from its own with statement)
 """nnsight's released tracing on our model: every hook point by name, states at positions, the numbers of hooks."""
 
+import copy
+import re
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +24,9 @@ from tests.hooks.letters import letter_tokenizer
 nnsight = pytest.importorskip("nnsight")
 from nnsight.intervention.interleaver import OutOfOrderError  # noqa: E402
 
+DOC = Path(__file__).resolve().parents[2] / "docs" / "bridges.md"
 TEXT = "abcab abdc"
 TAILS = [spec.name for spec in HOOK_POINTS]
-PAST = pytest.mark.filterwarnings("ignore:.*was never reached:UserWarning")
 
 
 @pytest.fixture
@@ -476,6 +480,99 @@ def test_generate_of_prompts_of_different_lengths(backend: str, side: str) -> No
     assert [v.shape[:2] for v in first] == [(1, 8), (1, 1), (1, 1), (1, 1)]
 
 
+# ---- in odd company
+
+
+def test_the_model_may_be_called_inside_a_block(lm: TracedMamba) -> None:
+    with torch.no_grad():
+        _, cache = inner(lm).run_with_cache(TEXT)
+        other, _ = inner(lm).run_with_cache("ddcc")
+        with lm.trace(TEXT):
+            third = lm.site("h1[3]").output.save()
+            aside, raw = lm("ddcc").save(), inner(lm)("ddcc").save()
+            fifth = lm.site("h1[5]").output.save()
+            delta = lm.hooks["resid_post1"].output.save()
+    assert torch.equal(aside, other)
+    assert torch.equal(raw, other)
+    assert error(torch.stack([third, fifth], 1), cache["h", 1][:, [3, 5]]) < 1e-6
+    assert torch.equal(delta, cache["resid_post", 1])
+
+
+def test_values_go_from_trace_to_trace_in_a_session(lm: TracedMamba) -> None:
+    with torch.no_grad():
+        _, cache = inner(lm).run_with_cache(TEXT)
+        wanted = inner(lm).run_with_hooks("ddccab", fwd_hooks=[("h1[3]", lambda h, hook: cache["h", 1][:, 3])])
+        with lm.session():
+            with lm.trace(TEXT):
+                state = lm.site("h1[3]").output
+            with lm.trace("ddccab"):
+                lm.site("h1[3]").output = state
+                logits = lm.output.save()
+    assert error(logits, wanted) < 1e-6
+
+
+def test_states_go_in_and_out(lm: TracedMamba) -> None:
+    with torch.no_grad():
+        _, cache = inner(lm).run_with_cache(TEXT + "cab")
+        _, state = inner(lm)(TEXT, return_state=True)
+        with lm.trace("cab", state=state, prepend_bos=False):
+            second = lm.site("h1[1]").output.save()  # positions count from the start of this call
+        assert error(second, cache["h", 1][:, 11]) < 1e-5
+        with lm.trace(return_state=True) as tracer:
+            with tracer.invoke("cab"):
+                short = lm.output.save()
+            with tracer.invoke(TEXT):
+                long = lm.output.save()
+    assert short[1].batch_size == 1
+    assert error(long[1].ssm, state.ssm) < 1e-5
+    assert long[0].shape == short[0].shape == (1, 10, 50)
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "float64", "autocast", "inference"])
+def test_other_dtypes_and_modes_have_the_bits_of_hooks(backend: str, how: str) -> None:
+    lm = traced("torch" if (backend, how) == ("cpu", "float64") else backend)  # cpu computes in float32
+    if how in ("bfloat16", "float64"):
+        inner(lm).to(getattr(torch, how))
+    mode = torch.inference_mode() if how == "inference" else torch.no_grad()
+    with mode, torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        wanted = inner(lm).run_with_hooks(TEXT, fwd_hooks=[("h1[3]", lambda h, hook: h * 0.5)])
+        with lm.trace(TEXT):
+            lm.site("h1[3]").output = lm.site("h1[3]").output * 0.5
+            logits = lm.output.save()
+        assert torch.equal(logits, wanted)
+
+
+def test_copies_and_second_wraps_stand_beside_each_other(lm: TracedMamba) -> None:
+    twin, again = ms.wrap(copy.deepcopy(inner(lm))), ms.wrap(inner(lm))
+    with torch.no_grad():
+        plain = inner(lm)(TEXT)
+        for each in (twin, again, lm):
+            with each.trace(TEXT):
+                each.site("h1[3]").output[:] = 0
+                logits = each.output.save()
+            assert error(logits, plain) > 1e-4
+            assert torch.equal(inner(each)(TEXT), plain)
+
+
+@pytest.mark.filterwarnings("ignore:An intervention block raised GreenletExit:UserWarning")
+def test_an_interrupt_leaves_nothing_behind(lm: TracedMamba) -> None:
+    with torch.no_grad():
+        plain = inner(lm)(TEXT)
+        with pytest.raises(KeyboardInterrupt):
+            with lm.trace(TEXT):
+                lm.site("h1[3]").output[:] = 0
+                raise KeyboardInterrupt
+        assert not any(point.live for point in inner(lm).hook_dict.values())
+        assert torch.equal(inner(lm)(TEXT), plain)
+        with lm.trace(TEXT):
+            logits = lm.output.save()
+        assert torch.equal(logits, plain)
+    with pytest.raises(HookError, match="being traced already"):
+        with lm.trace(TEXT):
+            with lm.trace(TEXT):
+                lm.output.save()
+
+
 # ---- what is refused
 
 
@@ -595,3 +692,17 @@ def test_prompts_are_what_the_model_takes(backend: str) -> None:
         assert error(state, model.run_with_cache("abcab")[1]["h", 1][:, 4]) < 1e-6
         assert torch.equal(lm("abcab"), model("abcab"))
         assert lm.to_string(lm.generate("abc", max_new_tokens=2)[0]) == model.generate("abc", max_new_tokens=2)
+
+
+@pytest.mark.filterwarnings("ignore:.*was never reached:UserWarning")
+def test_the_document_runs(tmp_path: Path) -> None:
+    """In a file of its own: nnsight reads the blocks' source."""
+    blocks = re.findall(r"```python\n(.*?)```", DOC.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) == 1
+    file = tmp_path / "bridges_example.py"
+    file.write_text(blocks[0], encoding="utf-8")
+    names = runpy.run_path(str(file))
+    assert names["delta"].shape[0] == 1
+    assert names["logits"].shape[1] == names["delta"].shape[1]
+    assert names["gradient"].shape == names["state"].shape == names["model"].initial_state().ssm[3].shape
+    assert names["ids"].shape[1] == names["model"].to_tokens("The river").shape[1] + 4

@@ -1,0 +1,167 @@
+"""What an intervention costs beside the plain forward, at 130m size or smaller, cases taken in turn in one process.
+
+    python -m tests.bench.bench_interventions [--device cuda] [--dtype bfloat16] [--layers 24] [--csv FILE]
+
+First the gate: a state edit at another position in every row against its closed form in float64, and a knockout against
+the run in which those tokens write nothing. Then medians and minima of the forward pass with one intervention, and
+their ratios to the plain one. The weights are random: times do not depend on them.
+"""
+
+import argparse
+import csv
+import gc
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mambascope as ms
+from mambascope.config import MambaConfig
+from mambascope.model import HookedMamba
+
+WIDTH, VOCAB = 768, 50280
+iv = ms.interventions
+
+
+def build(layers: int, device: str, dtype: torch.dtype) -> HookedMamba:
+    torch.manual_seed(0)
+    return HookedMamba(MambaConfig(d_model=WIDTH, n_layers=layers, d_vocab=VOCAB)).to(device=device, dtype=dtype)
+
+
+def gate(device: str) -> None:
+    """SystemExit unless edits do what their closed forms say, on the path that is about to be timed."""
+    torch.manual_seed(1)
+    model = HookedMamba(MambaConfig(d_model=64, n_layers=2, d_vocab=100)).to(device)
+    with torch.no_grad():
+        for p in (model.blocks[1].mixer.in_proj.weight, model.blocks[1].mixer.x_proj.weight):
+            p.mul_(4)
+    tokens = torch.randint(0, 100, (8, 300), device=device)
+    with torch.no_grad():
+        _, plain = model.run_with_cache(tokens)
+        for where in ([0, 3, 64, 100, 130, 131, 298, 299], [150] * 8, [10, 200] * 4):
+            worst = _state_error(model, tokens, plain, where)
+            print(f"gate: state edits at {where}: {worst:.1e}")
+            if not worst < 1e-5:
+                sys.exit(f"the state edit is {worst:.1e} off its closed form")
+        y: list[Tensor] = []
+        hooks = [iv.knockout(1, [5, 9], slice(100, None)), ("blocks.1.mixer.hook_y", lambda v, hook: y.append(v))]
+        model.run_with_hooks(tokens, fwd_hooks=hooks)
+        hooks = [
+            ("blocks.1.mixer.hook_u_write[5]", lambda v, hook: v * 0),
+            ("blocks.1.mixer.hook_u_write[9]", lambda v, hook: v * 0),
+            ("blocks.1.mixer.hook_y", lambda v, hook: y.append(v)),
+        ]
+        model.run_with_hooks(tokens, fwd_hooks=hooks)
+    off = float((y[0][:, 100:] - y[1][:, 100:]).abs().max() / y[1].abs().max())
+    kept = float((y[0][:, :100] - plain["y", 1][:, :100]).abs().max() / y[1].abs().max())
+    print(f"gate: knockout: targets {off:.1e}, the others {kept:.1e}; path {model.explain_path()[1].backend}")
+    if not max(off, kept) < 1e-5:
+        sys.exit("the knockout is not the run without those writes")
+
+
+def _state_error(model: HookedMamba, tokens: Tensor, plain: Any, where: list[int]) -> float:
+    cfg, y = model.cfg, []
+    e = torch.randn(len(where), cfg.d_inner, cfg.d_state, device=tokens.device)
+    site = ms.at("blocks.1.mixer.hook_h", where)
+    hooks = [(site, lambda h, hook: h + e), ("blocks.1.mixer.hook_y", lambda v, hook: y.append(v))]
+    model.run_with_hooks(tokens, fwd_hooks=hooks)
+    change, A, worst = y[0].double() - plain["y", 1].double(), model.decay(1).double(), 0.0
+    for b, t in enumerate(where):
+        delta, C = plain["delta", 1][b, t + 1 :].double(), plain["C", 1][b, t:].double()
+        since = torch.cat([torch.zeros_like(plain["delta", 1][b, :1]).double(), delta.cumsum(0)])
+        wanted = (C[:, None] * torch.exp(A * since[..., None]) * e[b].double()).sum(-1)
+        worst = max(worst, float((change[b, t:] - wanted).abs().max() / wanted.abs().max()))
+    return worst
+
+
+def cases_of(model: HookedMamba, length: int, batch: int) -> dict[str, Callable[[], object]]:
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(0, VOCAB, (batch, length), generator=generator).to(model.device)
+    layer, t = model.cfg.n_layers // 2, length // 2
+    h, resid = f"blocks.{layer}.mixer.hook_h", f"blocks.{layer}.hook_resid_pre"
+    cache = model.run_with_cache(ids, names_filter=[h, resid])[1]
+    spread = [(b * length) // batch + 1 for b in range(batch)]
+    edits: dict[str, Any] = {
+        "state edit": iv.decay(layer, t, 0.5),
+        "state patch": iv.patch(f"{h}[{t}]", cache),
+        "state edits at 4 tokens": iv.decay(layer, [[t // 2, t, t + 5, length - 1]] * batch, 0.5),
+        "state edits, other positions in every row": iv.decay(layer, spread, 0.5),
+        "residual patch": iv.patch(f"{resid}[{t}]", cache),
+        "knockout": iv.knockout(layer, [t // 2], slice(t, None)),
+        "knockout through the conv": iv.knockout(layer, [t // 2], slice(t, None), through="conv"),
+    }
+    cases: dict[str, Callable[[], object]] = {"plain": lambda: model(ids, logits_to_keep=1)}
+    for name, edit in edits.items():
+        cases[name] = lambda edit=edit: model.run_with(ids, edit, logits_to_keep=1)
+    hook = (f"{h}[{t}]", lambda value, hook: value * 0.5)
+    cases["state edit by a function"] = lambda: model.run_with_hooks(ids, fwd_hooks=[hook], logits_to_keep=1)
+    read = (f"{h}[{t}]", lambda value, hook: None)
+    cases["state read"] = lambda: model.run_with_hooks(ids, fwd_hooks=[read], logits_to_keep=1)
+    return cases
+
+
+def timed(cases: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, tuple[float, float]]:
+    """Median and smallest milliseconds, the cases taken in turn."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(2):
+        for fn in cases.values():
+            fn()
+    gc.collect()
+    gc.disable()
+    for _ in range(repeats):
+        for name, fn in cases.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            fn()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    gc.enable()
+    return {name: (statistics.median(values), min(values)) for name, values in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32,bfloat16")
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--batch", default="1,8")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--csv", type=Path)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    name = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor() or platform.machine()
+    gate(args.device)
+    rows = []
+    with torch.no_grad():
+        for dtype in args.dtype.split(","):
+            model = build(args.layers, args.device, getattr(torch, dtype))
+            for batch in (int(b) for b in args.batch.split(",")):
+                took = timed(cases_of(model, args.length, batch), args.repeats, args.device)
+                middle, least = took["plain"]
+                print(f"{dtype}, {batch} x {args.length}, {args.layers} layers; ms and x plain: median | smallest")
+                for case, (a, b) in took.items():
+                    print(f"    {case:45} {a:9.2f} {a / middle:6.3f} | {b:9.2f} {b / least:6.3f}")
+                    about = [name, torch.__version__, dtype, batch, args.length, args.layers, case]
+                    rows.append([*about, round(a, 3), round(a / middle, 4), round(b, 3), round(b / least, 4)])
+    if args.csv:
+        with args.csv.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(
+                ["device", "torch", "dtype", "batch", "length", "layers", "case", "ms", "ratio", "min_ms", "min_ratio"]
+            )
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

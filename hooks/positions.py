@@ -257,9 +257,11 @@ class Clock:
         left = torch.zeros(1, 1, dtype=torch.long) if self.padding is None else self.padding.left.cpu()[:, None]
         tokens = torch.arange(self.length)[None] - left  # 1|B L
         if isinstance(index, PerRow):
-            hits = self.per_row(index, name)
-            none = torch.zeros(self.batch, self.length, dtype=torch.bool)
-            return none if hits is None else none.scatter(1, hits.columns, hits.on)
+            hits, mask = self.per_row(index, name), torch.zeros(self.batch, self.length, dtype=torch.bool)
+            if hits is not None:
+                b, k = hits.on.nonzero(as_tuple=True)
+                mask[b, hits.columns[b, k]] = True
+            return mask
         lengths = torch.tensor([[self.length]]) if self.padding is None else self.padding.lengths.cpu()[:, None]
         real = (tokens >= 0) & (tokens < lengths)
         if self.absolute:
@@ -281,6 +283,27 @@ class Clock:
         stop = torch.tensor([[int(tokens.max()) + 1 if b is None else b] for _, b, _ in ranges])
         every = torch.tensor([[c] for _, _, c in ranges])
         return real & (tokens >= begin) & (tokens < stop) & ((tokens - begin) % every == 0)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether absolute positions stand in different columns of the rows: a growing text of unequal prompts."""
+        start = self.start
+        return self.absolute and (
+            self.padding is not None or (isinstance(start, Tensor) and int(start.min()) != int(start.max()))
+        )
+
+    def rowwise(self, index: int | slice, name: str) -> Hits | None:
+        """The places of one index for all rows where it means another column in each; None if none is in this call."""
+        mask = self.mask(index, name).expand(self.batch, self.length)
+        most = int(mask.sum(1).max())
+        if not most:
+            return None
+        columns = mask.int().argsort(dim=1, descending=True, stable=True)[:, :most]  # B k, in order
+        on = mask.gather(1, columns)
+        left = 0 if self.padding is None else self.padding.left.cpu()[:, None]
+        start = self.start.cpu()[:, None] if isinstance(self.start, Tensor) else self.start
+        columns = torch.where(on, columns, left)
+        return Hits(columns - left, columns, columns - left + start, on)
 
     def per_row(self, index: PerRow, name: str) -> Hits | None:
         """The places that a per-row index means in this call; None if all lie outside of a running generation."""
@@ -317,15 +340,8 @@ class Clock:
         edges = (index,) if isinstance(index, int) else (index.start, index.stop)
         if any(edge is not None and edge < 0 for edge in edges):
             raise HookError(f"{name}: negative positions have no meaning here, where the text still grows")
-        start = self.start
-        if isinstance(start, Tensor):
-            if int(start.min()) != int(start.max()) or self.padding is not None:
-                raise HookError(
-                    f"{name}: rows of different lengths; give hooks without positions, or one row at a time"
-                )
-            start = int(start[0])
-        if self.padding is not None:
-            raise HookError(f"{name}: rows of different lengths; give hooks without positions, or one row at a time")
+        assert not self.ragged  # those go row by row, see rowwise
+        start = int(self.start[0]) if isinstance(self.start, Tensor) else self.start
         if isinstance(index, int):
             column = index - start
             return (column, index) if 0 <= column < self.length else None

@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint, LensHandle
 
 from mambascope.errors import HookError
-from mambascope.hooks.positions import Clock, Index, Padding, PerRow, Site, at, padding_of, parse_site
+from mambascope.hooks.positions import Clock, Hits, Index, Padding, PerRow, Site, at, padding_of, parse_site
 
 __all__ = [
     "Clock",
@@ -174,17 +174,19 @@ class SitePoint(HookPoint):
         return dataclasses.replace(self.clock)
 
     def _find(self, index: int | slice | PerRow, moment: Any) -> Any:
-        where = moment.per_row if isinstance(index, PerRow) else moment.columns
-        return where(index, str(self.name))
+        if isinstance(index, PerRow):
+            return moment.per_row(index, str(self.name))
+        return (moment.rowwise if moment.ragged else moment.columns)(index, str(self.name))
 
     def _call(self, fn: Callable[..., Any], value: Any, point: Any, index: Index, moment: Any) -> Any:
         if index is None:
             return self._told(None, fn, value, point)
-        if isinstance(index, PerRow):
-            return self._call_rows(fn, value, point, index, moment)
         found = self._find(index, moment)
         if found is None:
             return None
+        if isinstance(found, Hits):
+            one_each = index.one_each if isinstance(index, PerRow) else isinstance(index, int)
+            return self._call_rows(fn, value, point, found, one_each)
         where, pos = found
         if isinstance(where, Tensor):
             rows = torch.arange(value.shape[0], device=value.device)
@@ -202,15 +204,12 @@ class SitePoint(HookPoint):
         whole[where] = answer
         return whole
 
-    def _call_rows(self, fn: Callable[..., Any], value: Any, point: Any, index: PerRow, moment: Any) -> Any:
+    def _call_rows(self, fn: Callable[..., Any], value: Any, point: Any, hits: Hits, one_each: bool) -> Any:
         """Show a hook every row's own places ``B k …`` (``B …`` with one a row), and put its answer back there."""
-        hits = moment.per_row(index, str(self.name))
-        if hits is None:
-            return None
         every = torch.arange(value.shape[0], device=value.device)[:, None]  # B 1
         columns = hits.columns.to(value.device)
         piece, pos, on = value[every, columns], hits.positions.to(value.device), hits.on  # B k …
-        if index.one_each:
+        if one_each:
             piece, pos, on = piece[:, 0], pos[:, 0], on[:, 0]
         witness = Witness(piece)
         whole_rows = bool(on.all())
@@ -219,7 +218,7 @@ class SitePoint(HookPoint):
             if not witness.changed(piece):
                 return None
             answer = piece
-        if index.one_each:
+        if one_each:
             answer = answer[:, None]
         whole = value.clone()
         if whole_rows:

@@ -136,8 +136,9 @@ class StatePoint(SitePoint):
         return plan
 
     def _steps_of(self, index: int | slice | PerRow, lengths: list[int]) -> list[set[int]]:
-        if isinstance(index, PerRow):
-            hits = self.clock.per_row(index, str(self.name))
+        if isinstance(index, PerRow) or self.clock.ragged:
+            hits = self.clock.per_row(index, str(self.name)) if isinstance(index, PerRow) else None
+            hits = self.clock.rowwise(index, str(self.name)) if isinstance(index, (int, slice)) else hits
             if hits is None:
                 return [set()] * self.clock.batch
             rows = zip(hits.tokens.tolist(), hits.on.tolist(), strict=True)

@@ -153,22 +153,28 @@ def _over_piece(held: Tensor, value: Tensor, hook: Any, index: Index, who: str) 
     clock: Clock = hook.clock
     if isinstance(index, PerRow):
         return held
-    if index is None and clock.padding is not None:
-        padding = clock.padding
+    padding = clock.padding
+    if clock.absolute:
+        if index is None:
+            left = 0 if padding is None else padding.left.cpu()[:, None]
+            start = torch.as_tensor(clock.start).cpu().reshape(-1, 1)
+            order = (start - left + torch.arange(value.shape[1])).clamp_min(0)  # 1|B L; padding gets a real value
+            last = held.shape[1] - 1
+            order = order if padding is None else torch.where(padding.mask.cpu(), order, order.clamp_max(last))
+            return _pick(held, order, who)
+        assert isinstance(index, slice)
+        pos = torch.as_tensor(hook.pos).cpu()
+        order = ((pos if pos.ndim == 2 else pos[None]) - (index.start or 0)) // (index.step or 1)
+        if hook.rows is not None:
+            order = order.masked_fill(~hook.rows.cpu(), 0)
+        return _pick(held, order, who)
+    if index is None and padding is not None:
         missing = value.shape[1] - held.shape[1]
         if missing < 0:
             raise HookError(f"{who} holds values of {held.shape[1]} tokens, the run has {value.shape[1]} columns")
         filled = torch.cat([held, held[:, -1:].expand(-1, missing, *held.shape[2:])], 1)
         return padding.unalign(filled.expand(clock.batch, *filled.shape[1:]))
-    if not clock.absolute:
-        return held
-    if index is None:
-        start = torch.as_tensor(clock.start).cpu().reshape(-1, 1)
-        order = start + torch.arange(value.shape[1])  # 1|B L
-    else:
-        assert isinstance(index, slice)
-        order = (torch.as_tensor(hook.pos).cpu().reshape(-1) - (index.start or 0))[None] // (index.step or 1)
-    return _pick(held, order, who)
+    return held
 
 
 def _pick(held: Tensor, order: Tensor, who: str) -> Tensor:

@@ -3,6 +3,7 @@
 Everything is kept by a row's real tokens, so that padding may lie elsewhere in the run than in the cache.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from mambascope.errors import CacheError, HookError
 from mambascope.hooks.cache import MambaCache
 from mambascope.hooks.points import LAZY, hook_names, resolve_name, tail_of
-from mambascope.hooks.positions import Clock, Index, PerRow
+from mambascope.hooks.positions import Clock, Index, Padding, PerRow
 from mambascope.hooks.recorder import BOUNDARY
 
 __all__ = ["cached", "cached_mean", "check_cache", "lengths_of", "match"]
@@ -41,21 +42,19 @@ def full_name(cache: MambaCache, name: str) -> str:
     return full
 
 
-def cached(cache: MambaCache, name: str, index: Index) -> Tensor:
+def cached(cache: MambaCache, name: str, index: Index, rows: Sequence[int] | None = None) -> Tensor:
     """The values of a point at an index's tokens, ``B …`` for one position a row, else ``B k …``; a copy.
 
-    With ``index`` None every real token, rows of different lengths filled up with zeros.
+    With ``index`` None every real token, rows of different lengths filled up with zeros. ``rows``: which cached row
+    each one is; by default all in order, and for positions by row a cache of one row serves every row.
     """
     name, lengths = full_name(cache, name), lengths_of(cache)
     batch, length = cache.recording.shape
     clock = Clock(length, batch, 0, cache.recording.padding)
     if isinstance(index, PerRow):
-        hits = clock.per_row(index, f"the cached {name}")
-        if hits is None or not bool(hits.on.all()):
-            raise HookError(f"{name}: a cache is read at a position in every row; leave rows= out here")
-        columns = hits.columns
-        out = _gather(cache, name, columns)
-        return out[:, 0] if index.one_each else out
+        return _by_row(cache, name, index, clock, rows)
+    if rows is not None:
+        return cached(cache, name, index)[list(rows)]
     if index is None:
         left = [0] * batch if clock.padding is None else clock.padding.left.tolist()
         if len(set(lengths)) == 1 and not any(left):
@@ -67,18 +66,31 @@ def cached(cache: MambaCache, name: str, index: Index) -> Tensor:
     where, _ = found
     if not isinstance(where, Tensor):
         return cache[name][:, where].clone()
-    return _gather(cache, name, where[:, None] if where.ndim == 1 else where)[
-        (slice(None), 0) if where.ndim == 1 else (slice(None),)
-    ]
+    out = _gather(cache, name, range(batch), where[:, None] if where.ndim == 1 else where)
+    return out[:, 0] if where.ndim == 1 else out
 
 
-def _gather(cache: MambaCache, name: str, columns: Tensor) -> Tensor:
-    """Values at columns ``B k``; for the lazy points one short window a place."""
+def _by_row(cache: MambaCache, name: str, index: PerRow, clock: Clock, rows: Sequence[int] | None) -> Tensor:
+    """Values at positions of their own in every row."""
+    count = index.positions.shape[0]
+    chosen = list(rows) if rows is not None else [0] * count if clock.batch == 1 else list(range(clock.batch))
+    padding = clock.padding
+    if padding is not None:
+        padding = Padding(padding.mask[chosen], padding.left[chosen], padding.lengths[chosen])
+    hits = Clock(clock.length, len(chosen), 0, padding).per_row(index, f"the cached {name}")
+    if hits is None:
+        raise HookError(f"{name}: rows= leaves every place out, so there is nothing to read from the cache")
+    out = _gather(cache, name, chosen, hits.columns)  # what is off is read at the row's first token, and not used
+    return out[:, 0] if index.one_each else out
+
+
+def _gather(cache: MambaCache, name: str, rows: Sequence[int], columns: Tensor) -> Tensor:
+    """Values at columns ``B k`` of some rows; for the lazy points one short window a place."""
     value = cache[name]
     if tail_of(name)[1] in LAZY:
-        return torch.stack([torch.stack([value[b, t] for t in row]) for b, row in enumerate(columns.tolist())])
-    columns = columns.to(value.device)
-    return value[torch.arange(columns.shape[0], device=value.device)[:, None], columns]
+        places = zip(rows, columns.tolist(), strict=True)
+        return torch.stack([torch.stack([value[b, t] for t in row]) for b, row in places])
+    return value[torch.tensor(list(rows), device=value.device)[:, None], columns.to(value.device)]
 
 
 def cached_mean(cache: MambaCache, name: str) -> Tensor:

@@ -60,8 +60,7 @@ def patch(
         index: Index = s.index if source is None else at(s.name, source).index
         if _single(index) != _single(s.index):
             raise HookError(f"patch at {s}: source={source!r} names another number of positions than the site")
-        value = cached(cache, s.name, PerRow(index.positions) if isinstance(index, PerRow) else index)
-        held[f"value{i}"] = value if rows is None else value[list(rows)]
+        held[f"value{i}"] = cached(cache, s.name, index, rows)
     options = {"length": length if source is None else None}
     return Intervention("patch", sites, options, held, channels, dims, cache.model)
 

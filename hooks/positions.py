@@ -285,7 +285,7 @@ class Clock:
         return real & (tokens >= begin) & (tokens < stop) & ((tokens - begin) % every == 0)
 
     @property
-    def ragged(self) -> bool:
+    def scattered(self) -> bool:
         """Whether absolute positions stand in different columns of the rows: a growing text of unequal prompts."""
         start = self.start
         return self.absolute and (
@@ -340,7 +340,8 @@ class Clock:
         edges = (index,) if isinstance(index, int) else (index.start, index.stop)
         if any(edge is not None and edge < 0 for edge in edges):
             raise HookError(f"{name}: negative positions have no meaning here, where the text still grows")
-        assert not self.ragged  # those go row by row, see rowwise
+        if self.scattered:
+            raise HookError(f"{name}: rows of different lengths have this position in different columns (see rowwise)")
         start = int(self.start[0]) if isinstance(self.start, Tensor) else self.start
         if isinstance(index, int):
             column = index - start

@@ -37,9 +37,8 @@ class EditDone:
         return float(torch.stack(self._changes).amax()) if self._changes else 0.0
 
     def __repr__(self) -> str:
-        return (
-            f"EditDone({self.what}: {self.site}, {self.calls} call{'s' * (self.calls != 1)}, change {self.change:.3g})"
-        )
+        where = "" if self.site in self.what else f" ({self.site})"
+        return f"EditDone({self.what}{where}, {self.calls} call{'s' * (self.calls != 1)}, change {self.change:.3g})"
 
 
 @dataclass(frozen=True)

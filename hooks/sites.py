@@ -176,7 +176,7 @@ class SitePoint(HookPoint):
     def _find(self, index: int | slice | PerRow, moment: Any) -> Any:
         if isinstance(index, PerRow):
             return moment.per_row(index, str(self.name))
-        return (moment.rowwise if moment.ragged else moment.columns)(index, str(self.name))
+        return (moment.rowwise if moment.scattered else moment.columns)(index, str(self.name))
 
     def _call(self, fn: Callable[..., Any], value: Any, point: Any, index: Index, moment: Any) -> Any:
         if index is None:

@@ -136,7 +136,7 @@ class StatePoint(SitePoint):
         return plan
 
     def _steps_of(self, index: int | slice | PerRow, lengths: list[int]) -> list[set[int]]:
-        if isinstance(index, PerRow) or self.clock.ragged:
+        if isinstance(index, PerRow) or self.clock.scattered:
             hits = self.clock.per_row(index, str(self.name)) if isinstance(index, PerRow) else None
             hits = self.clock.rowwise(index, str(self.name)) if isinstance(index, (int, slice)) else hits
             if hits is None:

@@ -1,4 +1,4 @@
-"""What ``python -m mambascope.zoo`` does: list, prepare, train, export and evaluate the models with a recipe."""
+"""What ``python -m mambascope.zoo`` does: list, prepare, train, sweep, export and evaluate what has a recipe."""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 
 from mambascope import zoo
 from mambascope.errors import ConfigError, InputError, MambascopeError
-from mambascope.training.recipe import Recipe, load_recipe
+from mambascope.training.recipe import Recipe, load_recipe, read_values, with_changes
 
 __all__ = ["main", "recipe_for"]
 
@@ -17,23 +17,24 @@ __all__ = ["main", "recipe_for"]
 def recipe_for(name: str, changes: Sequence[str] = ()) -> Recipe:
     """A zoo recipe by name, or a ``.toml`` file, with ``section.key=value`` changes (values as in TOML)."""
     path = Path(name) if name.endswith(".toml") else zoo.recipe_path(name)
-    recipe = load_recipe(path)
     if not changes:
-        return recipe
-    values = recipe.to_dict()
+        return load_recipe(path)
+    values = with_changes(read_values(path, "recipe"), _parsed(changes), str(path))
+    return Recipe.from_dict(values, where=f"{path} with --set")
+
+
+def _parsed(changes: Sequence[str]) -> dict[str, Any]:
+    """``section.key=value`` texts as keys and TOML values; what is no TOML value is a text."""
+    found: dict[str, Any] = {}
     for change in changes:
         key, equals, text = change.partition("=")
-        *sections, last = key.strip().split(".")
-        table: Any = values
-        for section in sections:
-            table = table.get(section) if isinstance(table, dict) else None
-        if not equals or not isinstance(table, dict):
+        if not equals or not all(part.strip() for part in key.split(".")):
             raise ConfigError(f"--set wants section.key=value, for example train.steps=1000; got {change!r}")
         try:
-            table[last] = tomllib.loads(f"value = {text}")["value"]
+            found[key.strip()] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
-            table[last] = text.strip()
-    return Recipe.from_dict(values, where=f"{path} with --set")
+            found[key.strip()] = text.strip()
+    return found
 
 
 def _list(_: argparse.Namespace) -> None:
@@ -113,9 +114,30 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     )
 
 
+def _sweep(arguments: argparse.Namespace) -> None:
+    from mambascope.training.executors import local_processes, ray_cluster
+    from mambascope.training.sweep import load_sweep, run_sweep
+
+    sweep = load_sweep(arguments.sweep, _parsed(arguments.set))
+    executor = local_processes(arguments.workers)
+    if arguments.ray_address is not None:
+        executor = ray_cluster(arguments.ray_address)
+    table = run_sweep(
+        sweep,
+        arguments.out,
+        executor,
+        data=arguments.data,
+        device=arguments.device,
+        threads=arguments.threads,
+        retries=arguments.retries,
+    )
+    print(table.to_string(index=False))
+    print(f"written to {arguments.out / 'table.csv'}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m mambascope.zoo", description="The models that ship with mambascope.")
-    commands = parser.add_subparsers(required=True, metavar="list|prepare|train|export|evaluate")
+    commands = parser.add_subparsers(required=True, metavar="list|prepare|train|sweep|export|evaluate")
 
     def command(name: str, run: Any, about: str) -> argparse.ArgumentParser:
         child = commands.add_parser(name, help=about, description=about)
@@ -125,8 +147,11 @@ def _parser() -> argparse.ArgumentParser:
     command("list", _list, "models with a recipe, and which of them ship")
     prepare = command("prepare", _prepare, "learn the tokenizer and encode the text, once")
     train = command("train", _train, "train a recipe; stops and resumes exactly")
+    sweep = command("sweep", _sweep, "train a list of recipes; finished runs are never repeated")
     for child in (prepare, train):
         child.add_argument("model", help="a zoo model, or a recipe file (.toml)")
+    sweep.add_argument("sweep", help="a sweep of the package, or a file (.toml)")
+    for child in (prepare, train, sweep):
         child.add_argument(
             "--data",
             type=Path,
@@ -146,6 +171,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--device", help="cuda, cpu, …; the GPU if there is one")
     train.add_argument("--floor", action="store_true", help="measure how fast a step could be, on a CPU too")
     train.add_argument("--minutes", type=float, help="stop at a checkpoint after this time")
+    sweep.add_argument("--device", default="cpu", help="cpu (the default), cuda, …")
+    sweep.add_argument("--workers", type=int, default=1, help="runs at a time on this machine")
+    sweep.add_argument("--threads", type=int, default=1, help="torch's threads in each run")
+    sweep.add_argument("--retries", type=int, default=2, help="how often a failed or killed run is tried again")
+    sweep.add_argument("--ray-address", metavar="HOST:PORT", help="run on a Ray cluster; pip install mambascope[ray]")
     export = command("export", _export, "write the newest checkpoint as a model folder with its card")
     export.add_argument("--out", type=Path, required=True, help="the training's folder")
     export.add_argument("--to", type=Path, required=True, help="the model folder to write")

@@ -1,9 +1,11 @@
 """One TOML file a model: shape, data or task, and how it is trained. Unknown keys are named, with the nearest known."""
 
+import copy
 import dataclasses
 import json
 import math
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -14,7 +16,17 @@ from mambascope.errors import ConfigError, InputError, LoadError, UnknownNameErr
 if TYPE_CHECKING:
     from mambascope.analyses.tasks import Task
 
-__all__ = ["Recipe", "Source", "TaskData", "TextData", "TrainSettings", "load_recipe", "same_recipe"]
+__all__ = [
+    "Recipe",
+    "Source",
+    "TaskData",
+    "TextData",
+    "TrainSettings",
+    "load_recipe",
+    "read_values",
+    "same_recipe",
+    "with_changes",
+]
 
 _T = TypeVar("_T")
 
@@ -178,15 +190,33 @@ class Recipe:
 
 def load_recipe(path: str | Path) -> Recipe:
     """Read a TOML recipe. Raises LoadError (missing, no TOML) or ConfigError (wrong keys or values)."""
+    return Recipe.from_dict(read_values(path, "recipe"), where=str(path))
+
+
+def read_values(path: str | Path, what: str) -> dict[str, Any]:
+    """The tables of a TOML file. Raises LoadError where it is missing or no TOML."""
     path = Path(path)
     try:
         with path.open("rb") as file:
-            values = tomllib.load(file)
+            return tomllib.load(file)
     except OSError as error:
-        raise LoadError(f"cannot read recipe {path}: {error.strerror}") from None
+        raise LoadError(f"cannot read {what} {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise LoadError(f"{path} is not a TOML file: {error}") from None
-    return Recipe.from_dict(values, where=str(path))
+
+
+def with_changes(values: dict[str, Any], changes: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A recipe's tables with dotted keys (``train.steps``) set anew; what follows from them is derived afresh."""
+    values = copy.deepcopy(values)
+    for key, value in changes.items():
+        *sections, last = key.split(".")
+        table = values
+        for section in sections:
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"{where}: {key!r} cannot be set, {section!r} is no table")
+        table[last] = value
+    return values
 
 
 _FREE = {

@@ -1,0 +1,170 @@
+"""Where the runs of a sweep run: processes of this machine, or the workers of a Ray cluster."""
+
+import importlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mambascope.errors import BackendError, InputError
+from mambascope.training.sweep import Executor, Job
+from mambascope.training.worker import RESULT, run_one
+
+__all__ = ["local_processes", "ray_cluster"]
+
+_LOCAL = "leave --ray-address out to run on this machine's own processes (--workers N)"
+
+
+def local_processes(workers: int = 1) -> Executor:
+    """Up to ``workers`` runs at a time, each in a process of its own, whose output is ``log.txt`` in its folder.
+
+    With ``device = "cuda"`` the runs take turns over the GPUs.
+    """
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise InputError(f"workers must be an integer ≥ 1, got {workers!r}")
+
+    def run(jobs: list[Job], retries: int, report: Callable[[str], None]) -> None:
+        waiting, running = deque(jobs), dict[subprocess.Popen[bytes], Job]()
+        try:
+            while waiting or running:
+                while waiting and len(running) < workers:
+                    job = waiting.popleft()
+                    job.attempts += 1
+                    running[_start(job)] = job
+                for process in [p for p in running if p.poll() is not None]:
+                    job = running.pop(process)
+                    job.error = "" if _finished(job) else f"{_ending(process.returncode)}: {_last_line(job)}"
+                    if not _settle(job, retries, report):
+                        waiting.append(job)
+                time.sleep(0.02)
+        finally:
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.wait()
+
+    return run
+
+
+def _start(job: Job) -> "subprocess.Popen[bytes]":
+    environment = {**os.environ, "OMP_NUM_THREADS": str(job.run["threads"])}
+    # the package as it is imported here, installed or not
+    root = str(Path(__file__).resolve().parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+    with (job.folder / "log.txt").open("ab") as log:
+        command = [sys.executable, "-m", "mambascope.training.worker", str(job.folder)]
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment)  # noqa: S603 (ourselves)
+
+
+def _finished(job: Job) -> bool:
+    return (job.folder / RESULT).is_file()
+
+
+def _ending(code: int) -> str:
+    return f"killed by signal {-code}" if code < 0 else f"exit status {code}"
+
+
+def _last_line(job: Job) -> str:
+    lines = (job.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no output"
+
+
+def _settle(job: Job, retries: int, report: Callable[[str], None]) -> bool:
+    """Say how an attempt ended; False if the job is to be tried again."""
+    if not job.error:
+        report(f"{job.name}: finished" + (f" at attempt {job.attempts}" if job.attempts > 1 else ""))
+        return True
+    again = job.attempts <= retries
+    report(f"{job.name}: {job.error}; " + ("trying again" if again else f"given up after {job.attempts} attempts"))
+    return not again
+
+
+def ray_cluster(address: str, *, timeout: float = 10.0) -> Executor:
+    """The workers of a Ray cluster at ``address``: ``host:port``, ``ray://host:port``, ``auto``, or ``local`` for one
+    that Ray starts here. ``out`` and the data must be on storage that all of them see under the same path.
+
+    A run asks for its threads as CPUs, and for one GPU if its device is one. Raises BackendError, naming the local way,
+    where Ray is not installed, the address does not answer within ``timeout`` seconds, or the cluster refuses.
+    """
+    ray = _import_ray()
+    _knock(address, timeout)
+
+    def run(jobs: list[Job], retries: int, report: Callable[[str], None]) -> None:
+        ours = not ray.is_initialized()
+        _connect(ray, address)
+        try:
+            _run_on(ray, jobs, retries, report)
+        finally:
+            if ours:
+                ray.shutdown()
+
+    return run
+
+
+def _import_ray() -> Any:
+    try:
+        return importlib.import_module("ray")
+    except ImportError:
+        raise BackendError(f"--ray-address needs Ray: pip install mambascope[ray], or {_LOCAL}") from None
+
+
+def _knock(address: str, timeout: float) -> None:
+    """BackendError unless something listens at ``host:port``: Ray itself would wait for minutes."""
+    if address in ("auto", "local"):
+        return
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not host or not port.isdigit():
+        raise BackendError(
+            f"the Ray address {address!r} is not host:port, ray://host:port, auto or local; "
+            f"give one of these, or {_LOCAL}"
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout).close()
+    except (OSError, OverflowError) as error:
+        raise BackendError(f"the Ray cluster at {address} cannot be reached ({error}); start it, or {_LOCAL}") from None
+
+
+def _connect(ray: Any, address: str) -> None:
+    if ray.is_initialized():
+        return
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="error", include_dashboard=None)
+    except Exception as error:
+        text = str(error).strip().splitlines()
+        raise BackendError(
+            f"the Ray cluster at {address} cannot be used ({text[0] if text else type(error).__name__}); "
+            f"check it with 'ray status', or {_LOCAL}"
+        ) from None
+
+
+def _run_on(ray: Any, jobs: list[Job], retries: int, report: Callable[[str], None]) -> None:
+    def submit(job: Job) -> Any:
+        job.attempts += 1
+        gpus = 1 if str(job.run["device"]).startswith("cuda") else 0
+        remote = ray.remote(num_cpus=job.run["threads"], num_gpus=gpus, max_retries=0)(_quietly)
+        return remote.remote(str(job.folder), job.run)
+
+    pending = {submit(job): job for job in jobs}
+    while pending:
+        (ready, *_), _ = ray.wait(list(pending), num_returns=1)
+        job = pending.pop(ready)
+        try:
+            ray.get(ready)
+        except ray.exceptions.RayError as error:
+            job.error = str(error).strip().splitlines()[-1]
+        else:
+            job.error = "" if _finished(job) else f"its files are not in {job.folder}: that folder is not shared"
+        if not _settle(job, retries, report):
+            pending[submit(job)] = job
+
+
+def _quietly(folder: str, run: dict[str, Any]) -> dict[str, Any]:
+    """:func:`run_one`, its lines into ``log.txt``."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with (Path(folder) / "log.txt").open("a", encoding="utf-8") as log:
+        return run_one(folder, run, lambda line: print(line, file=log, flush=True))

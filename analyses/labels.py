@@ -1,13 +1,8 @@
 """Tokens as people read them: labels for axes, tables and pages, with everything invisible made visible."""
 
 import unicodedata
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from mambascope.model import HookedMamba
+from mambascope.hooks.tokens import token_labels
 
 __all__ = ["short", "token_labels", "visible"]
 
@@ -30,15 +25,6 @@ def visible(text: str, spaces: bool = True) -> str:
         else:
             out.append(c)
     return "".join(out)
-
-
-def token_labels(model: "HookedMamba", tokens: Tensor | Sequence[int]) -> tuple[str, ...]:
-    """One text a token, as the tokenizer writes it; ``[id]`` where the model has no tokenizer."""
-    ids = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
-    if model.tokenizer is None:
-        return tuple(f"[{i}]" for i in ids)
-    known = {i: model.tokenizer.token(i) for i in set(ids)}
-    return tuple(known[i] for i in ids)
 
 
 def short(text: str, width: int = 14) -> str:

@@ -9,7 +9,7 @@ from mambascope.config import MambaConfig
 from mambascope.hooks.run import Recorder
 from mambascope.hooks.sites import Padding
 
-__all__ = ["Scope"]
+__all__ = ["Runnable", "Scope"]
 
 
 class Scope(Protocol):
@@ -32,9 +32,9 @@ class Scope(Protocol):
         ...
 
     def replay(
-        self, layer: int, resid: Tensor, state: Any, padding: Padding | None, backend: str, recorder: Recorder
-    ) -> None:
-        """Run one block again, without hooks, for ``recorder`` to watch."""
+        self, layer: int, resid: Tensor, state: Any, padding: Padding | None, backend: str, recorder: Recorder | None
+    ) -> Tensor:
+        """Run one block without hooks, for ``recorder`` to watch; the residual stream that leaves it."""
         ...
 
     def norm_weight(self, layer: int) -> Tensor:
@@ -48,3 +48,26 @@ class Scope(Protocol):
     def state_from_tensors(self, tensors: dict[str, Tensor]) -> Any:
         """A mixer state from the tensors that its own ``tensors()`` gave."""
         ...
+
+
+class Runnable(Scope, Protocol):
+    """A model that sweeps can also run from any block on, with hooks, and read words for."""
+
+    tokenizer: Any
+    hook_dict: dict[str, Any]
+    backend: str
+    ln_final: Any
+    unembed: Any
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __call__(self, input: Any, **options: Any) -> Any: ...
+
+    def run_with_hooks(self, *args: Any, **options: Any) -> Any: ...
+
+    def encode_texts(self, texts: list[str], prepend_bos: bool | None = None) -> tuple[list[list[int]], bool]: ...
+
+    def to_single_token(self, string: str) -> int: ...
+
+    def initial_state(self, batch: int = 1) -> Any: ...

@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from mambascope.errors import MambascopeError
     from mambascope.hooks.cache import MambaCache
     from mambascope.hooks.cache_file import load_cache
+    from mambascope.hooks.metrics import KL, LogitDifference, LogProbability, Loss, Probability, Rank
     from mambascope.hooks.nnsight_bridge import wrap
     from mambascope.hooks.points import HOOK_POINTS
     from mambascope.hooks.positions import Site, at
+    from mambascope.hooks.sweeps import Sweep, load_sweep, sweep
     from mambascope.loading import list_models, load
     from mambascope.loading.accelerate import accelerate
     from mambascope.loading.tokenizer import Tokenizer
@@ -40,17 +42,26 @@ __version__ = "0.1.0"
 _HOME = {
     "HOOK_POINTS": "mambascope.hooks.points",
     "HookedMamba": "mambascope.model",
+    "KL": "mambascope.hooks.metrics",
+    "LogProbability": "mambascope.hooks.metrics",
+    "LogitDifference": "mambascope.hooks.metrics",
+    "Loss": "mambascope.hooks.metrics",
     "MambaCache": "mambascope.hooks.cache",
     "MambaConfig": "mambascope.config",
     "MambascopeError": "mambascope.errors",
+    "Probability": "mambascope.hooks.metrics",
+    "Rank": "mambascope.hooks.metrics",
     "Site": "mambascope.hooks.positions",
     "State": "mambascope.model.state",
+    "Sweep": "mambascope.hooks.sweeps",
     "Tokenizer": "mambascope.loading.tokenizer",
     "accelerate": "mambascope.loading.accelerate",
     "at": "mambascope.hooks.positions",
     "list_models": "mambascope.loading",
     "load": "mambascope.loading",
     "load_cache": "mambascope.hooks.cache_file",
+    "load_sweep": "mambascope.hooks.sweeps",
+    "sweep": "mambascope.hooks.sweeps",
     "wrap": "mambascope.hooks.nnsight_bridge",
 }
 _MODULES = {"interventions": "mambascope.hooks.interventions"}
@@ -59,11 +70,18 @@ _SUBPACKAGES = ("analyses", "errors", "hooks", "loading", "model", "ops", "train
 __all__ = [
     "HOOK_POINTS",
     "HookedMamba",
+    "KL",
+    "LogProbability",
+    "LogitDifference",
+    "Loss",
     "MambaCache",
     "MambaConfig",
     "MambascopeError",
+    "Probability",
+    "Rank",
     "Site",
     "State",
+    "Sweep",
     "Tokenizer",
     "__version__",
     "accelerate",
@@ -71,6 +89,8 @@ __all__ = [
     "list_models",
     "load",
     "load_cache",
+    "load_sweep",
+    "sweep",
     "wrap",
 ]
 

@@ -15,6 +15,7 @@ __all__ = [
     "LoadError",
     "MambascopeError",
     "StateError",
+    "SweepError",
     "UnknownNameError",
     "nearest",
 ]
@@ -50,6 +51,10 @@ class StateError(MambascopeError, ValueError):
 
 class CacheError(MambascopeError, RuntimeError):
     """A cache that is stale, belongs to another model, or would not fit."""
+
+
+class SweepError(MambascopeError, RuntimeError):
+    """A sweep whose file belongs to other inputs, is in use, or cannot be written."""
 
 
 class UnknownNameError(MambascopeError, KeyError):

@@ -32,10 +32,24 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    _settle(path.parent)
+
+
+def _settle(folder: Path) -> None:
+    """Let the new name itself reach the disk, where the system can be asked to."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:  # some network file systems cannot; the file's content is on disk all the same
+        pass
+    finally:
+        os.close(handle)
 
 
 def write_tensors(path: str | Path, tensors: dict[str, "Tensor"], meta: dict[str, str]) -> None:
-    """Write tensors with text metadata; atomic, see :func:`write_bytes`."""
+    """Write tensors with text metadata; atomic, see :func:`write_bytes`. The same content gives the same bytes."""
     from safetensors.torch import save
 
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
@@ -44,7 +58,17 @@ def write_tensors(path: str | Path, tensors: dict[str, "Tensor"], meta: dict[str
         if value.untyped_storage().data_ptr() in seen:
             plain[name] = value.clone()
         seen.add(plain[name].untyped_storage().data_ptr())
-    write_bytes(path, save(plain, {"format": _FORMAT, **meta}))
+    write_bytes(path, _ordered(save(plain, {"format": _FORMAT, **meta})))
+
+
+def _ordered(data: bytes) -> bytes:
+    """A safetensors file with its metadata in order: the library writes them in an order that changes by process."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def read_tensors(

@@ -425,9 +425,12 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         state: MambaState | None,
         padding: Padding | None,
         backend: str,
-        recorder: Recorder,
-    ) -> None:
-        """Run one block again on its recorded input, without the user's hooks, for ``recorder`` to watch."""
+        recorder: Recorder | None,
+    ) -> Tensor:
+        """Run one block on its recorded input, without the user's hooks, for ``recorder`` to watch.
+
+        The residual stream that leaves it, ``B L M``, without gradient.
+        """
         try:
             name, _ = ops.resolve_backend(backend, self.device, self.dtype)
         except BackendError:  # recorded on another machine
@@ -435,8 +438,9 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         run = Run(cast(ops.Backend, name), "replayed for the cache", Clock(), False, recorder, padding)
         path = cast(Block, self.blocks[layer]).mixer.path
         with torch.no_grad():
-            cast(Block, self.blocks[layer])(resid, run, state)
+            out, _ = cast(Block, self.blocks[layer])(resid, run, state)
         cast(Block, self.blocks[layer]).mixer.path = path
+        return out
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,64 @@
+"""A recorder that keeps what a sweep starts from: residual streams, some activations, states at regular places."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mambascope.hooks.lazy import states_between
+from mambascope.hooks.model_protocol import Runnable
+from mambascope.hooks.recorder import compact
+from mambascope.hooks.run import Anchors
+from mambascope.hooks.sites import Padding
+
+__all__ = ["WINDOW", "Watch"]
+
+WINDOW = ("mixer.hook_u_write", "mixer.hook_delta", "mixer.hook_B")
+"""What windows of h are computed from, besides the states kept."""
+
+
+class Watch:
+    """Keeps, of one forward pass: ``names``, the stream entering every block, and h every ``interval`` tokens."""
+
+    def __init__(self, names: set[str], interval: int | None, resid: bool = True) -> None:
+        self.boundaries = interval
+        self._names = names
+        self._keep_resid = resid
+        self.values: dict[str, Tensor] = {}
+        self.resid: dict[int, Tensor] = {}  # B L M
+        self.anchors: dict[str, Anchors] = {}
+        self.backend = "auto"
+
+    def begin(
+        self, tokens: Tensor | None, padding: Padding | None, bos: bool | None, backend: str, shape: tuple[int, int]
+    ) -> None:
+        self.backend = backend
+
+    def begin_block(self, layer: int, resid: Tensor, state: Any) -> None:
+        if self._keep_resid:
+            self.resid[layer] = resid.detach()
+
+    def wants(self, name: str) -> bool:
+        return name in self._names
+
+    def take(self, name: str, value: Tensor) -> None:
+        if name in self._names:
+            self.values[name] = compact(value.detach())
+
+    def take_anchors(self, name: str, anchors: Anchors) -> None:
+        if name.endswith("hook_h"):
+            self.anchors[name] = anchors.map(torch.detach)
+
+    def state(self, layer: int, start: int) -> Tensor:
+        """h before step ``start``, a multiple of the interval: ``B D N``."""
+        anchors = self.anchors[f"blocks.{layer}.mixer.hook_h"]
+        return anchors.states[:, anchors.columns.index(start - 1)]
+
+    def states(self, model: Runnable, layer: int, start: int, stop: int) -> Tensor:
+        """h after the steps [start, stop), ``B W D N``; needs what :data:`WINDOW` names, and an interval."""
+        anchors = self.anchors[f"blocks.{layer}.mixer.hook_h"]
+        first = min(start, max(c for c in anchors.columns if c <= start) + 1)
+        u, delta, B = (self.values[f"blocks.{layer}.{name}"][:, first:stop] for name in WINDOW)
+        inputs = (u, delta, model.decay(layer), B)
+        backend: Any = self.backend
+        return states_between(inputs, anchors, first, start, stop, backend)

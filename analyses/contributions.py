@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mambascope.analyses.labels import token_labels, visible
-from mambascope.analyses.source import Reading, Source, finite, position_index, read, scan_layers
+from mambascope.analyses.source import Reading, Source, every_layer, finite, position_index, read
 from mambascope.errors import CacheError, InputError
 from mambascope.hooks.shares import check_direction
 
@@ -195,7 +195,7 @@ def logit_contributions(
     """
     reading = read(model, source)
     target = target_of(reading, query, answer, wrong, direction)
-    parts = [_layer(reading, i, target) for i in scan_layers(model, None)]
+    parts = [_layer(reading, i, target) for i in every_layer(model)]
     scan, skip, carry, bias = (torch.stack(column) for column in zip(*parts, strict=True))
     first = reading.value("resid_pre", 0)[target.query].double()
     embed = float(first @ target.direction.double())

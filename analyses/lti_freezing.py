@@ -21,8 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mambascope.analyses.lti import Selection, is_text_sample, mean_selection, rows_of
-from mambascope.analyses.source import Source, scan_layers
+from mambascope.analyses.source import Reading, Source, read, scan_layers
 from mambascope.errors import InputError
+from mambascope.model.head import next_token_losses
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,8 +101,8 @@ def freezing_cost(
     """The rise in loss when delta, B, C of one layer, or of all, are held constant (the module's algorithm).
 
     ``source``: a text, texts, or ids ``R L``. ``selection``: what to hold them at, by default the mean over these very
-    tokens (pass one of other texts to keep the two apart). Time: 5 (layers + 1) forward passes, each layer frozen on
-    the path that hooks on delta take; memory one forward pass.
+    tokens (pass one of other texts to keep the two apart). Time: for each layer five runs of the blocks from it on, and
+    five of all, one text at a time; memory one text's cache.
 
     Raises InputError for caches (they cannot be run again), texts of fewer than two tokens, layers without a scan, a
     Selection that does not fit.
@@ -112,13 +113,21 @@ def freezing_cost(
     if selection is None:
         selection = mean_selection(model, source, layers=chosen)
     selection.check(model)
-    clean = _losses(model, rows, [])
     hooks = {i: {part: _hooks(i, part, selection) for part in PARTS} for i in chosen}
-    rises = [[_rise(clean, _losses(model, rows, hooks[i][part])) for part in PARTS] for i in chosen]
-    every = [_rise(clean, _losses(model, rows, [h for i in chosen for h in hooks[i][part]])) for part in PARTS]
-    grid = torch.tensor(rises, dtype=torch.float64)  # layers parts 2
-    last = torch.tensor(every, dtype=torch.float64)  # parts 2
-    return FreezingCost(chosen, float(clean.mean()), clean.numel(), grid[..., 0], grid[..., 1], last[:, 0], last[:, 1])
+    every = {part: [h for i in chosen for h in hooks[i][part]] for part in PARTS}
+    clean: list[Tensor] = []
+    grid: list[list[list[Tensor]]] = [[[] for _ in PARTS] for _ in range(len(chosen) + 1)]
+    for row in rows:
+        reading = read(model, row)
+        clean.append(_losses(reading, [], model.cfg.n_layers - 1))
+        for j, part in enumerate(PARTS):
+            for k, i in enumerate(chosen):
+                grid[k][j].append(_losses(reading, hooks[i][part], i))
+            grid[-1][j].append(_losses(reading, every[part], min(chosen)))
+    loss = torch.cat(clean)
+    pairs = torch.tensor([[_rise(loss, torch.cat(losses)) for losses in line] for line in grid], dtype=torch.float64)
+    rise, error = pairs[..., 0], pairs[..., 1]
+    return FreezingCost(chosen, float(loss.mean()), loss.numel(), rise[:-1], error[:-1], rise[-1], error[-1])
 
 
 def _hooks(layer: int, part: str, selection: Selection) -> list[tuple[str, Callable[..., Tensor]]]:
@@ -132,13 +141,15 @@ def _hooks(layer: int, part: str, selection: Selection) -> list[tuple[str, Calla
     return [(f"blocks.{layer}.mixer.{site}", held(values[site])) for site in _SITES[part]]
 
 
-def _losses(model: "HookedMamba", rows: list[Any], hooks: list[Any]) -> Float[Tensor, " T"]:
-    """The loss of every predicted token of every row, one after another."""
-    out = []
+def _losses(reading: Reading, hooks: list[Any], first: int) -> Float[Tensor, " T"]:
+    """The loss of every predicted token, with hooks in blocks from ``first`` on: only those are run again."""
+    model, tokens = reading.model, reading.tokens[None]
+    if tokens.shape[1] < 2:
+        raise InputError("the loss needs at least two tokens: one to predict from, one to predict")
+    stream = reading.value("resid_pre", first)[None]
     with model.hooks(fwd_hooks=hooks):
-        for row in rows:
-            out.append(model(row, return_type="loss", loss_per_token=True).double().flatten().cpu())
-    return torch.cat(out)
+        last = model(stream, start_at_layer=first, stop_at_layer=model.cfg.n_layers)
+    return next_token_losses(model, model.ln_final(last[:, :-1]), tokens[:, 1:]).double().flatten().cpu()
 
 
 def _rise(clean: Tensor, frozen: Tensor) -> tuple[float, float]:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mambascope.analyses.contributions import Target, Token, final_stream, target_of
 from mambascope.analyses.relevance_block import Rule, check_rule, frozen_block
-from mambascope.analyses.source import Reading, Source, finite, read, scan_layers
+from mambascope.analyses.source import Reading, Source, every_layer, finite, read
 from mambascope.errors import CacheError
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def token_relevance(
     """
     check_rule(rule)
     reading = read(model, source)
-    layers = scan_layers(model, None)
+    layers = every_layer(model)
     target = target_of(reading, query, answer, wrong, direction)
     stop = target.query + 1
     unedited_stream(reading, stop)

@@ -35,7 +35,7 @@ from mambascope import ops
 from mambascope.analyses.contributions import final_stream
 from mambascope.analyses.relevance import unedited_stream
 from mambascope.analyses.relevance_block import FrozenBlock, Rule, check_rule, frozen_block
-from mambascope.analyses.source import Reading, Source, position_index, read, scan_layers
+from mambascope.analyses.source import Reading, Source, every_layer, position_index, read
 from mambascope.errors import InputError, nearest
 from mambascope.memory import require_bytes
 
@@ -136,7 +136,7 @@ def token_flow(
     if method == "shares" and rule != "frozen":
         raise InputError(f"rolled-up shares hold the gate; rule={rule!r} needs method='gradients'")
     reading = read(model, source)
-    scan_layers(model, None)
+    every_layer(model)
     length = reading.length
     asked = range(length) if queries is None else queries
     at = tuple(position_index(length, t, "query") for t in asked)

@@ -21,7 +21,7 @@ from mambascope.hooks.cache import MambaCache
 if TYPE_CHECKING:
     from mambascope.model import HookedMamba
 
-__all__ = ["Reading", "Source", "layer_index", "position_index", "read", "scan_layer", "scan_layers"]
+__all__ = ["Reading", "Source", "every_layer", "layer_index", "position_index", "read", "scan_layer", "scan_layers"]
 
 Source = Any
 """A text, a list of ids, a LongTensor ``L`` or ``1 L``, a MambaCache of one unpadded row, or a Reading."""
@@ -158,11 +158,18 @@ def scan_layer(model: "HookedMamba", layer: int) -> int:
 
 
 def scan_layers(model: "HookedMamba", layers: Iterable[int] | None) -> tuple[int, ...]:
-    """Some layers by number, or (None) all of them; each must have a scan, and none may come twice."""
-    found = tuple(scan_layer(model, i) for i in (range(model.cfg.n_layers) if layers is None else layers))
+    """Some layers by number, none twice and each with a scan; None: all that have one."""
+    if layers is None:
+        layers = [i for i in range(model.cfg.n_layers) if hasattr(cast(Any, model.blocks[i]).mixer, "A_log")]
+    found = tuple(scan_layer(model, i) for i in layers)
     if not found or len(set(found)) < len(found):
-        raise InputError(f"layers must name at least one layer and none twice, got {list(found)}")
+        raise InputError(f"layers must name at least one layer with a scan and none twice, got {list(found)}")
     return found
+
+
+def every_layer(model: "HookedMamba") -> tuple[int, ...]:
+    """All layers, for what goes through the whole model; InputError if one has no scan."""
+    return scan_layers(model, range(model.cfg.n_layers))
 
 
 def position_index(length: int, position: int, what: str = "position") -> int:

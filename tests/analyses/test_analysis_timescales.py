@@ -229,7 +229,8 @@ def test_a_layer_without_a_scan(ids: Tensor) -> None:
     with pytest.raises(InputError, match=r"layer 1 has no selective scan \(its mixer is Identity\)"):
         timescale_spectrum(model, reading, layers=[1])
     with pytest.raises(InputError, match="layer 1 has no selective scan"):
-        reach(model, reading)
+        reach(model, reading, layers=[0, 1])
+    assert reach(model, reading).layers == (0, 2)  # all that have one
 
 
 # ---- delta by token, position, class

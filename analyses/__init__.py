@@ -17,6 +17,7 @@ result with ``.table()`` (pandas) and ``.figure()`` (plotly).
 ``state_norms``              how much every layer's state holds after every token
 ``predictions, logit_lens``  loss and guesses by token; the same read off every layer
 ``induction_score``          repeated random tokens: loss, and where each layer looks back
+``passage_score``            the same for passages; ``induction_pair``: for a model of the induction heads task
 ``copy_capacity``            how many tokens the model can repeat
 ``patch``                    which layer and position restores a corrupted answer
 ============================ ===========================================================================
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
     from mambascope.analyses.contributions import LogitContributions, Target, logit_contributions
     from mambascope.analyses.gating import Gating, gates
     from mambascope.analyses.gating_groups import GatingGroups, gates_by
-    from mambascope.analyses.induction import Induction, induction_score
+    from mambascope.analyses.induction import Induction, induction_score, passage_score
+    from mambascope.analyses.induction_heads import InductionPair, induction_pair
     from mambascope.analyses.kernels import (
         AttentionMap,
         KernelRow,
@@ -61,6 +63,7 @@ _HOME = {
     "Gating": "gating",
     "GatingGroups": "gating_groups",
     "Induction": "induction",
+    "InductionPair": "induction_heads",
     "KernelRow": "kernels",
     "LTILayer": "lti",
     "LogitContributions": "contributions",
@@ -83,11 +86,13 @@ _HOME = {
     "gates": "gating",
     "gates_by": "gating_groups",
     "hidden_attention": "kernels",
+    "induction_pair": "induction_heads",
     "induction_score": "induction",
     "logit_contributions": "contributions",
     "logit_lens": "logits",
     "lti_view": "lti",
     "mean_selection": "lti",
+    "passage_score": "induction",
     "patch": "patching",
     "predictions": "logits",
     "reach": "timescales",
@@ -109,6 +114,7 @@ __all__ = [
     "Gating",
     "GatingGroups",
     "Induction",
+    "InductionPair",
     "KernelRow",
     "LTILayer",
     "LogitContributions",
@@ -131,11 +137,13 @@ __all__ = [
     "gates",
     "gates_by",
     "hidden_attention",
+    "induction_pair",
     "induction_score",
     "logit_contributions",
     "logit_lens",
     "lti_view",
     "mean_selection",
+    "passage_score",
     "patch",
     "predictions",
     "reach",

@@ -15,6 +15,7 @@ After Olsson et al. (2209.11895), with Mamba's hidden attention (Ali et al., 240
 Cost: two forward passes and one map a layer for each row, O(rows · layers · N² · D · N_state).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from mambascope.analyses.kernels import Reduction
 from mambascope.analyses.repeats import repeated_tokens, scores
 from mambascope.errors import InputError
+from mambascope.hooks.effective_path import Through
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
     from mambascope.model import HookedMamba
 
-__all__ = ["Induction", "induction_score"]
+__all__ = ["Induction", "induction_score", "passage_score"]
 
 
 @dataclass(frozen=True)
@@ -117,28 +119,64 @@ def induction_score(
     seed: int = 0,
     reduce: Reduction = "mean_abs",
     pool: Int[Tensor, " P"] | None = None,
+    through: Through = "scan",
 ) -> Induction:
     """Loss on repeated random tokens, and where each layer's hidden attention looks in the second copy.
 
-    ``n`` tokens a copy, ``rows`` rows. ``reduce``: over channels; "signed" shares divide by Σ|alpha|.
+    ``n`` tokens a copy, ``rows`` rows. ``reduce``: over channels; "signed" shares divide by Σ|alpha|. ``through``:
+    sources are what the scan reads, or with ``"conv"`` the tokens that the convolution mixes into that.
     Raises InputError as :func:`repeated_tokens` does, and for maps that do not fit.
     """
     tokens = repeated_tokens(model, n, rows, seed=seed, pool=pool)
     other = repeated_tokens(model, n, rows, seed=seed, pool=pool, repeat=False)
-    same = _profiles(model, tokens, n, reduce)  # rows layers lags
-    fresh = _profiles(model, other, n, reduce)
-    difference = same - fresh
+    return _score(model, tokens, other, n, reduce, through)
+
+
+@torch.no_grad()
+def passage_score(
+    model: "HookedMamba",
+    passages: Sequence[str],
+    *,
+    reduce: Reduction = "mean_abs",
+    through: Through = "scan",
+) -> Induction:
+    """The same for passages of text, each repeated once; the control reads another of the passages first.
+
+    All are cut to the length of the shortest. Raises InputError for fewer than two passages.
+    """
+    if isinstance(passages, str) or len(passages) < 2:
+        raise InputError("passage_score compares each passage with another one: give at least two texts")
+    rows = [row[1:] if bos else row for text in passages for [row], bos in [model.encode_texts([text])]]
+    n = min(len(row) for row in rows)
+    if n < 2:
+        raise InputError("a passage has fewer than two tokens; give longer texts")
+    copies = torch.tensor([row[:n] for row in rows], device=model.device)
+    tokens = torch.cat([copies, copies], 1)
+    other = torch.cat([copies.roll(1, 0), copies], 1)
+    return _score(model, tokens, other, n, reduce, through)
+
+
+def _score(
+    model: "HookedMamba", tokens: Tensor, other: Tensor, n: int, reduce: Reduction, through: Through
+) -> Induction:
+    same = _profiles(model, tokens, n, reduce, through)  # rows layers lags
+    fresh = _profiles(model, other, n, reduce, through)
+    difference, rows = same - fresh, len(tokens)
     noise = difference.std(0) / rows**0.5 if rows > 1 else torch.full_like(difference[0], float("nan"))
     loss = scores(model, tokens).loss.mean(0)
     return Induction(n, loss, same.mean(0), fresh.mean(0), noise, tokens, reduce)
 
 
-def _profiles(model: "HookedMamba", tokens: Tensor, n: int, reduce: Reduction) -> Float[Tensor, "R layers lags"]:
+def _profiles(
+    model: "HookedMamba", tokens: Tensor, n: int, reduce: Reduction, through: Through
+) -> Float[Tensor, "R layers lags"]:
     """Steps 3 and 4 for each row."""
     out = []
     for row in tokens.split(1):  # one map at a time
         _, cache = model.run_with_cache(row, return_type=None)
-        layers = [lag_profile(cache.hidden_attention(i, reduce)[0], n) for i in range(model.cfg.n_layers)]
+        layers = [
+            lag_profile(cache.hidden_attention(i, reduce, through=through)[0], n) for i in range(model.cfg.n_layers)
+        ]
         out.append(torch.stack(layers))
     return torch.stack(out)
 

@@ -1,5 +1,7 @@
 """Effective kernels of a cache: shares that add up, effects that are what was predicted, edits that are not hidden."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -214,6 +216,15 @@ def test_a_saved_cache_gives_the_same(tokens: Tensor, tmp_path: Any) -> None:
     cache = cached(model, tokens)
     cache.save(tmp_path / "c.safetensors")
     assert torch.equal(load_cache(tmp_path / "c.safetensors", model).hidden_attention(1), cache.hidden_attention(1))
+
+
+def test_the_page_says_what_runs() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "effective-kernels.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert found["row"].error < 1e-6
+    assert found["seen"].shape[0] == 1 and found["moved"].shape[2] == 512
 
 
 # ---- edits

@@ -136,9 +136,7 @@ def main() -> int:
     for through in ("scan", "conv"):
         found = induction_pair(model, through=through)
         layer, offset, share = found.best()
-        print(
-            f"induction-2l, through the {through}: layer {layer} reads p + {offset}, share {share:.3f} (seed 0, 16 rows)"
-        )
+        print(f"induction-2l, through the {through}: layer {layer} reads p + {offset}, share {share:.3f}")
         print(found.table().round(3).to_string(index=False))
     text = mambascope.load("lm-mini", device="cpu")
     for through in ("scan", "conv"):

@@ -17,7 +17,15 @@ with contextlib.suppress(ImportError):
 from nnsight.intervention.envoy import Envoy, traceable
 from nnsight.intervention.interleaver import OutOfOrderError
 
-from mambascope.hooks.nnsight_points import ConvEnvoy, Desk, PointEnvoy, RowBatcher, TracedSite, TraceInterleaver
+from mambascope.hooks.nnsight_points import (
+    ConvEnvoy,
+    Desk,
+    LeafEnvoy,
+    PointEnvoy,
+    RowBatcher,
+    TracedSite,
+    TraceInterleaver,
+)
 
 __all__ = ["TracedMamba", "wrap"]
 
@@ -62,7 +70,10 @@ class TracedMamba(Envoy):
         self._desk = interleaver.desk = Desk(model, interleaver)
         self._padding_side = padding_side
         super().__init__(
-            model, path="model", interleaver=interleaver, envoys={SitePoint: PointEnvoy, nn.Conv1d: ConvEnvoy}
+            model,
+            path="model",
+            interleaver=interleaver,
+            envoys={SitePoint: PointEnvoy, nn.Conv1d: ConvEnvoy, nn.Linear: LeafEnvoy},
         )
 
     # ---- hook points

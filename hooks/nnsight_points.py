@@ -15,6 +15,7 @@ from greenlet import getcurrent
 from nnsight.intervention.batching import Batcher
 from nnsight.intervention.envoy import Envoy
 from nnsight.intervention.interleaver import Interleaver, Mediator
+from nnsight.intervention.source import STATE
 from torch import Tensor
 
 from mambascope.errors import HookError
@@ -23,7 +24,7 @@ from mambascope.hooks.positions import Clock, Index, PerRow, Site, index_text, p
 from mambascope.hooks.sites import SitePoint
 from mambascope.hooks.state_point import StatePoint
 
-__all__ = ["ConvEnvoy", "Desk", "PointEnvoy", "RowBatcher", "TraceInterleaver", "TracedSite"]
+__all__ = ["ConvEnvoy", "Desk", "LeafEnvoy", "PointEnvoy", "RowBatcher", "TraceInterleaver", "TracedSite"]
 
 _LEVEL = -1_000_001
 """The context level of the hooks that serve a trace: nobody else's, so that they can be taken away together."""
@@ -91,6 +92,37 @@ class ConvEnvoy(Envoy):
     skip = _refuse  # type: ignore[assignment]
 
 
+def _asked_for(name: str) -> Any:
+    view = getattr(Envoy, name)
+
+    def read(self: "LeafEnvoy") -> Any:
+        self.arm()
+        return view.__get__(self, type(self))
+
+    def write(self: "LeafEnvoy", value: Any) -> None:
+        self.arm()
+        view.__set__(self, value)
+
+    return property(read, write, doc=view.__doc__)
+
+
+class LeafEnvoy(Envoy):
+    """A projection, watched only when somebody asks for it: as long as nobody does it is computed without a call."""
+
+    output = _asked_for("output")  # type: ignore[override]
+    input = _asked_for("input")  # type: ignore[override]
+    inputs = _asked_for("inputs")  # type: ignore[override]
+
+    def skip(self, replacement: Any) -> None:
+        self.arm()
+        super().skip(replacement)
+
+    def arm(self) -> None:
+        desk = cast(TraceInterleaver, self.interleaver).desk
+        if desk.running:
+            desk.watch(self)
+
+
 class RowBatcher(Batcher):
     """nnsight's batcher, which also knows states, and lists with one entry a row (``generate`` of ragged rows)."""
 
@@ -110,13 +142,33 @@ class RowBatcher(Batcher):
 
 
 class TraceInterleaver(Interleaver):
-    """nnsight's interleaver, without controllers on hook points; it tells the desk where a run stands."""
+    """nnsight's interleaver, whose controllers sit in the model only while a trace runs.
+
+    A controller replaces a module's ``forward``, which the model takes for a hook. Hook points need none, and
+    projections only where they are asked for: without one they keep their bits.
+    """
 
     desk: "Desk"
 
     def instrument(self, envoy: Envoy) -> None:
-        if not isinstance(envoy, PointEnvoy):
+        if self.desk.running and not isinstance(envoy, (PointEnvoy, LeafEnvoy)):
             super().instrument(envoy)
+
+    def arrive(self) -> None:
+        for envoy in list(self.envoys.values()):
+            self.instrument(envoy)
+
+    def watch(self, leaf: "LeafEnvoy") -> None:
+        super().instrument(leaf)
+
+    def leave(self) -> None:
+        """Take the controllers away, unless somebody else's wrapper uses them too."""
+        for envoy in list(self.envoys.values()):
+            space = envoy._module.__dict__
+            state = space.get(STATE)
+            if state is not None and all(ref() in (None, self) for ref, *_ in state.routes):
+                space.pop(STATE)
+                space.pop("forward", None)
 
     def reindex(self) -> None:
         super().reindex()
@@ -225,6 +277,7 @@ class Desk:
         self._served: list[SitePoint] = []
         self._forwards: list[Clock] = []
         self._clock = Clock()
+        self._leaves: dict[str, int] = {}  # locations of watched projections, and nnsight's counts before this run
 
     # ---- the life of a run
 
@@ -235,12 +288,14 @@ class Desk:
         # A hook that only reads: it notes what the pass covers, and keeps a long text from being cut into pieces.
         self.model.hook_embed.add_hook(self._begin_forward, is_permanent=True, level=_LEVEL)
         self._served = [self.model.hook_embed]
+        self.interleaver.arrive()
 
     def close(self) -> None:
         for point in self._served:
             point.remove_hooks("fwd", including_permanent=True, level=_LEVEL)
             point.demand = None
-        self.running, self._requests, self._served = False, {}, []
+        self.interleaver.leave()
+        self.running, self._requests, self._served, self._leaves = False, {}, [], {}
 
     def _begin_forward(self, value: Tensor, hook: SitePoint) -> None:
         if not self._aside():
@@ -258,6 +313,19 @@ class Desk:
         for request in self._requests.values():
             if self._clock.absolute or request.index is None:
                 self._count(request)
+        self._count_leaves()
+
+    def watch(self, leaf: LeafEnvoy) -> None:
+        """Have nnsight serve a projection for the rest of the run."""
+        locations = [f"{leaf.path}.{part}" for part in ("input", "skip", "output")]
+        if locations[0] not in self._leaves:
+            self._leaves |= {at: self.interleaver.counts.get(at, 0) for at in locations}
+            self.interleaver.watch(leaf)
+            self._count_leaves()
+
+    def _count_leaves(self) -> None:
+        for location, base in self._leaves.items():
+            self.interleaver.counts[location] = base + len(self._forwards)
 
     def _count(self, request: Request, more: int = 0) -> None:
         self.interleaver.counts[request.location] = request.base + request.visits(self._forwards) + more
@@ -306,12 +374,16 @@ class Desk:
         return any(handle.user_hook == self._serve for handle in point.fwd_hooks)
 
     def observe(self, observers: Any) -> None:
-        """Serve the points that a ``tracer.cache()`` records; the ``B L D N`` ones only where it names them."""
+        """Serve what a ``tracer.cache()`` records; of the points the ``B L D N`` ones only where it names them."""
         for location, watching in observers.items():
             name = location.removeprefix("model.").removesuffix(".output")
             point = self.model.hook_dict.get(name)
             if point is not None and (not point.lazy or any(cache.targets is not None for _, cache, _ in watching)):
                 self._request(location, name, None, None)
+        watched = {location.rsplit(".", 1)[0] for location in observers}
+        for envoy in list(self.interleaver.envoys.values()):
+            if isinstance(envoy, LeafEnvoy) and envoy.path in watched:
+                self.watch(envoy)
 
     # ---- serving
 

@@ -451,6 +451,12 @@ def test_a_step_named_late_is_the_step_that_was_named(lm: TracedMamba) -> None:
             for _ in tracer.iter[3]:
                 lm.hooks["delta1"].output.save()
             lm.site("h1[5]").output.save()
+    with lm.generate("abca", max_new_tokens=5, stop_tokens=[]) as tracer:
+        for _ in tracer.iter[1]:
+            lm.hooks["delta0"].output.save()
+        for _ in tracer.iter[3]:
+            xz = lm.blocks[1].mixer.in_proj.output.save()
+    assert error(xz[..., :48], cache["x", 1][:, 6:7]) < 1e-6
     with pytest.warns(UserWarning, match=r"was never reached"):
         with lm.generate("abca", max_new_tokens=3, stop_tokens=[]) as tracer:
             every = nnsight.save([])
@@ -552,6 +558,30 @@ def test_copies_and_second_wraps_stand_beside_each_other(lm: TracedMamba) -> Non
                 logits = each.output.save()
             assert error(logits, plain) > 1e-4
             assert torch.equal(inner(each)(TEXT), plain)
+
+
+def test_the_model_is_its_own_again_after_a_trace(lm: TracedMamba) -> None:
+    def replaced() -> list[str]:
+        return [name for name, module in inner(lm).named_modules() if "forward" in module.__dict__]
+
+    assert not replaced()
+    with torch.no_grad(), lm.trace(TEXT):
+        during = nnsight.save(replaced())
+        lm.output.save()
+    assert "blocks.1.mixer" in during
+    assert "blocks.1.mixer.in_proj" not in during  # nobody asked: computed as in a plain run
+    with torch.no_grad(), lm.trace(TEXT):
+        xz = lm.blocks[1].mixer.in_proj.output.save()
+    assert xz.shape == (1, 10, 96)
+    assert not [name for name in during if name.rsplit(".", 1)[-1].startswith("hook_")]
+    assert not replaced()
+    other = nnsight.NNsight(inner(lm))
+    with torch.no_grad(), lm.trace(TEXT):
+        lm.output.save()
+    assert "blocks.1.mixer.in_proj" in replaced()  # theirs
+    with torch.no_grad(), other.trace(inner(lm).to_tokens(TEXT)):
+        logits = other.output.save()
+    assert error(logits, inner(lm)(TEXT)) < 1e-6
 
 
 @pytest.mark.filterwarnings("ignore:An intervention block raised GreenletExit:UserWarning")

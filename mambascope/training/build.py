@@ -7,27 +7,41 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from mambascope.analyses.tasks import evaluate as evaluate_task
 from mambascope.errors import InputError, LoadError
 from mambascope.storage import write_bytes
-from mambascope.training.data import TokenFile, find_file, read_documents, sha256, train_tokenizer, write_tokens
+from mambascope.training.data import (
+    HELD_OUT,
+    TokenFile,
+    encode,
+    find_file,
+    read_documents,
+    read_text,
+    sha256,
+    train_tokenizer,
+    write_tokens,
+)
 from mambascope.training.evaluate import held_out_losses
 from mambascope.training.floor import measure_floor
 from mambascope.training.loop import TrainResult, train
 from mambascope.training.metrics import inside_metrics, state_metrics
+from mambascope.training.overlap import WINDOW, shared_windows
 from mambascope.training.recipe import Recipe, TextData
 from mambascope.training.sampler import Batches, TextStream, WindowSampler
 from mambascope.training.task_batches import TaskBatches, last_only
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from mambascope.model import HookedMamba
 
 __all__ = ["PreparedText", "build_model", "prepare_text", "train_recipe"]
 
-_MARK = "prepared.json"
+_MARK, _OVERLAP = "prepared.json", "overlap.json"
 _HELD_OUT_WINDOWS = 64
 
 
@@ -87,8 +101,33 @@ def prepare_text(
         file = write_tokens(out / f"{source.name}.u16", tokenizer, documents[source.name], sha256(paths[source.name]))
         header = file.header
         report(f"{source.name}: {header.tokens:,} tokens, {header.utf8_bytes / header.tokens:.3f} bytes a token")
+    prepared = _open(out, text)
+    overlap = _overlap(prepared, text, folders, tokenizer)
+    for name, share in overlap.items():
+        report(f"{name}: {share:.2%} of its held-out windows of {WINDOW} tokens also stand in training text")
+    record = {"held_out": text.held_out, "window": WINDOW, "shares": overlap}
+    write_bytes(out / _OVERLAP, json.dumps(record, indent=1).encode("utf-8"))
     write_bytes(out / _MARK, json.dumps(_origin(text), indent=1).encode("utf-8"))
-    return _open(out, text)
+    return prepared
+
+
+def _split(ids: np.ndarray, held_out: float) -> tuple[np.ndarray, np.ndarray]:
+    """The part that is trained on, and the last part, which never is."""
+    cut = len(ids) - int(len(ids) * held_out)
+    return ids[:cut], ids[cut:]
+
+
+def _overlap(
+    prepared: PreparedText, text: TextData, folders: Sequence[Path], tokenizer: "Tokenizer"
+) -> dict[str, float]:
+    """Share of shared windows of each source's held-out part, and of the validation text where a folder has it."""
+    parts = {name: _split(file.ids, text.held_out) for name, file in prepared.files.items()}
+    held = {name: rest for name, (_, rest) in parts.items() if len(rest)}
+    for path in (Path(folder) / HELD_OUT for folder in folders):
+        if path.is_file():
+            held[HELD_OUT] = encode(tokenizer, read_text(path))
+            break
+    return {name: shared_windows(ids, [trained for trained, _ in parts.values()]) for name, ids in held.items()}
 
 
 def _open(folder: Path, text: TextData) -> PreparedText:
@@ -162,11 +201,10 @@ def _text(
     shutil.copyfile(prepared.tokenizer_path, out / "tokenizer.json")
     streams, held = [], {}
     for source in text.sources:
-        ids = prepared.files[source.name].ids
-        cut = len(ids) - int(len(ids) * text.held_out)
-        streams.append(TextStream(source.name, ids[:cut], source.share))
-        if cut < len(ids):
-            held[source.name] = ids[cut:]
+        trained, rest = _split(prepared.files[source.name].ids, text.held_out)
+        streams.append(TextStream(source.name, trained, source.share))
+        if len(rest):
+            held[source.name] = rest
     sampler = WindowSampler(
         streams, batch=settings.batch, length=settings.length, steps=settings.steps, seed=recipe.seed, hold=text.hold
     )
@@ -176,6 +214,12 @@ def _text(
         "sources": headers,
         "trained_tokens": settings.steps * settings.batch * settings.length,
     }
+    if (prepared.folder / _OVERLAP).is_file():
+        overlap = json.loads((prepared.folder / _OVERLAP).read_text(encoding="utf-8"))
+        if overlap["held_out"] == text.held_out:
+            record["overlap"] = overlap
+            shares = ", ".join(f"{name} {share:.2%}" for name, share in overlap["shares"].items())
+            report(f"held-out windows of {overlap['window']} tokens that are also trained on: {shares}")
     write_bytes(out / "epochs.json", json.dumps(record, indent=1).encode("utf-8"))
     report("epochs: " + ", ".join(f"{name} {count:.2f}" for name, count in sampler.epochs().items()))
     losses = held_out_losses(held, length=settings.length, windows=_HELD_OUT_WINDOWS, batch=settings.batch)

@@ -94,11 +94,19 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from mambascope.training.export import evaluate_task, evaluate_text
+    from mambascope.training.export import evaluate_task, evaluate_text, evaluate_text_tasks
 
     folder = arguments.folder or zoo.model_folder(arguments.model)
     task = zoo.task_of(folder)
-    if task is None:
+    if arguments.text_tasks is not None:
+        values = evaluate_text_tasks(
+            folder,
+            arguments.text_tasks,
+            single_tokens=not arguments.long_answers,
+            device=arguments.device,
+            write=not arguments.dry,
+        )
+    elif task is None:
         values = evaluate_text(folder, arguments.data, device=arguments.device, write=not arguments.dry)
     else:
         values = evaluate_task(
@@ -183,6 +191,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("model", help="a zoo model")
     evaluate.add_argument("--folder", type=Path, help="another model folder than the shipped one")
     evaluate.add_argument("--data", type=Path, nargs="+", default=[], help="folders that hold wikitext-2/valid.txt.xz")
+    evaluate.add_argument("--text-tasks", type=Path, metavar="FOLDER", help="score the text tasks whose sets are there")
+    evaluate.add_argument("--long-answers", action="store_true", help="keep answers of several tokens, too")
     evaluate.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384])
     evaluate.add_argument("--sequences", type=int, nargs="+", default=[1000], help="one number, or one a length")
     evaluate.add_argument("--seed", type=int, default=1)

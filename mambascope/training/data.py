@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 __all__ = [
+    "HELD_OUT",
     "SEPARATOR",
     "TokenFile",
     "encode",
@@ -36,6 +37,9 @@ __all__ = [
     "train_tokenizer",
     "write_tokens",
 ]
+
+HELD_OUT = "wikitext-2/valid.txt.xz"
+"""The text that language models are measured on, below a data folder; it is in no training source."""
 
 SEPARATOR = "<|endoftext|>"
 """A line with this text alone ends a document; it is also the one special token, id 0."""

@@ -7,19 +7,18 @@ from typing import Any
 
 import torch
 
-from mambascope.analyses.tasks import evaluate
+from mambascope.analyses.tasks import evaluate, load_text_task
+from mambascope.analyses.tasks.text import TEXT_TASKS
 from mambascope.errors import InputError, LoadError
 from mambascope.training.build import build_model
 from mambascope.training.checkpoint import latest_checkpoint, load_checkpoint
-from mambascope.training.data import SEPARATOR, find_file, read_text, sha256
+from mambascope.training.data import HELD_OUT, SEPARATOR, find_file, read_text, sha256
 from mambascope.training.evaluate import bits_per_byte
 from mambascope.training.machine import machine
 from mambascope.training.recipe import Recipe
 from mambascope.zoo.card import add_evaluation, read_card, write_card
 
-__all__ = ["evaluate_task", "evaluate_text", "export_model"]
-
-HELD_OUT = "wikitext-2/valid.txt.xz"
+__all__ = ["evaluate_task", "evaluate_text", "evaluate_text_tasks", "export_model"]
 
 EVALUATION_NAMES = {"induction": "Induction heads"}
 """Headings in a card, where the task's name alone is not one."""
@@ -62,6 +61,10 @@ def _card(recipe: Recipe, progress: dict[str, Any], out: Path, model: torch.nn.M
         "last_training_loss_in_nats": last["loss"],
         **machine,
     }
+    if "floor" in progress:
+        floor = progress["floor"]
+        training["floor_in_tokens_per_second"] = floor["tokens_per_second"]
+        training["share_of_the_floor"] = training["tokens_per_second"] / floor["tokens_per_second"]
     if progress["evaluations"]:
         training["last_held_out_losses_in_nats"] = ", ".join(
             f"{key} {value:.4f}" for key, value in progress["evaluations"][-1].items() if key != "step"
@@ -79,6 +82,10 @@ def _card(recipe: Recipe, progress: dict[str, Any], out: Path, model: torch.nn.M
     }
     if recipe.text is not None:
         seen = json.loads((out / "epochs.json").read_text(encoding="utf-8"))
+        if "overlap" in seen:
+            training[f"held_out_windows_of_{seen['overlap']['window']}_tokens_also_trained_on"] = ", ".join(
+                f"{name} {share:.2%}" for name, share in seen["overlap"]["shares"].items()
+            )
         card["sources"] = [
             {
                 "name": source.name,
@@ -144,6 +151,38 @@ def evaluate_text(
     report(f"nats per token {carried.nats_per_token:.4f}  perplexity per word {carried.word_perplexity:.2f}")
     if write:
         add_evaluation(folder, "WikiText-2 validation", values)
+    return values
+
+
+def evaluate_text_tasks(
+    folder: str | Path,
+    sets: str | Path,
+    *,
+    names: Sequence[str] | None = None,
+    single_tokens: bool = True,
+    device: str | None = None,
+    write: bool = True,
+    report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Accuracy on text tasks (:mod:`mambascope.analyses.tasks.text`) whose evaluation sets are in the folder ``sets``,
+    under a model folder's stored weights; into the card, with how many items were given and kept."""
+    model = _open(Path(folder), device)
+    rows: list[dict[str, Any]] = []
+    for name in TEXT_TASKS if names is None else names:
+        task = load_text_task(name, sets, model, single_tokens=single_tokens)
+        row = task.score(model).row()
+        rows.append(row)
+        dropped = "".join(f"; {count:,} dropped: {reason}" for reason, count in task.dropped.items())
+        report(
+            f"{name:<14} accuracy {row['accuracy']:.4f} ({row['at least']:.4f} … {row['at most']:.4f}), "
+            f"chance {row['chance']:.4f}; {row['kept']:,} of {row['given']:,} kept{dropped}"
+        )
+    flag = "" if single_tokens else " --long-answers"
+    command = f"python -m mambascope.zoo evaluate {Path(folder).name} --text-tasks …{flag}"
+    answers = "single tokens" if single_tokens else "of any length"
+    values = {"answers": answers, "command": command, **machine(model.device), "rows": rows}
+    if write:
+        add_evaluation(Path(folder), f"Text tasks, answers {answers}", values)
     return values
 
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mambascope.errors import InputError, LoadError
-from mambascope.training import data
+from mambascope.training import data, overlap
+from mambascope.training.overlap import shared_windows
 
 TEXT = "The cat's 12 hats — naïve café; don't stop.\n\n  Indented line\t \n = Title = \n" * 40
 
@@ -99,3 +100,18 @@ def test_vocabularies_that_cannot_be(tokenizer):
         data.train_tokenizer([TEXT], 256)
     with pytest.raises(InputError, match="give a vocabulary of"):
         data.train_tokenizer(["abc"], 400)
+
+
+def test_shared_windows_by_hand():
+    trained = np.arange(100, dtype=np.uint16)
+    assert shared_windows(trained[20:40], [trained]) == 1.0
+    assert shared_windows(trained[::-1], [trained]) == 0.0
+    half = np.concatenate([trained[:20], trained[20:40][::-1]])  # 8 of its 28 windows of 13 lie in the first half
+    assert shared_windows(half, [trained[50:], trained[:50]]) == pytest.approx(8 / 28)
+    assert shared_windows(trained[:12], [trained]) == 0.0
+
+
+def test_windows_across_pieces_are_found(monkeypatch):
+    monkeypatch.setattr(overlap, "_PIECE", 7)
+    trained = np.random.default_rng(0).integers(0, 50, 200).astype(np.uint16)
+    assert shared_windows(trained[3:180], [trained]) == 1.0

@@ -4,6 +4,7 @@ import json
 import lzma
 import math
 import random
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from mambascope.errors import InputError
 from mambascope.loading import load
 from mambascope.training.build import train_recipe
 from mambascope.training.command import main, recipe_for
+from mambascope.training.export import evaluate_text_tasks, export_model
 from mambascope.training.recipe import load_recipe
 from mambascope.training.sampler import Batch
 from mambascope.training.task_batches import TaskBatches
@@ -115,11 +117,30 @@ def test_from_command_line_to_a_model_that_loads(home, tmp_path, capsys):
     trained = sum(s["epochs"] * 0.9 * s["tokens"] for s in card["sources"])  # the rest is held out
     assert trained == pytest.approx(30 * 4 * 32, rel=0.02)
     assert card["training"]["tokens_seen"] == 30 * 4 * 32
+    shares = card["training"]["held_out_windows_of_13_tokens_also_trained_on"]
+    assert re.fullmatch(r"fox [\d.]+%, sum [\d.]+%, wikitext-2/valid.txt.xz 99.\d\d%", shares), "it was cut from fox"
     assert card["licence"] == "Apache-2.0"
     text = (folder / "card.md").read_text()
     assert text.startswith("# tiny-lm")
     assert "made up, too" in text
     assert "bits per byte" in text
+
+
+def test_text_tasks_go_into_the_card(home, tmp_path, capsys):
+    train_recipe(recipe_for(str(home / "tiny.toml"), ["train.steps=5"]), tmp_path / "run", data=[home], report=quiet)
+    folder = export_model(tmp_path / "run", tmp_path / "model")
+    for name in ("simple", "nounpp", "within_rc"):
+        line = {"clean_prefix": "the fox", "clean_answer": " jumps", "patch_answer": " dog"}
+        (tmp_path / f"sva_{name}.json").write_text(f"{json.dumps(line)}\n{json.dumps(line | {'clean_answer': ' q'})}\n")
+    chosen = ["sva_simple", "sva_nounpp"]
+    evaluate_text_tasks(folder, tmp_path, names=chosen, device="cpu")
+    assert "1 of 2 kept; 1 dropped: an answer is more than one token" in capsys.readouterr().out
+    rows = read_card(folder)["evaluations"]["Text tasks, answers single tokens"]["rows"]
+    assert [(row["task"], row["given"], row["kept"]) for row in rows] == [(name, 2, 1) for name in chosen]
+    evaluate_text_tasks(folder, tmp_path, names=chosen, single_tokens=False, device="cpu", write=False, report=quiet)
+    arguments = ["evaluate", "tiny-lm", "--folder", str(folder), "--text-tasks", str(tmp_path), "--device", "cpu"]
+    assert main(arguments) == 1
+    assert "'ioi' reads ioi_pairs.csv" in capsys.readouterr().err
 
 
 def test_prepared_data_of_other_sources_is_refused(home, tmp_path):

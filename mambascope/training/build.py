@@ -28,7 +28,7 @@ from mambascope.training.data import (
 from mambascope.training.evaluate import held_out_losses
 from mambascope.training.floor import measure_floor
 from mambascope.training.loop import TrainResult, train
-from mambascope.training.metrics import inside_metrics, state_metrics
+from mambascope.training.metrics import inside_metrics, largest_fall, state_metrics
 from mambascope.training.overlap import WINDOW, shared_windows
 from mambascope.training.recipe import Recipe, TextData
 from mambascope.training.sampler import Batches, TextStream, WindowSampler
@@ -188,6 +188,10 @@ def train_recipe(
         report=report,
         progress=progress,
     )
+    for key in ("induction_second", *(f"loss_{n}" for n in (recipe.task.evaluate_lengths if recipe.task else ()))):
+        fall = largest_fall(result.evaluations, key)
+        if result.finished and fall is not None:
+            report(str(fall))
     return model, result
 
 

@@ -10,7 +10,9 @@
 - ``state_norm_i``: root mean square of every element of layer i's states after a row; a growing state shows here.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,11 +24,37 @@ from mambascope.analyses.induction import induction_score
 from mambascope.analyses.repeats import repeated_tokens, scores
 from mambascope.model import HookedMamba
 
-__all__ = ["inside_metrics", "state_metrics"]
+__all__ = ["Fall", "inside_metrics", "largest_fall", "state_metrics"]
 
 _N = 64
 _ROWS = 8
 _WINDOW = 512
+
+
+@dataclass(frozen=True)
+class Fall:
+    """The largest fall of a metric between two evaluations in a row."""
+
+    key: str
+    steps: tuple[int, int]
+    values: tuple[float, float]
+    share: float  # of the metric's range over training: near 1 where one interval holds all of the change
+
+    def __str__(self) -> str:
+        (a, b), (x, y) = self.steps, self.values
+        where = f"between steps {a:,} and {b:,} ({self.share:.0%} of its range)"
+        return f"largest fall of {self.key}: {x:.4f} to {y:.4f} {where}"
+
+
+def largest_fall(evaluations: Sequence[dict[str, float]], key: str) -> Fall | None:
+    """Where a metric fell most between two evaluations; None with fewer than two, or if it never fell."""
+    points = [(int(row["step"]), row[key]) for row in evaluations if key in row]
+    falls = [(a[1] - b[1], a, b) for a, b in itertools.pairwise(points)]
+    if not falls or (best := max(falls))[0] <= 0:
+        return None
+    fall, (before, x), (after, y) = best
+    values = [value for _, value in points]
+    return Fall(key, (before, after), (x, y), fall / (max(values) - min(values)))
 
 
 def inside_metrics(held: dict[str, np.ndarray]) -> Callable[[nn.Module], dict[str, float]]:

@@ -3,8 +3,13 @@
 import pytest
 import torch
 
+from mambascope.config import MambaConfig
+from mambascope.model import HookedMamba
 from mambascope.training.build import train_recipe
 from mambascope.training.command import recipe_for
+from mambascope.training.loop import train
+from mambascope.training.recipe import TrainSettings
+from mambascope.training.sampler import Batch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
 
@@ -28,3 +33,24 @@ def test_recorded_and_plain_steps_give_the_same_losses(tmp_path):
     assert [row["loss"] for row in resumed.rows] == pytest.approx([row["loss"] for row in b.rows], rel=1e-4)
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
+
+
+def test_a_text_step_in_bf16_is_recorded_too(tmp_path):
+    """All tokens scored, autocast, the chunked head: what a language model's step is made of."""
+
+    def batches(step: int) -> Batch:
+        rows = (torch.randint(50, (4, 1), generator=torch.Generator().manual_seed(step)) + torch.arange(65)) % 50
+        return Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
+
+    losses = {}
+    for graph in (False, True):
+        torch.manual_seed(0)
+        model = HookedMamba(MambaConfig(d_model=64, n_layers=2, d_vocab=50), device="cuda")
+        settings = TrainSettings(
+            steps=24, batch=4, length=64, lr=1e-2, log_every=4, checkpoint_every=24, evaluate_every=24,
+            precision="bf16", cuda_graph=graph,
+        )  # fmt: skip
+        result = train(model, batches, settings, tmp_path / str(graph), recipe={}, report=quiet)
+        losses[graph] = [row["loss"] for row in result.rows]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+    assert losses[True][-1] < losses[True][0] - 0.5

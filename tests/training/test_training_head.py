@@ -10,6 +10,7 @@ from mambascope.model import HookedMamba
 from mambascope.training.feed import Feed
 from mambascope.training.floor import Floor, measure_floor
 from mambascope.training.head import IGNORED, answer_loss, linear_cross_entropy
+from mambascope.training.metrics import largest_fall
 from mambascope.training.sampler import Batch
 
 
@@ -95,6 +96,17 @@ def test_a_feed_gives_the_batches_and_checks_their_ids() -> None:
     with pytest.raises(InputError, match=r"the batch of step 7: tokens\[0, 0\] is 7, outside the vocabulary of 5"):
         feed(7)
     feed.close()
+
+
+def test_the_largest_fall_is_found() -> None:
+    rows = [{"step": step, "x": x} for step, x in ((10, 4.0), (20, 3.9), (30, 1.0), (40, 0.9))]
+    fall = largest_fall([*rows, {"step": 50}], "x")
+    assert fall is not None
+    assert (fall.steps, fall.values) == ((20, 30), (3.9, 1.0))
+    assert str(fall) == "largest fall of x: 3.9000 to 1.0000 between steps 20 and 30 (94% of its range)"
+    assert largest_fall(rows[:1], "x") is None
+    assert largest_fall(rows[::-1], "x") is None
+    assert largest_fall(rows, "y") is None
 
 
 def test_the_floor_counts_products_and_scans() -> None:

@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--model", default="lm-mini-v2")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rows", nargs="+", default=["graph", "eager"], choices=["graph", "eager"])
     parser.add_argument("--profile", action="store_true", help="kernels of a step, by time")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     args = parser.parse_args()
@@ -99,28 +100,26 @@ def main() -> None:
     print(f"gate: largest relative difference of a gradient between the heads {gate(recipe, args.device, source):.1e}")
     dtype = torch.bfloat16 if on_gpu and train.precision == "bf16" else torch.float32
     floor: Floor = measure_floor(build_model(recipe, args.device), train.batch, train.length, dtype=dtype)
-    print(floor)
-    rows = []
+    print(floor, flush=True)
+    print(f"{'step':<24} {'ms':>9} {'tokens/s':>12} {'of the floor':>13} {'peak GB':>8}")
     for name, graph, loss in (
-        ("eager, whole logits", False, whole_logits),
-        ("eager, chunked head", False, answer_loss),
         ("graph, chunked head", True, answer_loss),
+        ("eager, chunked head", False, answer_loss),
+        ("eager, whole logits", False, whole_logits),
     ):
-        if graph and not on_gpu:
+        if (graph and not on_gpu) or name.split(",")[0] not in args.rows + (["eager"] if not on_gpu else []):
             continue
         settings = dataclasses.replace(train, cuda_graph=graph)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         trainer, ms = run(recipe, settings, args.device, source, loss, args.steps)
         peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0
-        rows.append((name, ms, 1e3 * floor.tokens / ms, 1e3 * floor.seconds / ms, peak))
-        if args.profile and on_gpu and loss is answer_loss and not graph:
+        rate, share = 1e3 * floor.tokens / ms, 1e3 * floor.seconds / ms
+        print(f"{name:<24} {ms:>9.2f} {rate:>12,.0f} {share:>13.1%} {peak:>8.1f}", flush=True)
+        if args.profile and graph:
             profile(trainer)
         trainer.feed.close()
         del trainer
-    print(f"{'step':<24} {'ms':>9} {'tokens/s':>12} {'of the floor':>13} {'peak GB':>8}")
-    for name, ms, rate, share, peak in rows:
-        print(f"{name:<24} {ms:>9.2f} {rate:>12,.0f} {share:>13.1%} {peak:>8.1f}")
 
 
 if __name__ == "__main__":

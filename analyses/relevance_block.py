@@ -236,7 +236,7 @@ def _check_links(reading: Reading, block: FrozenBlock) -> None:
         off = ((got - want).abs() > rounding * want.abs().amax().clamp_min(1e-30)).any(-1)
         if bool(off.any()):
             raise CacheError(
-                f"layer {layer}: a hook edited {name} at position {int(off.nonzero()[0])} (or the hooked run continued "
-                "a state), so the block is not the linear map of its input; analyse the run without that hook"
+                f"layer {layer}: a hook edited {name} at position {int(off.nonzero()[0])}, so the block is not the "
+                "linear map of its input; analyse the run without that hook"
             )
     reading.unedited_recurrence(layer, reading.length)

@@ -186,7 +186,7 @@ SITES = [
 def test_edits_are_refused_by_name(random, ids: Tensor, site: str) -> None:
     with random.hooks(fwd_hooks=[(f"blocks.1.{site}[40]", lambda v, hook: v + 0.5 * v.abs().max())]):
         _, cache = random.run_with_cache(ids)
-    with pytest.raises(CacheError, match=rf"layer 1: a hook edited {site} at position 40 "):
+    with pytest.raises(CacheError, match=rf"layer 1: a hook edited {site} at position 40, "):
         token_relevance(random, cache, answer=3)
 
 
@@ -209,6 +209,11 @@ def test_more_edits(random, ids: Tensor) -> None:
         assert found.target.value != token_relevance(random, ids, answer=3).target.value
     found = token_relevance(random, edited("blocks.1.norm.hook_scale[40]"), answer=3)
     assert float(found.defect.max()) < 1e-5
+    with torch.no_grad():
+        _, state = random(ids, return_state=True)
+        with random.hooks(fwd_hooks=[("blocks.1.mixer.hook_delta", lambda v, hook: 1.3 * v)]):
+            _, cache = random.run_with_cache(ids, state=state)  # a hooked run that goes on from a state
+    assert float(token_relevance(random, cache, answer=3).defect.max()) < 1e-5
 
 
 def test_bad_input(random, ids: Tensor) -> None:

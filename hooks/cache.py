@@ -1,5 +1,6 @@
 """MambaCache: everything a forward pass computed, readable; what was not stored is computed on first read."""
 
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -123,6 +124,9 @@ class MambaCache(EffectiveMethods, ShareMethods, ResidualMethods, LensMethods, A
                 name = f"ln_final.hook_{key[0]}" if key[0] in ("scale", "normalized") else f"hook_{key[0]}"
             else:
                 n = self.model.cfg.n_layers
+                if isinstance(layer, bool) or not hasattr(layer, "__index__"):
+                    raise UnknownNameError(f"a layer is an integer, got {layer!r} in {key!r}")
+                layer = operator.index(layer)
                 if not -n <= layer < n:
                     raise UnknownNameError(f"layer {layer} is outside the model's {n} blocks")
                 level = f"{key[2]}." if len(key) == 3 and key[2] else ""
@@ -313,6 +317,15 @@ class MambaCache(EffectiveMethods, ShareMethods, ResidualMethods, LensMethods, A
 
     def _batch_size(self) -> int:
         return self.recording.shape[0]
+
+    def __deepcopy__(self, memo: Any) -> "MambaCache":
+        """A copy of what is stored, with the same model: a copied model's weights would not be those recorded."""
+        return self._with(torch.clone)
+
+    def __reduce__(self) -> Any:
+        raise CacheError(
+            "a cache is not pickled, since it reads from its model: cache.save(path), ms.load_cache(path, model)"
+        )
 
     def _with(self, fn: Callable[[Tensor], Tensor], has_batch_dim: bool | None = None) -> "MambaCache":
         other = MambaCache(

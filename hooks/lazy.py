@@ -74,6 +74,48 @@ class LazyActivation:
 
         return func(*plain(args), **{k: plain(v) for k, v in (kwargs or {}).items()})
 
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("_") and hasattr(Tensor, name):
+            raise AttributeError(
+                f"{self.name} is computed when it is indexed: lazy[:, a:b].{name}, or lazy.full().{name}"
+            )
+        raise AttributeError(name)
+
+    def __add__(self, other: Any) -> Tensor:
+        return self.full() + other
+
+    def __radd__(self, other: Any) -> Tensor:
+        return other + self.full()
+
+    def __sub__(self, other: Any) -> Tensor:
+        return self.full() - other
+
+    def __rsub__(self, other: Any) -> Tensor:
+        return other - self.full()
+
+    def __mul__(self, other: Any) -> Tensor:
+        return self.full() * other
+
+    def __rmul__(self, other: Any) -> Tensor:
+        return other * self.full()
+
+    def __truediv__(self, other: Any) -> Tensor:
+        return self.full() / other
+
+    def __matmul__(self, other: Any) -> Tensor:
+        return self.full() @ other
+
+    def __neg__(self) -> Tensor:
+        return -self.full()
+
+    def __eq__(self, other: object) -> Any:  # entry by entry, as a tensor's
+        return self.full() == (other.full() if isinstance(other, LazyActivation) else other)
+
+    __hash__ = object.__hash__
+
+    def __bool__(self) -> bool:
+        return bool(self.full())  # torch's error where there is more than one entry
+
     def __iter__(self) -> Iterator[Tensor]:
         return (self[i] for i in range(len(self)))
 

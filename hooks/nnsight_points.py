@@ -7,6 +7,7 @@ block asks, so what nobody asks for is computed as in a plain run.
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -277,6 +278,7 @@ class Desk:
         self._served: list[SitePoint] = []
         self._forwards: list[Clock] = []
         self._clock = Clock()
+        self._alone = ExitStack()
         self._leaves: dict[str, int] = {}  # locations of watched projections, and nnsight's counts before this run
 
     # ---- the life of a run
@@ -284,6 +286,7 @@ class Desk:
     def open(self) -> None:
         if self.running:
             raise HookError("this model is being traced already: end that trace first")
+        self._alone.enter_context(self.model.occupancy.hooking())
         self.running, self._forwards = True, []
         # A hook that only reads: it notes what the pass covers, and keeps a long text from being cut into pieces.
         self.model.hook_embed.add_hook(self._begin_forward, is_permanent=True, level=_LEVEL)
@@ -295,6 +298,7 @@ class Desk:
             point.remove_hooks("fwd", including_permanent=True, level=_LEVEL)
             point.demand = None
         self.interleaver.leave()
+        self._alone.close()
         self.running, self._requests, self._served, self._leaves = False, {}, [], {}
 
     def _begin_forward(self, value: Tensor, hook: SitePoint) -> None:

@@ -19,6 +19,10 @@ _FORMAT = "mambascope/1"
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write a file so that a reader sees the old content or the new one, never a part."""
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as out:

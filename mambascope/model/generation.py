@@ -52,7 +52,7 @@ def _draw(logits: Tensor, sampler: Sampler, generator: torch.Generator | None) -
     probabilities first and so waits.
     """
     if sampler.temperature == 0:
-        return logits.argmax(-1), torch.ones((), dtype=torch.bool, device=logits.device)
+        return logits.argmax(-1), ~logits.amax(-1).isnan().any()
     scores = logits.float() / sampler.temperature
     if sampler.top_k is not None and sampler.top_k < scores.shape[-1]:
         least = scores.topk(sampler.top_k, -1).values[:, -1:]

@@ -1,7 +1,7 @@
 """Hooks by site, and caching: TransformerLens' methods, strict where they would be silent."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, cast
 
 from torch import Tensor
@@ -11,6 +11,7 @@ from mambascope.errors import HookError, InputError
 from mambascope.hooks.cache import CacheRecorder, MambaCache, select_names
 from mambascope.hooks.interventions.base import Intervention, expand, unfired
 from mambascope.hooks.model_protocol import Scope
+from mambascope.hooks.occupancy import Occupancy
 from mambascope.hooks.points import hook_names, resolve_name
 from mambascope.hooks.sites import Site, SitePoint, parse_site
 from mambascope.hooks.transformer_lens_bridge import caching_hooks
@@ -20,6 +21,8 @@ __all__ = ["HookMethods"]
 
 class HookMethods(HookedRootModule):
     """The base of HookedMamba that knows hooks but not the model."""
+
+    occupancy: Occupancy
 
     def add_hook(  # type: ignore[override]
         self,
@@ -31,6 +34,7 @@ class HookMethods(HookedRootModule):
         prepend: bool = False,
     ) -> None:
         """Add a hook at a site, or at every hook point whose name a function accepts (one at least)."""
+        self.occupancy.check()
         for point, index in self._points_for(name):
             self.check_hooks_to_add(point, str(point.name), hook, dir, is_permanent, prepend)
             point.add_hook(hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend, index=index)
@@ -98,7 +102,8 @@ class HookMethods(HookedRootModule):
     ) -> Iterator["HookMethods"]:
         """Hooks ``[(site, fn), …]`` for as long as the context lasts; interventions may stand among them."""
         pairs = expand(fwd_hooks, cast(Any, self))
-        with super().hooks(pairs, bwd_hooks, reset_hooks_end, clear_contexts):
+        alone = self.occupancy.hooking() if pairs or bwd_hooks else nullcontext()
+        with alone, super().hooks(pairs, bwd_hooks, reset_hooks_end, clear_contexts):
             yield self
 
     @contextmanager

@@ -51,6 +51,10 @@ def prepare(
     model: "HookedMamba", value: Any, prepend_bos: bool | None = None, attention_mask: Tensor | None = None
 ) -> Prepared:
     """Text, a list of texts or ids -> tokens ``B L``; ragged texts are padded on the right."""
+    if isinstance(value, (bytes, bytearray)):
+        raise InputError("text is str, got bytes: decode them first")
+    if isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value):  # type: ignore[attr-defined]
+        raise InputError("torch.vmap over a model: it takes a batch itself, so give ids (B, L)")
     if isinstance(value, str) or (isinstance(value, Sequence) and value and all(isinstance(v, str) for v in value)):
         if attention_mask is not None:
             raise InputError("attention_mask goes with token ids; for text the padding is known")

@@ -3,7 +3,7 @@
 import hashlib
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from mambascope import ops
 from mambascope.config import MambaConfig
-from mambascope.errors import BackendError, InputError, StateError
+from mambascope.errors import BackendError, ConfigError, InputError, StateError
+from mambascope.hooks.occupancy import Occupancy
 from mambascope.hooks.run import EditDone, PathTaken, Recorder, Run
 from mambascope.hooks.sites import Clock, Padding, SitePoint
 from mambascope.model.block import Block
@@ -47,6 +48,8 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         dtype: torch.dtype | None = None,
         backend: ops.Backend = "auto",
     ) -> None:
+        if not isinstance(cfg, MambaConfig):
+            raise ConfigError(f"HookedMamba takes a MambaConfig, got {type(cfg).__name__}; ms.load(…) takes names")
         super().__init__()
         self._cfg = cfg
         self.tokenizer = tokenizer
@@ -61,6 +64,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         self.model_id = uuid.uuid4().hex
         self._hash: tuple[tuple[Any, ...], str] | None = None
         self._clock = Clock()
+        self.occupancy = Occupancy()
         self._edits: list[EditDone] = []
         self.graphs = Graphs()
         self.setup()
@@ -120,6 +124,20 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
             total = total if bias is None else total + bias
         return total
 
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As in torch; tied embeddings stay tied, and two that differ are refused where the model has but one."""
+        embed, unembed = state_dict.get("embed.weight"), state_dict.get("unembed.weight")
+        tied = self.cfg.tie_embeddings
+        if tied and embed is not None and unembed is not None and not torch.equal(embed, unembed.to(embed.device)):
+            raise ConfigError(
+                "embed.weight and unembed.weight differ, and this model has one for both; make it with "
+                "tie_embeddings=False"
+            )
+        result = super().load_state_dict(state_dict, strict, assign)
+        if tied:
+            self.unembed.weight = self.embed.weight
+        return result
+
     def weight_hash(self) -> str:
         """SHA-256 over all parameters' names, shapes, dtypes and bytes; kept until a weight changes."""
         key = tuple((name, p.data_ptr(), p._version) for name, p in self.named_parameters())
@@ -175,7 +193,9 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         if state is not None:
             self.check_state(state, entry.batch)
         run = self._new_run(entry, state, recorder)
-        with self._clock_at(entry, state):  # a hook may call the model again: that pass has its own clock
+        compiling = torch.compiler.is_compiling()
+        alone = nullcontext() if compiling else self.occupancy.running(self.hook_dict.values())
+        with alone, self._clock_at(entry, state):  # a hook may call the model again: that pass has its own clock
             return self._forward(
                 entry, run, state, first, last, return_type, loss_per_token, logits_to_keep, stop_at_layer, return_state
             )

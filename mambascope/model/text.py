@@ -63,6 +63,10 @@ class TextMethods:
         """
         if padding_side not in ("left", "right"):
             raise InputError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
+        if not isinstance(input, str) and not (
+            isinstance(input, (list, tuple)) and input and all(isinstance(t, str) for t in input)
+        ):
+            raise InputError(f"to_tokens takes a text or a list of texts, got {type(input).__name__}")
         rows, _ = self.encode_texts([input] if isinstance(input, str) else list(input), prepend_bos)
         width = max(len(row) for row in rows)
         fill = [[self.pad_token_id] * (width - len(row)) for row in rows]
@@ -108,5 +112,6 @@ class TextMethods:
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)
         ids = torch.as_tensor(tokens, device=self.device)
+        check_ids(ids.reshape(1, -1), self.cfg.n_tokens)
         directions = self.W_U.T[ids]  # … M
         return directions.reshape(-1) if ids.numel() == 1 else directions

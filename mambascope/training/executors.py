@@ -29,15 +29,19 @@ def local_processes(workers: int = 1) -> Executor:
         raise InputError(f"workers must be an integer ≥ 1, got {workers!r}")
 
     def run(jobs: list[Job], retries: int, report: Callable[[str], None]) -> None:
-        waiting, running = deque(jobs), dict[subprocess.Popen[bytes], Job]()
+        waiting, running = deque(jobs), dict[subprocess.Popen[bytes], tuple[Job, int]]()
+        gpus = _gpus() if any(job.run["device"] == "cuda" for job in jobs) else []
+        slots = list(range(workers))
         try:
             while waiting or running:
                 while waiting and len(running) < workers:
                     job = waiting.popleft()
                     job.attempts += 1
-                    running[_start(job)] = job
+                    slot = slots.pop(0)
+                    running[_start(job, gpus[slot % len(gpus)] if gpus else None)] = job, slot
                 for process in [p for p in running if p.poll() is not None]:
-                    job = running.pop(process)
+                    job, slot = running.pop(process)
+                    slots.append(slot)
                     job.error = "" if _finished(job) else f"{_ending(process.returncode)}: {_last_line(job)}"
                     if not _settle(job, retries, report):
                         waiting.append(job)
@@ -51,8 +55,18 @@ def local_processes(workers: int = 1) -> Executor:
     return run
 
 
-def _start(job: Job) -> "subprocess.Popen[bytes]":
+def _gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",") if named else [str(i) for i in range(torch.cuda.device_count())]
+
+
+def _start(job: Job, gpu: str | None = None) -> "subprocess.Popen[bytes]":
     environment = {**os.environ, "OMP_NUM_THREADS": str(job.run["threads"])}
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     # the package as it is imported here, installed or not
     root = str(Path(__file__).resolve().parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)

@@ -45,7 +45,8 @@ class StepGraph:
             return loss.clone(), norm.clone()
         if self._graph is None or self._results is None:
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # thread_local: the thread that makes the next batch may allocate page-locked memory meanwhile
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._results = self._step(self._batch)
         self._graph.replay()
         loss, norm = self._results

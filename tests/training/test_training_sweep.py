@@ -9,11 +9,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from mambascope.errors import BackendError, ConfigError, InputError, LoadError, UnknownNameError
+from mambascope.training import executors
 from mambascope.training.command import main
 from mambascope.training.executors import local_processes, ray_cluster
 from mambascope.training.files import only_writer
@@ -190,6 +192,23 @@ def test_a_killed_worker_is_tried_again_and_ends_where_an_undisturbed_one_does(f
     assert found is not None
     straight = run_one(tmp_path / "here", json.loads((victim / "run.json").read_text()), quiet)
     assert (found["loss"], found["evaluation"]) == (straight["loss"], straight["evaluation"]), "to the bit"
+
+
+def test_runs_take_turns_over_the_gpus(monkeypatch, tmp_path) -> None:
+    seen = []
+
+    def started(job: Job, gpu: str | None) -> object:
+        seen.append((job.name, gpu))
+        (job.folder / "result.json").touch()
+        return SimpleNamespace(poll=lambda: 0, returncode=0)
+
+    monkeypatch.setattr(executors, "_start", started)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    jobs = [Job(name, tmp_path / name, {"device": "cuda"}) for name in "abcd"]
+    for job in jobs:
+        job.folder.mkdir()
+    local_processes(4)(jobs, 0, quiet)
+    assert seen == [("a", "3"), ("b", "5"), ("c", "3"), ("d", "5")]
 
 
 def test_bad_numbers(file, tmp_path) -> None:

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -197,10 +196,16 @@ def test_a_killed_worker_is_tried_again_and_ends_where_an_undisturbed_one_does(f
 def test_runs_take_turns_over_the_gpus(monkeypatch, tmp_path) -> None:
     seen = []
 
-    def started(job: Job, gpu: str | None) -> object:
+    class Done:
+        returncode = 0
+
+        def poll(self) -> int:
+            return 0
+
+    def started(job: Job, gpu: str | None) -> Done:
         seen.append((job.name, gpu))
         (job.folder / "result.json").touch()
-        return SimpleNamespace(poll=lambda: 0, returncode=0)
+        return Done()
 
     monkeypatch.setattr(executors, "_start", started)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")

@@ -171,11 +171,16 @@ def evaluate_text_tasks(
     for name in TEXT_TASKS if names is None else names:
         task = load_text_task(name, sets, model, single_tokens=single_tokens)
         row = task.score(model).row()
-        rows.append(row)
         dropped = "".join(f"; {count:,} dropped: {reason}" for reason, count in task.dropped.items())
+        kept = f"{row['kept']:,} of {row['given']:,} kept{dropped}"
+        if not row["kept"]:  # nothing was measured: no number, and no NaN, which JSON does not have
+            rows.append({key: value if key in ("task", "given", "kept") else "" for key, value in row.items()})
+            report(f"{name:<14} {kept}")
+            continue
+        rows.append(row)
         report(
             f"{name:<14} accuracy {row['accuracy']:.4f} ({row['at least']:.4f} … {row['at most']:.4f}), "
-            f"chance {row['chance']:.4f}; {row['kept']:,} of {row['given']:,} kept{dropped}"
+            f"chance {row['chance']:.4f}; {kept}"
         )
     flag = "" if single_tokens else " --long-answers"
     command = f"python -m mambascope.zoo evaluate {Path(folder).name} --text-tasks …{flag}"

@@ -132,11 +132,14 @@ def test_text_tasks_go_into_the_card(home, tmp_path, capsys):
     for name in ("simple", "nounpp", "within_rc"):
         line = {"clean_prefix": "the fox", "clean_answer": " jumps", "patch_answer": " dog"}
         (tmp_path / f"sva_{name}.json").write_text(f"{json.dumps(line)}\n{json.dumps(line | {'clean_answer': ' q'})}\n")
-    chosen = ["sva_simple", "sva_nounpp"]
+    (tmp_path / "known_1000.json").write_text('[{"prompt": "the fox", "attribute": "qqq"}]')
+    chosen = ["sva_simple", "sva_nounpp", "known_facts"]
     evaluate_text_tasks(folder, tmp_path, names=chosen, device="cpu")
     assert "1 of 2 kept; 1 dropped: an answer is more than one token" in capsys.readouterr().out
     rows = read_card(folder)["evaluations"]["Text tasks, answers single tokens"]["rows"]
-    assert [(row["task"], row["given"], row["kept"]) for row in rows] == [(name, 2, 1) for name in chosen]
+    found = [(row["task"], row["given"], row["kept"]) for row in rows]
+    assert found == [("sva_simple", 2, 1), ("sva_nounpp", 2, 1), ("known_facts", 1, 0)]
+    assert rows[2]["accuracy"] == ""
     evaluate_text_tasks(folder, tmp_path, names=chosen, single_tokens=False, device="cpu", write=False, report=quiet)
     arguments = ["evaluate", "tiny-lm", "--folder", str(folder), "--text-tasks", str(tmp_path), "--device", "cpu"]
     assert main(arguments) == 1

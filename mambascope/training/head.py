@@ -4,8 +4,8 @@ For a batch of R scored rows x (``R M``, the normalised residual) and the unembe
 
     loss = -1/n sum over scored r of log softmax(W x_r)[target_r]
 
-1. Rows are taken in chunks. Logits of a chunk are one matrix product; log softmax in float32.
-2. Their gradient, (softmax - one-hot) / n, is known at once, so both products of the backward pass are made in the
+1. Rows are taken in chunks. Logits of a chunk are one matrix product; log softmax in float32 (float64 for float64 x).
+2. Their gradient, softmax - one-hot, up to 1 / n, is known at once, so both products of the backward pass are made in the
    same visit: the chunk's share of dx, and its share of dW, summed in float32.
 3. Backward only scales what is there. Three products a chunk, nothing recomputed, memory one chunk; nothing waits for
    the host, so the step can be recorded as a CUDA graph.
@@ -72,23 +72,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         with torch.autocast(x.device.type, enabled=False):
             w = weight.to(dtype)  # V M
-            scored = targets != IGNORED
-            scale = scored.float() / scored.sum()  # R
-            goal = targets.clamp_min(0)
+            scored = (targets != IGNORED)[:, None]  # R 1
+            share = 1 / scored.sum()  # of a scored row in the mean
+            goal = targets.clamp_min(0)[:, None]
+            wide = torch.promote_types(dtype, torch.float32)
             dx = torch.empty_like(x) if needs else None
-            dw = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if needs else None
-            loss = torch.zeros((), dtype=torch.float32, device=x.device)
+            dw = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs else None
+            loss = torch.zeros((), dtype=wide, device=x.device)
             for a in range(0, x.shape[0], rows):
-                part, at, share = x[a : a + rows].to(dtype), goal[a : a + rows, None], scale[a : a + rows, None]
-                logp = torch.log_softmax((part @ w.t()).float(), -1)  # rows V
-                loss -= (logp.gather(1, at) * share).sum()
+                part, at, counts = x[a : a + rows].to(dtype), goal[a : a + rows], scored[a : a + rows]
+                logp = torch.log_softmax(part @ w.t(), -1, dtype=wide)  # rows V
+                right = logp.gather(1, at)
+                loss -= (right * counts).sum()
                 if dx is None or dw is None:
                     continue
-                logp.exp_().scatter_add_(1, at, torch.full_like(share, -1.0))  # softmax - one-hot
-                gradient = torch.empty(logp.shape, dtype=dtype, device=logp.device)
-                torch.mul(logp, share, out=gradient)
-                dx[a : a + rows] = gradient @ w
-                dw += gradient.t() @ part
+                # softmax - one-hot, rounded once: expm1 where the target stands
+                gradient = torch.exp(logp, out=torch.empty(logp.shape, dtype=dtype, device=logp.device))
+                gradient.scatter_(1, at, right.expm1().to(dtype))
+                dx[a : a + rows] = (gradient @ w) * (counts * share)
+                dw += gradient.t() @ (part * counts)
+            loss *= share
+            if dw is not None:
+                dw *= share
         if dx is not None and dw is not None:
             ctx.save_for_backward(dx, dw.to(weight.dtype))
         return loss

@@ -5,8 +5,8 @@ For a batch of R scored rows x (``R M``, the normalised residual) and the unembe
     loss = -1/n sum over scored r of log softmax(W x_r)[target_r]
 
 1. Rows are taken in chunks. Logits of a chunk are one matrix product; log softmax in float32 (float64 for float64 x).
-2. Their gradient, softmax - one-hot, up to 1 / n, is known at once, so both products of the backward pass are made in the
-   same visit: the chunk's share of dx, and its share of dW, summed in float32.
+2. Their gradient, softmax - one-hot, up to 1 / n, is known at once, so both products of the backward pass are made in
+   the same visit: the chunk's share of dx, and its share of dW, summed in float32.
 3. Backward only scales what is there. Three products a chunk, nothing recomputed, memory one chunk; nothing waits for
    the host, so the step can be recorded as a CUDA graph.
 """

@@ -11,6 +11,7 @@ from torch import Tensor
 from mambascope.ops.maps.problem import REDUCTIONS, Problem, Reduction
 from mambascope.ops.maps.triton_kernels import (
     between_kernel,
+    block_kernel,
     diagonal_kernel,
     finish_kernel,
     line_kernel,
@@ -185,12 +186,17 @@ def _fill_near(call: _Call, near: Tensor, first: int) -> None:
     begin, end = first * T, min((first + tiles) * T, length)
     blocks = -(-(end - begin) // _BLOCK)
     programs = blocks * -(-channels // share) * batch
-    read = p.read if p.read is None else dense(p.read)
-    tensors = (call.delta, call.written, read, call.A2, call.B, call.C, call.taps, near)
-    rows = strides(call.delta, call.written, read, call.B, call.C)
     sizes = (length, channels, blocks, share, near.stride(0), near.stride(1), first)
-    own = {"N": p.A.shape[1], "REACH": p.reach, "REDUCE": call.reduce, "HAS_READ": read is not None, "WHOLE": T}
-    launch(diagonal_kernel, programs, near.device, *tensors, *rows, *sizes, **own, BD=plan.lanes, num_warps=4)
+    own = {"N": p.A.shape[1], "REDUCE": call.reduce, "HAS_READ": p.read is not None, "WHOLE": T, "num_warps": 4}
+    if p.reach == 0 and p.A.shape[1] <= 16:
+        tensors = (call.delta, call.write, call.read, call.A2, call.B, call.C, near)
+        launch(block_kernel, programs, near.device, *tensors, *strides(call.delta, call.B, call.C), *sizes, **own)
+    else:
+        read = p.read if p.read is None else dense(p.read)
+        tensors = (call.delta, call.written, read, call.A2, call.B, call.C, call.taps, near)
+        rows = strides(call.delta, call.written, read, call.B, call.C)
+        own = {"N": own.pop("N"), "REACH": p.reach} | own | {"BD": plan.lanes}
+        launch(diagonal_kernel, programs, near.device, *tensors, *rows, *sizes, **own)
     for size in call.sizes()[:-1]:
         low, high = begin // (2 * size), -(-end // (2 * size))
         half = torch.arange(low, min(high, call.tiles(size) // 2), device=near.device, dtype=torch.int32)

@@ -24,6 +24,7 @@ from mambascope.ops.scan.triton_math import steps
 
 __all__ = [
     "between_kernel",
+    "block_kernel",
     "diagonal_kernel",
     "finish_kernel",
     "line_kernel",
@@ -61,6 +62,28 @@ def _both(x, y, REDUCE: tl.constexpr):
 @triton.jit
 def _larger(x, y):
     return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _high(x):
+    """The part of a float32 that a TF32 product reads exactly."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def product(P, Q, acc, PRECISION: tl.constexpr):
+    """acc + P Qᵀ to float32: in three TF32 products (what is left out is 2^-22 of it), or on the FMA units.
+
+    The compiler's own "tf32x3" also looks for NaN in every product, which costs as much as the rest; here one only
+    spreads to where it belongs.
+    """
+    if PRECISION == "ieee":
+        return tl.dot(P, tl.trans(Q), acc, input_precision="ieee")
+    p = _high(P)
+    q = _high(Q)
+    acc = tl.dot(P - p, tl.trans(q), acc, input_precision="tf32")
+    acc = tl.dot(p, tl.trans(Q - q), acc, input_precision="tf32")
+    return tl.dot(p, tl.trans(q), acc, input_precision="tf32")
 
 
 @triton.jit(do_not_specialize=["L", "D", "n_tiles"])
@@ -174,9 +197,9 @@ def pair_kernel(
             else:
                 Q = Q + grown
         if REDUCE == SIGNED:
-            acc = tl.dot(P, tl.trans(Q), acc, input_precision=PRECISION)
+            acc = product(P, Q, acc, PRECISION)
         else:
-            acc = joined(acc, tl.dot(P, tl.trans(Q), input_precision=PRECISION), REDUCE)
+            acc = joined(acc, product(P, Q, tl.zeros([T, T], tl.float32), PRECISION), REDUCE)
     if WHOLE == 0:
         base = out + part * out_split + row * out_batch
         cell = base + (t - row0).to(tl.int64)[:, None] * out_row + (s - col0)[None, :]
@@ -187,6 +210,54 @@ def pair_kernel(
         cell = base + (t - m * WHOLE)[:, None] * WHOLE + (s - m * WHOLE)[None, :]
         wanted = (k >= 0)[:, None] & (k >= 0)[None, :]
     tl.store(cell, acc, mask=wanted)
+
+
+@triton.jit(do_not_specialize=["L", "D", "n_blocks", "share", "out_split", "out_batch", "tile0"])
+def block_kernel(
+    delta, write, read, A2, B, C, out, delta_b, delta_l, B_b, B_l, C_b, C_l,
+    L, D, n_blocks, share, out_split, out_batch, tile0,
+    N: tl.constexpr, REDUCE: tl.constexpr, HAS_READ: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Blocks of 16 x 16 steps without a convolution, every exponential of them: delta between s and t is summed for
+    each pair by itself. Grid: blocks × shares of channels × rows; out as in `pair_kernel` near the diagonal."""
+    pid = tl.program_id(0)
+    shares = tl.cdiv(D, share)
+    block = pid % n_blocks
+    part = (pid // n_blocks) % shares
+    row = (pid // (n_blocks * shares)).to(tl.int64)
+    start = tile0 * WHOLE + block * BLOCK
+    k = tl.arange(0, BLOCK)
+    t = start + k
+    inside = t < L
+    cells = t.to(tl.int64)
+    kept = k[None, :] <= k[:, None]
+    both = ()
+    for n in tl.static_range(N):
+        c = tl.load(C + row * C_b + cells * C_l + n, mask=inside, other=0.0).to(tl.float32)
+        b = tl.load(B + row * B_b + cells * B_l + n, mask=inside, other=0.0).to(tl.float32)
+        both = both + (tl.where(kept, c[:, None] * b[None, :], 0.0),)
+    between = ()  # all ones where step j lies in (s, t]
+    for j in tl.static_range(1, BLOCK):
+        between = between + (tl.where((k[None, :] < j) & (k[:, None] >= j), -1, 0).to(tl.int32),)
+    acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    first = part * share
+    last = tl.minimum(first + share, D)
+    for d in steps(first, last):
+        S = tl.zeros([BLOCK, BLOCK], tl.float32)
+        for j in tl.static_range(1, BLOCK):
+            at = tl.minimum(start + j, L - 1).to(tl.int64)
+            step = tl.load(delta + row * delta_b + at * delta_l + d)
+            S += (step.to(tl.int32, bitcast=True) & between[j - 1]).to(tl.float32, bitcast=True)
+        value = tl.zeros([BLOCK, BLOCK], tl.float32)
+        for n in tl.static_range(N):
+            value = tl.fma(tl.exp2(tl.load(A2 + d * N + n) * S), both[n], value)
+        value = value * tl.load(write + (row * D + d) * L + t, mask=inside, other=0.0)[None, :]
+        if HAS_READ:
+            value = value * tl.load(read + (row * D + d) * L + t, mask=inside, other=0.0)[:, None]
+        acc = joined(acc, value, REDUCE)
+    m = start // WHOLE
+    base = out + part * out_split + row * out_batch + (m - tile0).to(tl.int64) * (WHOLE * WHOLE)
+    tl.store(base + (t - m * WHOLE)[:, None] * WHOLE + (t - m * WHOLE)[None, :], acc)
 
 
 @triton.jit(do_not_specialize=["L", "D", "n_blocks", "share", "out_split", "out_batch", "tile0"])

@@ -38,7 +38,7 @@ __all__ = ["AttentionView", "EffectiveKernel", "EffectiveMethods"]
 Channels = Any
 """None (all), a list or LongTensor of channel numbers, or a slice."""
 
-_STRIP = 1 << 26  # bytes of one strip
+_STRIP = 1 << 28  # bytes of one strip
 
 
 @dataclass(frozen=True)
@@ -263,8 +263,8 @@ class AttentionView:
         cache = self._cache
         batch, length = cache.recording.shape
         wanted, sources = window(rows, length, "rows"), window(cols, length, "cols")
-        size = len(wanted) * len(sources)
-        need = 2 * batch * size * torch.empty((), dtype=cache.compute_dtype).element_size()
+        values = 2 * len(wanted) * len(sources) + 4 * length * cache.model.cfg.d_inner  # the map twice, sums of delta
+        need = batch * values * torch.empty((), dtype=cache.compute_dtype).element_size()
         way_out = (
             "take a window of it, hidden_attention(layer, rows=slice(a, b), cols=slice(c, d)), or go through it with "
             "attention_view(layer).strips()"
@@ -304,7 +304,7 @@ class AttentionView:
         )  # fmt: skip
 
     def strips(self, height: int | None = None) -> Iterator[tuple[range, Tensor]]:
-        """Row strips from the top, each with its positions: ``(range, B T S)``, a strip of 64 MB at a time."""
+        """Row strips from the top, each with its positions: ``(range, B T S)``, a strip of 256 MB at a time."""
         batch, length = self._cache.recording.shape
         if height is None:
             height = max(1, _STRIP // (4 * batch * length) // 128 * 128 or 1)

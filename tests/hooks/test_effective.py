@@ -335,7 +335,7 @@ def test_a_map_that_cannot_fit_says_so_first(tokens: Tensor, monkeypatch: pytest
     cache = cached(make_model(), tokens)
     monkeypatch.setattr("mambascope.memory.available_bytes", lambda device: 10_000_000)
     cache.recording.shape = (2, 5000)  # a text whose map takes 400 MB
-    with pytest.raises(InputError, match=r"5,000 x 5,000 tokens would take 400.0 MB .* 10.0 MB .* rows=slice\(a, b\)"):
+    with pytest.raises(InputError, match=r"5,000 x 5,000 tokens would take 407.7 MB .* 10.0 MB .* rows=slice\(a, b\)"):
         cache.hidden_attention(0)
 
 

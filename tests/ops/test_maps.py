@@ -156,6 +156,32 @@ def test_lines_do_not_depend_on_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert close(pieces[1], whole[1], 1e-6)
 
 
+def test_the_cpu_kernels_give_one_result_on_any_threads_and_strides() -> None:
+    x = maps_inputs(300, 5, D=21, scale=0.05, batch=2)
+    low = torch.randn(2, 300, 13, generator=torch.Generator().manual_seed(4))
+    x |= {"B": low[..., 3:8], "C": low[..., 8:]}  # slices of one product, as in the model
+    wide = {name: torch.cat([x[name], x[name]], -1)[..., :21] for name in ("delta", "gain", "read")}
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for given in (x, {**x, **wide}):
+                row = ops.kernel_row(**given, query=-1, backend="cpu").weights
+                found.append((ops.kernel_map(**given, backend="cpu"), row))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for pair in found[1:] for a, b in zip(pair, found[0], strict=True))
+    assert close(found[0][0], ops.kernel_map(**x, backend="torch"))
+
+
+def test_autocast_changes_nothing() -> None:
+    x = maps_inputs(80, 5)
+    for backend in ("torch", "cpu"):
+        plain = ops.kernel_map(**x, backend=backend)  # type: ignore[arg-type]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(ops.kernel_map(**x, backend=backend), plain)  # type: ignore[arg-type]
+
+
 def test_bad_input_is_named() -> None:
     x = maps_inputs(20, 4)
     with pytest.raises(InputError, match="reduction 'means_abs' is unknown, did you mean 'mean_abs'"):

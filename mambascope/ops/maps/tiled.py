@@ -39,7 +39,8 @@ def kernel_map(p: Problem, reduce: Reduction, rows: range, cols: range, tile: in
             here = slice(first, min(first + tile, rows.stop))
             since = p.delta[:, here].cumsum(1)  # B T D, over [first, t]
             P = torch.exp(since[..., None] * p.A).mul_(p.C[:, here, None, :])  # B T D N
-            alpha = torch.einsum("btdn,bsdn->btsd", P, H)
+            with torch.autocast(P.device.type, enabled=False):
+                alpha = torch.einsum("btdn,bsdn->btsd", P, H)
             place[:, here.start - rows.start : here.stop - rows.start] = _seen(p, alpha, here, reduce)
             H = H * _decay(since[:, -1], p.A)
             if not bool(H.any()):  # all later weights are exactly 0

@@ -26,6 +26,16 @@ def test_the_python_examples_run_in_order() -> None:
     assert not torch.equal(names["forgetful"], names["logits"])  # type: ignore[arg-type]
 
 
+def test_the_path_shown_is_the_path_taken() -> None:
+    shown = re.search(r"explain_path\(\)\[3\]\)\s+# (PathTaken\(.*?), …\)", README)
+    assert shown is not None
+    import mambascope as ms
+
+    model = ms.load("lm-mini", backend="cpu")
+    model.run_with_hooks("The river ran down to the sea", fwd_hooks=[("h3[5]", lambda h, hook: h * 0)])
+    assert str(model.explain_path()[3]).startswith(shown[1])
+
+
 def test_every_hook_point_is_in_the_table() -> None:
     for spec in HOOK_POINTS:
         assert spec.name in README, spec.name

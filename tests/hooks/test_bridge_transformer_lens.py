@@ -1,5 +1,8 @@
 """TransformerLens' own functions on our model, row by row of docs/bridges.md; and what SAE tools call."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -74,6 +77,31 @@ def test_caching_hooks_of_a_padded_batch_hold_what_the_cache_shows(backend: str,
         model.run_with_hooks(alone, return_type="loss", fwd_hooks=forward, bwd_hooks=backward).backward()
     weight = (alone.shape[1] - 1) / (int(mask.sum()) - 3)  # the batch's loss is a mean over more tokens
     assert error(grad[1][mask[1] == 1], weight * single["blocks.1.mixer.hook_h_grad"][0]) < 1e-4
+
+
+READS = {
+    "accumulated_resid": lambda c: c.accumulated_resid(apply_ln=True),
+    "decompose_resid": lambda c: c.decompose_resid(apply_ln=True),
+    "channels": lambda c: c.get_full_resid_decomposition(expand_neurons=True, apply_ln=True),
+    "stack_neuron_results": lambda c: c.stack_neuron_results(-1, incl_remainder=True, apply_ln=True),
+    "get_neuron_results": lambda c: c.get_neuron_results(1),
+    "states": lambda c: c.compute_ssm_state(),
+    "state": lambda c: c.compute_ssm_state(1, 2),
+    "effective attention": lambda c: c.compute_ssm_effective_attention(),
+    "logit_lens": lambda c: c.logit_lens(positions=None).values,
+    "logit_attrs": lambda c: c.logit_attrs(c.decompose_resid(), 5, has_batch_dim=c.has_batch_dim),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_helpers_give_the_same_without_a_batch_axis(read: Callable[[Any], Tensor]) -> None:
+    model = make_model(backend="cpu", n_layers=2, proj_bias=True)
+    tokens = torch.randint(0, 50, (1, 6), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        batch = read(model.run_with_cache(tokens)[1])
+        alone = read(model.run_with_cache(tokens, remove_batch_dim=True)[1])
+    assert batch.ndim == alone.ndim + 1
+    assert torch.equal(batch.reshape(alone.shape), alone)
 
 
 def test_caching_hooks_say_what_they_cannot_find_or_hold(monkeypatch: pytest.MonkeyPatch) -> None:

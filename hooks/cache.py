@@ -43,6 +43,9 @@ class _Replay:
     def begin_block(self, *_: Any) -> None:
         """Part of the Recorder protocol; there is only one block."""
 
+    def only_inputs(self) -> bool:
+        return False
+
     def wants(self, name: str) -> bool:
         return tail_of(name)[1] not in LAZY
 

@@ -1,6 +1,7 @@
 """The one table of hook points: name, shape, dtype, meaning. Code, docs and errors draw from it."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from mambascope.errors import UnknownNameError, nearest
@@ -87,6 +88,7 @@ def hook_names(n_layers: int) -> list[str]:
     return names + [spec.name for spec in HOOK_POINTS[last + 1 :]]
 
 
+@lru_cache(1 << 14)
 def tail_of(name: str) -> tuple[int | None, str]:
     """``("blocks.3.mixer.hook_h")`` -> ``(3, "mixer.hook_h")``; a model-level name gives ``(None, name)``."""
     if name.startswith("blocks."):
@@ -95,6 +97,7 @@ def tail_of(name: str) -> tuple[int | None, str]:
     return None, name
 
 
+@lru_cache(1 << 14)
 def spec_of(name: str) -> HookSpec:
     """The table's row for a full name."""
     _, tail = tail_of(name)

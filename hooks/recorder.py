@@ -188,6 +188,7 @@ class CacheRecorder:
         self._spelled_out = spelled_out  # every name was given by hand, so each must be reached
         self._lazy_layers = {tail_of(n)[0] for n in names if tail_of(n)[1] in LAZY}
         self._wanted: set[str] = set() if everything and not eager else {n for n in names if tail_of(n)[1] not in LAZY}
+        self._only_inputs = everything and not eager
         self._visible = set(names)
         self.boundaries: int | None = BOUNDARY if self._lazy_layers else None
         self._recording: Recording | None = None
@@ -224,8 +225,11 @@ class CacheRecorder:
         what = f"storing {len(names)} activations" + (f" and the inputs of {layers} blocks" if layers else "")
         require_bytes(need, self._model.device, what, way_out, CacheError)
 
-    def begin_block(self, layer: int, resid: Tensor, state: Any) -> None:
-        edited = _hooked(self._model.blocks[layer])
+    def only_inputs(self) -> bool:
+        return self._only_inputs
+
+    def begin_block(self, layer: int, resid: Tensor, state: Any, plain: bool = False) -> None:
+        edited = not plain and _hooked(self._model.blocks[layer])
         record = BlockRecord(layer, edited=edited)
         self.recording.blocks[layer] = record
         if edited:

@@ -85,8 +85,12 @@ class Recorder(Protocol):
         """A forward pass starts."""
         ...
 
-    def begin_block(self, layer: int, resid: Tensor, state: Any) -> None:
-        """A block starts, from this residual stream ``B L M`` and mixer state (or None)."""
+    def begin_block(self, layer: int, resid: Tensor, state: Any, plain: bool = False) -> None:
+        """A block starts, from this residual stream ``B L M`` and mixer state (or None); ``plain``: without hooks."""
+        ...
+
+    def only_inputs(self) -> bool:
+        """Whether of the blocks nothing is wanted but their inputs, their states, and what leaves the last one."""
         ...
 
     def wants(self, name: str) -> bool:
@@ -106,7 +110,8 @@ class Recorder(Protocol):
 class Run:
     """The context of one forward pass.
 
-    ``hooks=False`` while a block is replayed for a lazy read: the user's hooks must not fire again.
+    ``hooks=False`` while a block is replayed for a lazy read: the user's hooks must not fire again. ``quiet``: nobody
+    looks into the blocks, so they may run without their hook points.
     """
 
     backend: Backend
@@ -116,6 +121,7 @@ class Run:
     recorder: Recorder | None = None
     padding: Padding | None = None
     needs_grad: bool = False
+    quiet: bool = False
 
     def exposes(self, point: SitePoint) -> bool:
         """Whether the value at ``point`` must exist as a tensor."""

@@ -28,6 +28,7 @@ from mambascope.model import recording
 from mambascope.model.block import Block
 from mambascope.model.decode import Decoder, Generation, fill, why_no_decoder
 from mambascope.model.state import MambaState, State
+from mambascope.model.straight import add_and_norm, through
 from mambascope.model.watch import Watch
 from mambascope.ops import resolve_backend
 from mambascope.ops.ready import unwatched
@@ -97,13 +98,10 @@ class Graphs:
         self._pool, self._held = None, 0
 
     def _enter(self, model: "HookedMamba", wait: bool) -> bool:
-        """Take the lock, if the model is nothing but its weights and nobody is at work around it."""
+        """Take the lock, if nobody is at work around a model that is known to be nothing but its weights."""
         if not self.enabled or not _undisturbed(model.device):
             return False
         if not self._lock.acquire(blocking=wait):
-            return False
-        if self.watch.why_not(model):
-            self._lock.release()
             return False
         places = self.watch.places()
         if places != self._places:  # weights moved: what was recorded reads memory that is no longer theirs
@@ -113,12 +111,7 @@ class Graphs:
 
     def claim(self, model: "HookedMamba", run: Run) -> "Stack | None":
         """The right to replay until ``release``; None where this pass must run eagerly."""
-        if (
-            run.backend not in RECORDED_BACKENDS
-            or run.needs_grad
-            or run.padding is not None
-            or run.recorder is not None
-        ):
+        if run.backend not in RECORDED_BACKENDS or run.needs_grad or not run.quiet or run.recorder is not None:
             return None
         # Another thread that replays does so on its own stream; this one need not wait for it.
         return Stack(self, model, run) if self._enter(model, wait=False) else None
@@ -127,7 +120,7 @@ class Graphs:
     def decoding(self, model: "HookedMamba", batch: int, greedy: bool) -> "Iterator[Decoder | None]":
         """The decoder for ``batch`` rows while the lock is held; None where tokens must run as any other pass."""
         backend, why = resolve_backend(model.backend, model.device, model.dtype)
-        if backend != "triton" or not self._enter(model, wait=True):
+        if backend != "triton" or self.watch.why_not(model) or not self._enter(model, wait=True):
             yield None
             return
         try:
@@ -294,15 +287,12 @@ def _tape(
 def _run_stack(
     model: "HookedMamba", backend: Any, tokens: Tensor, entering: MambaState | None, carry: bool
 ) -> tuple[Tensor, MambaState | None]:
-    run = Run(backend, "recorded", Clock(), False)
-    resid, after = model.embed(tokens), []
-    for i, block in enumerate(model.blocks):
-        state = None if entering is None else MambaState(entering.ssm[i], entering.conv[i])
-        resid, state = cast(Block, block)(resid.to(cast(Block, block).residual_dtype), run, state)
-        if carry:
-            after.append(state)
-        del state
-    normed = model.ln_final(resid, run)
+    run = Run(backend, "recorded", Clock(), False, quiet=True)
+    layers: list[Any] = [None] * len(model.blocks)
+    if entering is not None:
+        layers = [MambaState(*pair) for pair in zip(entering.ssm, entering.conv, strict=True)]
+    resid, out = through(model, model.embed(tokens), layers, run, 0, len(layers))
+    normed = add_and_norm(out, resid, model.ln_final, backend)[1]
     if not carry:
         return normed, None
-    return normed, MambaState(torch.stack([s.ssm for s in after]), torch.stack([s.conv for s in after]))
+    return normed, MambaState(torch.stack([s.ssm for s in layers]), torch.stack([s.conv for s in layers]))

@@ -24,7 +24,9 @@ from mambascope.model.hooking import HookMethods
 from mambascope.model.inputs import Prepared, check_ids, padding_of, prepare
 from mambascope.model.norm import RMSNorm
 from mambascope.model.state import MambaState, State
+from mambascope.model.straight import add_and_norm, through
 from mambascope.model.text import TextMethods
+from mambascope.ops.ready import unwatched
 
 __all__ = ["HookedMamba"]
 
@@ -222,8 +224,8 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         if wants_logits and stop is None and keep is None:
             check_logits(self, entry.batch * entry.length)
         if stop is not None:
-            resid = self._through(entry, 0, entry.length, run, layers, first, last)
-            return self._with_state(resid, entry, state, layers, return_state)
+            resid, out = self._through(entry, 0, entry.length, run, layers, first, last)
+            return self._with_state(resid if out is None else resid + out, entry, state, layers, return_state)
         pieces = self._pieces_of(entry, run)
         stack = self.graphs.claim(self, run) if entry.tokens is not None else None
         carry = return_state or len(pieces) > 1
@@ -232,7 +234,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
             for begin, end in pieces:
                 normed = None if stack is None else stack(cast(Tensor, entry.tokens)[:, begin:end], layers, carry)
                 if normed is None:
-                    normed = self.ln_final(self._through(entry, begin, end, run, layers, first, last), run)
+                    normed = self._normed(*self._through(entry, begin, end, run, layers, first, last), run)
                 if wants_loss and entry.tokens is not None:
                     stop_at = min(end, entry.length - 1)
                     targets = entry.tokens[:, begin + 1 : stop_at + 1]
@@ -251,12 +253,24 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
 
     def _through(
         self, entry: "_Entry", begin: int, end: int, run: Run, layers: list[Any], first: int, last: int
-    ) -> Tensor:
-        """The residual stream ``B L M`` after the blocks, of columns [begin, end); ``layers`` gets the new states."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream ``B L M`` after the blocks, of columns [begin, end), but for what the last one adds to it
+        (None: that is in it); ``layers`` gets the new states."""
         resid = entry.resid if entry.tokens is None else self.hooked_embed(entry.tokens[:, begin:end], run)
+        if run.quiet:
+            return through(self, resid, layers, run, first, last)
         for i in range(first, last):
             resid, layers[i] = self._block(i, resid, run, layers[i])
-        return resid
+        return resid, None
+
+    def _normed(self, resid: Tensor, out: Tensor | None, run: Run) -> Tensor:
+        """The final norm of the residual stream, ``out`` added to it."""
+        if out is not None and run.recorder is None:
+            return add_and_norm(out, resid, self.ln_final, run.backend)[1]
+        if out is not None and run.recorder is not None:
+            resid = resid + out
+            run.recorder.take(str(cast(Block, self.blocks[-1]).hook_resid_post.name), resid)
+        return self.ln_final(resid, run)
 
     def hooked_embed(self, tokens: Tensor, run: Run) -> Tensor:
         """Token embeddings ``B L M``, passed through ``hook_embed``."""
@@ -324,10 +338,15 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
     def _new_run(self, entry: "_Entry", state: State | None, recorder: Recorder | None) -> Run:
         needs_grad = self._needs_grad(entry.resid, state)
         backend, why = ops.resolve_backend(self.backend, self.device, self.dtype, needs_grad)
-        run = Run(cast(ops.Backend, backend), why, self._clock, True, recorder, entry.padding, needs_grad)
+        quiet = entry.padding is None and (recorder is None or recorder.only_inputs()) and self._quiet()
+        run = Run(cast(ops.Backend, backend), why, self._clock, True, recorder, entry.padding, needs_grad, quiet)
         if recorder is not None:
             recorder.begin(entry.tokens, entry.padding, entry.bos, backend, (entry.batch, entry.length))
         return run
+
+    def _quiet(self) -> bool:
+        """Whether nobody sits in the model and nobody traces it: then no hook point needs to be walked past."""
+        return self.cfg.activation == "silu" and unwatched() and not self.graphs.watch.why_not(self)
 
     def _needs_grad(self, resid: Tensor | None, state: State | None) -> bool:
         return torch.is_grad_enabled() and (
@@ -354,9 +373,9 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         whole = [(0, entry.length)]
         if entry.batch * entry.length <= _PIECE or entry.tokens is None or entry.padding is not None:
             return whole
-        if torch.is_grad_enabled() or run.recorder is not None:
+        if run.needs_grad or run.recorder is not None:
             return whole
-        if any(cast(SitePoint, point).live for point in self.hook_dict.values()):
+        if not run.quiet and any(cast(SitePoint, point).live for point in self.hook_dict.values()):
             return whole
         size = max(1, _PIECE // entry.batch)
         return [(a, min(a + size, entry.length)) for a in range(0, entry.length, size)]

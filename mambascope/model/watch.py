@@ -61,12 +61,13 @@ class Watch:
             return "a module's forward was replaced"
         count = RemovableHandle.next_id
         if count != self._hooks_at:
-            if any(space["_forward_hooks"] or space["_forward_pre_hooks"] for space in self._spaces):
+            if any(map(_hooked, self._spaces)):
                 return "a hook sits in the model"
             self._hooks_at = count
         return ""
 
     def _walk(self, model: "HookedMamba") -> None:
+        self._why = "is being looked at"  # for other threads
         found = list(model.modules())
         self._children = [m._modules for m in found]
         self._modules = [m for m in chain.from_iterable(map(dict.values, self._children)) if m is not None]
@@ -84,6 +85,11 @@ class Watch:
         """Where the weights lie and how, and the norms' eps: what a recorded kernel reads, whatever the values are."""
         weights = self.weights()
         return (*map(Tensor.data_ptr, weights), *map(Tensor.stride, weights), *[m.eps for m in self._constants])
+
+
+def _hooked(space: dict[str, Any]) -> bool:
+    forward = space["_forward_hooks"] or space["_forward_pre_hooks"]
+    return bool(forward or space["_backward_hooks"] or space["_backward_pre_hooks"] or space.get("_on_gradient"))
 
 
 def _strange(model: "HookedMamba") -> Iterator[str]:

@@ -1,0 +1,113 @@
+"""The blocks where nobody looks: what Block, RMSNorm and MambaMixer do, without walking past their hook points.
+
+The same operations on the same values, so the same bits; with no Python in between that only a hook would need, and the
+residual addition inside the next norm's pass where the backend can do that.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mambascope import ops
+from mambascope.hooks.run import PathTaken, Run
+from mambascope.model.mixer import MambaMixer
+from mambascope.model.recurrence import anchors_of
+from mambascope.model.state import MambaState
+
+if TYPE_CHECKING:
+    from mambascope.model.language_model import HookedMamba
+
+__all__ = ["Join", "add_and_norm", "through"]
+
+Join = Callable[[int, Tensor | None, Tensor, nn.Module], tuple[Tensor, Tensor]]
+"""From a layer, what the block before it wrote (None: nothing), the residual entering that block, and this layer's norm
+to the residual entering this layer, and its normed value."""
+
+
+def add_and_norm(out: Tensor | None, resid: Tensor, norm: Any, backend: Any) -> tuple[Tensor, Tensor]:
+    """``resid + out`` (resid alone without ``out``) and its norm."""
+    weight = norm._parameters["weight"]
+    if out is None:
+        return resid, ops.rms_norm(resid, weight, norm.eps, backend=backend).out
+    added = ops.add_norm(out, resid, weight, norm.eps, backend=backend)
+    return added.residual, added.out
+
+
+def through(
+    model: "HookedMamba",
+    resid: Tensor,
+    layers: list[Any],
+    run: Run,
+    first: int,
+    last: int,
+    join: Join | None = None,
+    left: Callable[[int, ops.ScanOutput], None] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Run blocks [first, last): the residual entering the last of them, and what that block writes into it.
+
+    ``layers`` gets the states. ``join`` replaces `add_and_norm`; ``left`` sees each scan's result.
+    """
+    blocks: list[Any] = list(model.blocks[first:last])
+    rates = _decays([block.mixer for block in blocks])
+    recorder, path, out = run.recorder, PathTaken(run.backend, "fused", run.why), None
+    for i, block, A in zip(range(first, last), blocks, rates, strict=True):
+        norm, mixer = block._modules["norm"], block._modules["mixer"]
+        if out is None:
+            resid = resid.to(block.residual_dtype)
+        if join is None:
+            resid, normed = add_and_norm(out, resid, norm, run.backend)
+        else:
+            resid, normed = join(i, out, resid, norm)
+        if recorder is not None:
+            recorder.begin_block(i, resid, layers[i], plain=True)
+        out, layers[i], scan = _mix(mixer, normed, layers[i], A, run)
+        if recorder is not None and run.boundaries is not None:
+            anchors = anchors_of(scan, run.boundaries, resid.shape[1])
+            recorder.take_anchors(str(mixer._modules["hook_h"].name), anchors)
+        if left is not None:
+            left(i, scan)
+        mixer.path = path
+    return resid, out
+
+
+def _decays(mixers: list[MambaMixer]) -> list[Tensor]:
+    """Every layer's A, as `MambaMixer.decay` computes it; on a GPU in two launches for all."""
+    logs = [cast(Tensor, m._parameters["A_log"]) for m in mixers]
+    if not mixers or logs[0].device.type != "cuda" or torch.is_grad_enabled() or logs[0].dtype != torch.float32:
+        return [m.decay() for m in mixers]
+    foreach: Any = torch
+    found = foreach._foreach_exp(logs)
+    foreach._foreach_neg_(found)
+    return list(found)
+
+
+def _mix(
+    mixer: MambaMixer, r: Tensor, state: MambaState | None, A: Tensor, run: Run
+) -> tuple[Tensor, MambaState, ops.ScanOutput]:
+    modules, cfg, backend = mixer._modules, mixer.cfg, run.backend
+    xz = _linear(r, modules["in_proj"])  # B L 2D
+    x, z = xz[..., : cfg.d_inner], xz[..., cfg.d_inner :]
+    taps = cast(Any, modules["conv1d"])._parameters
+    conv_in, h0 = (None, None) if state is None else (state.conv, state.ssm)
+    u, conv_state = ops.causal_conv(x, taps["weight"], taps["bias"], activation="silu", state=conv_in, backend=backend)
+    dt_low, B, C = _linear(u, modules["x_proj"]).split([cfg.dt_rank, cfg.d_state, cfg.d_state], -1)
+    if cfg.mixer_norm_eps is not None:
+        dt_low, B, C = (
+            ops.rms_norm(v, None, cfg.mixer_norm_eps, backend=backend).out.to(u.dtype) for v in (dt_low, B, C)
+        )
+    raw = _linear(dt_low, modules["dt_proj"])  # B L D
+    D = cast(Tensor, mixer._parameters["D"])
+    scan = ops.selective_scan(
+        u, raw, A, B, C, D, z, dt_softplus=True, h0=h0, boundaries=run.boundaries, backend=backend
+    )
+    return _linear(scan.y, modules["out_proj"]), MambaState(scan.h_last, conv_state), scan
+
+
+def _linear(x: Tensor, linear: Any) -> Tensor:
+    """As the mixer's own: one matrix product over all B*L rows."""
+    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    rows = x.reshape(-1, x.shape[-1])
+    out = torch.addmm(bias, rows, weight.t()) if bias is not None else torch.mm(rows, weight.t())
+    return out.view(*x.shape[:-1], weight.shape[0])

@@ -40,14 +40,23 @@ def _cgroup() -> int | None:
         return None
 
 
+def _cached_bytes(device: Any) -> int:
+    """What torch's allocator holds of a GPU's memory without using it."""
+    import torch
+
+    stats = torch.cuda.memory_stats_as_nested_dict(device)  # memory_reserved() and the like sort all of it each time
+    if not stats:
+        return 0
+    return stats["reserved_bytes"]["all"]["current"] - stats["allocated_bytes"]["all"]["current"]
+
+
 def available_bytes(device: Any) -> int | None:
     """Bytes that can still be allocated on a torch device; None where the system does not tell."""
     import torch
 
     device = torch.device(device)
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + _cached_bytes(device)
     if device.type != "cpu":
         return None
     known = [n for n in (_meminfo(), _cgroup()) if n is not None]
@@ -57,6 +66,8 @@ def available_bytes(device: Any) -> int | None:
 def require_bytes(need: int, device: Any, what: str, way_out: str, error: type[InputError] | type[CacheError]) -> None:
     """Raise ``error`` if ``what`` needs more memory than is at hand: its size, the limit and the way out."""
     if need < 64_000_000:  # asking the system costs more than such a tensor
+        return
+    if str(device).startswith("cuda") and need < _cached_bytes(device):  # and the driver need not be asked
         return
     limit = available_bytes(device)
     if limit is not None and need > limit:

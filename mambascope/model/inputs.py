@@ -1,5 +1,7 @@
 """From what a user passes in (text, ids, a mask) to checked tokens and padding."""
 
+import weakref
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,17 @@ class Prepared:
     bos: bool | None
 
 
+# GPU tensors whose ids were found good, by identity, with their versions and the vocabulary: looking at the values waits
+# for the device, and the same text often comes again. Tensors made in inference mode have no version and are not kept.
+_good: OrderedDict[int, tuple[weakref.ref[Tensor], int, int]] = OrderedDict()
+_MOST_GOOD = 64
+
+
+def _known(tokens: Tensor, n_tokens: int) -> bool:
+    found = _good.get(id(tokens))
+    return found is not None and found[0]() is tokens and found[1] == tokens._version and found[2] <= n_tokens
+
+
 def check_ids(tokens: Tensor, n_tokens: int, what: str = "tokens") -> None:
     """InputError unless ``tokens`` is a non-empty ``B L`` tensor of integer ids in the vocabulary."""
     if tokens.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
@@ -38,6 +51,9 @@ def check_ids(tokens: Tensor, n_tokens: int, what: str = "tokens") -> None:
         raise InputError(f"{what} is empty (shape {tuple(tokens.shape)}); give at least one token")
     if torch.compiler.is_compiling() or (tokens.is_cuda and torch.cuda.is_current_stream_capturing()):
         return  # values cannot be looked at there
+    keeps = tokens.is_cuda and not tokens.is_inference()
+    if keeps and _known(tokens, n_tokens):
+        return
     low, high = (int(v) for v in torch.stack(torch.aminmax(tokens)).tolist())
     if low < 0 or high >= n_tokens:
         bad = low if low < 0 else high
@@ -45,6 +61,10 @@ def check_ids(tokens: Tensor, n_tokens: int, what: str = "tokens") -> None:
         raise InputError(
             f"{what}[{row}, {column}] is {bad}, outside the vocabulary of {n_tokens} tokens (0…{n_tokens - 1})"
         )
+    if keeps:
+        _good[id(tokens)] = weakref.ref(tokens), tokens._version, n_tokens
+        if len(_good) > _MOST_GOOD:
+            _good.popitem(last=False)
 
 
 def prepare(

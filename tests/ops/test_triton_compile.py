@@ -82,11 +82,12 @@ def scan(batch, length, channels, states, boundaries, dtype, full):
 
 
 def layers(dtype):
-    x, weight = torch.empty(2, 40, 96, dtype=dtype), torch.empty(96, 4)
-    state, lengths = torch.empty(2, 96, 3, dtype=dtype), torch.tensor([3, 4])
-    for rest in ((None, None, None), (weight[:, 0], state, lengths)):
-        y, new = triton.conv_forward(x, weight, *rest, silu=True)
-        triton.conv_backward(x, weight, *rest, y, new, silu=True)
+    x, lengths = torch.empty(2, 40, 96, dtype=dtype), torch.tensor([3, 4])
+    for width in (4, 5):
+        weight, state = torch.empty(96, width), torch.empty(2, 96, width - 1, dtype=dtype)
+        for rest in ((None, None, None), (weight[:, 0], state, lengths)):
+            y, new = triton.conv_forward(x, weight, *rest, silu=True)
+            triton.conv_backward(x, weight, *rest, y, new, silu=True)
     triton.softplus_forward(x), triton.silu_forward(x), triton.gate_forward(x.float(), x)
     triton.add_norm_forward(x, x.float(), weight[:, 0], 1e-5, expose=True)
     triton.norm_forward(x, weight[:, 0], 1e-5, expose=True), triton.norm_forward(x, None, 1e-5, expose=False)
@@ -140,7 +141,14 @@ def test_kernels_compile_for_hopper_and_the_short_way_launches_the_same() -> Non
     result = json.loads(done.stdout.split("RESULT")[1])
     assert result["wrong"] == []
     names = {name for name, _, _ in result["usage"]}
-    assert {"forward_kernel", "adjoint_kernel", "backward_kernel", "sum_kernel", "_conv_kernel"} <= names
+    assert {
+        "forward_kernel",
+        "adjoint_kernel",
+        "backward_kernel",
+        "sum_kernel",
+        "_conv_kernel",
+        "_conv_walk_kernel",
+    } <= names
     spilling = {name for name, _, stack in result["usage"] if stack > 64}
     assert spilling <= {"backward_kernel"}, (
         spilling

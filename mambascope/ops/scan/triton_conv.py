@@ -10,13 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mambascope.ops.scan.triton_launch import check, dense, launch, strides, whole
+from mambascope.ops.scan.triton_launch import check, dense, launch, processor_count, strides, whole
 from mambascope.ops.scan.triton_math import sigmoids, silu, steps
 from mambascope.ops.scan.triton_replay import replayed
 
 __all__ = ["conv_backward", "conv_forward"]
 
 _STEPS, _CHANNELS = 16, 64  # one program's tile
+_WALKED = 4  # taps that are kept in registers
+_WIDE, _ENOUGH = 256, 8  # channels of a walking program; programs a multiprocessor
 _SUMS, _TERMS = 32, 64  # entries of a sum a program, terms at a time: few entries, many terms
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -61,7 +63,7 @@ def _place(L, D, BT: tl.constexpr, BD: tl.constexpr):
     return row, t_block, d
 
 
-@triton.jit(do_not_specialize=["L", "D"])
+@triton.jit(do_not_specialize=["L"])
 def _conv_kernel(
     x, weight, bias, state, lengths, y, new_state, x_b, x_l, L, D,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_LENGTHS: tl.constexpr,
@@ -88,7 +90,93 @@ def _conv_kernel(
                 tl.store(new_state + at_state + j, last.to(new_state.dtype.element_ty), mask=d_in)
 
 
-@triton.jit(do_not_specialize=["L", "D"])
+@triton.jit
+def _dot(x3, x2, x1, x0, w3, w2, w1, w0, b, K: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """bias + Σ_k w_k x_k of the K newest, the oldest first, as `_taps` adds them up."""
+    if K == 4:
+        total = w3 * x3
+        total = tl.fma(w2, x2, total)
+        total = tl.fma(w1, x1, total)
+        total = tl.fma(w0, x0, total)
+    elif K == 3:
+        total = w2 * x2
+        total = tl.fma(w1, x1, total)
+        total = tl.fma(w0, x0, total)
+    elif K == 2:
+        total = w1 * x1
+        total = tl.fma(w0, x0, total)
+    else:
+        total = w0 * x0
+    if HAS_BIAS:
+        total += b
+    return total
+
+
+@triton.jit
+def _put(y, v, inside, SILU: tl.constexpr):
+    kind = y.dtype.element_ty
+    v = v.to(kind)
+    if SILU:
+        v = silu(v.to(tl.float32)).to(kind)
+    tl.store(y, v, mask=inside)
+
+
+@triton.jit(do_not_specialize=["L"])
+def _conv_walk_kernel(
+    x, weight, bias, state, lengths, y, new_state, x_b, x_l, L, D,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_LENGTHS: tl.constexpr,
+    SILU: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """K ≤ 4: walks BT steps, every x loaded once, the taps in registers. Grid: channel blocks × step blocks × rows."""
+    d_blocks = tl.cdiv(D, BD)
+    t_blocks = tl.cdiv(L, BT)
+    pid = tl.program_id(0)
+    d = (pid % d_blocks) * BD + tl.arange(0, BD)
+    t_block = (pid // d_blocks) % t_blocks
+    row = (pid // (d_blocks * t_blocks)).to(tl.int64)
+    d_in = d < D
+    begin = t_block * BT
+    x_rows = x + row * x_b + d
+    at_state = (row * D + d) * (K - 1)
+    w0 = tl.load(weight + d * K + (K - 1), mask=d_in, other=0.0).to(tl.float32)
+    w1, w2, w3, b = w0, w0, w0, w0  # those that K and HAS_BIAS leave out are never used
+    x1 = _input(x_rows, x_l, state, at_state, begin - 1, d_in, L, K, HAS_STATE).to(tl.float32)
+    x2, x3 = x1, x1
+    if K > 1:
+        w1 = tl.load(weight + d * K + (K - 2), mask=d_in, other=0.0).to(tl.float32)
+    if K > 2:
+        w2 = tl.load(weight + d * K + (K - 3), mask=d_in, other=0.0).to(tl.float32)
+        x2 = _input(x_rows, x_l, state, at_state, begin - 2, d_in, L, K, HAS_STATE).to(tl.float32)
+    if K > 3:
+        w3 = tl.load(weight + d * K + (K - 4), mask=d_in, other=0.0).to(tl.float32)
+        x3 = _input(x_rows, x_l, state, at_state, begin - 3, d_in, L, K, HAS_STATE).to(tl.float32)
+    if HAS_BIAS:
+        b = tl.load(bias + d, mask=d_in, other=0.0).to(tl.float32)
+    for i in steps(0, BT // 4):
+        t = begin + i * 4
+        place = x_rows + t.to(tl.int64) * x_l
+        in0, in1, in2, in3 = (t < L) & d_in, (t + 1 < L) & d_in, (t + 2 < L) & d_in, (t + 3 < L) & d_in
+        a0 = tl.load(place, mask=in0, other=0.0).to(tl.float32)
+        a1 = tl.load(place + x_l, mask=in1, other=0.0).to(tl.float32)
+        a2 = tl.load(place + 2 * x_l, mask=in2, other=0.0).to(tl.float32)
+        a3 = tl.load(place + 3 * x_l, mask=in3, other=0.0).to(tl.float32)
+        out = y + (row * L + t) * D + d
+        _put(out, _dot(x3, x2, x1, a0, w3, w2, w1, w0, b, K, HAS_BIAS), in0, SILU)
+        _put(out + D, _dot(x2, x1, a0, a1, w3, w2, w1, w0, b, K, HAS_BIAS), in1, SILU)
+        _put(out + 2 * D, _dot(x1, a0, a1, a2, w3, w2, w1, w0, b, K, HAS_BIAS), in2, SILU)
+        _put(out + 3 * D, _dot(a0, a1, a2, a3, w3, w2, w1, w0, b, K, HAS_BIAS), in3, SILU)
+        x3, x2, x1 = a1, a2, a3
+    if K > 1:
+        if t_block == 0:
+            real = L
+            if HAS_LENGTHS:
+                real = tl.load(lengths + row).to(tl.int32)
+            for j in tl.static_range(K - 1):
+                last = _input(x_rows, x_l, state, at_state, d * 0 + (real + (j + 1 - K)), d_in, L, K, HAS_STATE)
+                tl.store(new_state + at_state + j, last.to(new_state.dtype.element_ty), mask=d_in)
+
+
+@triton.jit(do_not_specialize=["L"])
 def _conv_weight_kernel(
     x, weight, bias, state, dy, pre, dweight, dbias, x_b, x_l, dy_b, dy_l, L, D,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr,
@@ -144,7 +232,7 @@ def _sum_kernel(
             _add_up(dbias_part, dbias, (pid - many) * BLOCK + i, channels, terms, TERMS, BLOCK)
 
 
-@triton.jit(do_not_specialize=["L", "D"])
+@triton.jit(do_not_specialize=["L"])
 def _conv_input_kernel(
     weight, lengths, pre, dnew, dx, dstate, pre_b, pre_l, L, D,
     K: tl.constexpr, HAS_DNEW: tl.constexpr, HAS_STATE: tl.constexpr, HAS_LENGTHS: tl.constexpr,
@@ -202,11 +290,17 @@ def conv_forward(
         "HAS_STATE": state is not None and width > 1,
         "HAS_LENGTHS": lengths is not None,
         "SILU": silu,
-        "BT": _STEPS,
-        "BD": _CHANNELS,
     }
     arguments = (x, weight, bias, state, lengths, y, new_state, *strides(x), length, channels)
-    launch(_conv_kernel, _programs(x), x.device, *arguments, **flags, **_OPTIONS)
+    if width > _WALKED:
+        options = {"BT": _STEPS, "BD": _CHANNELS, **_OPTIONS}
+        launch(_conv_kernel, _programs(x), x.device, *arguments, **flags, **options)
+        return y, new_state
+    block, many = min(_WIDE, max(32, triton.next_power_of_2(channels))), _ENOUGH * processor_count(x.device)
+    columns = batch * triton.cdiv(channels, block)
+    steps = next((n for n in (64, 32, 16) if columns * triton.cdiv(length, n) >= many), 8)
+    options = {"BT": steps, "BD": block, "num_warps": 1, "enable_fp_fusion": False}
+    launch(_conv_walk_kernel, columns * triton.cdiv(length, steps), x.device, *arguments, **flags, **options)
     return y, new_state
 
 

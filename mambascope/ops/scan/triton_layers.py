@@ -20,7 +20,7 @@ _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 SOFTPLUS, SILU, GATE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "inner"])
+@triton.jit(do_not_specialize=["rows", "inner"])
 def _elementwise_kernel(
     x, z, out, rows, columns, inner, x_b, x_l, z_b, z_l,
     KIND: tl.constexpr, BLOCK: tl.constexpr,
@@ -85,7 +85,7 @@ def gate_forward(y: Tensor, z: Tensor) -> Tensor:
     return _elementwise(2, y, z, z.dtype)
 
 
-@triton.jit(do_not_specialize=["columns", "inner"])
+@triton.jit(do_not_specialize=["inner"])
 def _norm_kernel(
     x, residual, weight, added, out, normalized, scale, columns, inner, x_b, x_l, r_b, r_l, eps,
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, EXPOSE: tl.constexpr, BLOCK: tl.constexpr,

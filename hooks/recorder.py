@@ -205,9 +205,16 @@ class CacheRecorder:
     # ---- called by the forward pass
 
     def begin(
-        self, tokens: Tensor | None, padding: Padding | None, bos: bool | None, backend: str, shape: tuple[int, int]
+        self,
+        tokens: Tensor | None,
+        padding: Padding | None,
+        bos: bool | None,
+        backend: str,
+        shape: tuple[int, int],
+        plain: bool = False,
     ) -> None:
-        seen, autocast = WeightsSeen(self._model), _autocast(self._model.device)
+        # Without hooks nobody changes a weight on the way: the look can wait until the GPU has its work.
+        seen, autocast = WeightsSeen(self._model, now=not plain), _autocast(self._model.device)
         self._recording = Recording([], backend, tokens, padding, bos, shape, {}, {}, {}, seen, autocast)
         layers = self._model.cfg.n_layers if self._everything else len(self._lazy_layers)
         self._check_size(self._wanted, layers)
@@ -277,12 +284,23 @@ class CacheRecorder:
     def finish(self) -> Recording:
         """The recording; CacheError if a name asked for by name was never reached."""
         recording = self.recording
-        reached = [n for n in self._names if self._reached(n)]
-        missing = [n for n in self._names if n not in set(reached)]
+        if not recording.weights.taken:
+            recording.weights.look(self._model)
+        reached = list(self._names) if self._complete() else [n for n in self._names if self._reached(n)]
+        missing = [] if len(reached) == len(self._names) else [n for n in self._names if n not in set(reached)]
         if missing and self._explicit and (self._spelled_out or not reached):
             raise CacheError(f"{missing[0]} was not reached: the run left it out (start_at_layer, stop_at_layer)")
         recording.names = reached
         return recording
+
+    def _complete(self) -> bool:
+        """Whether every block's input was kept, so that everything can be read (and names need no look each)."""
+        if not self._everything or len(self.recording.blocks) < self._model.cfg.n_layers:
+            return False
+        tops = [n for n in self._wanted if tail_of(n)[0] is None]
+        return all(n in self.recording.top for n in tops) and all(
+            record.x is not None for record in self.recording.blocks.values()
+        )
 
     def _reached(self, name: str) -> bool:
         layer, tail = tail_of(name)

@@ -80,9 +80,15 @@ class Recorder(Protocol):
     boundaries: int | None
 
     def begin(
-        self, tokens: Tensor | None, padding: Padding | None, bos: bool | None, backend: str, shape: tuple[int, int]
+        self,
+        tokens: Tensor | None,
+        padding: Padding | None,
+        bos: bool | None,
+        backend: str,
+        shape: tuple[int, int],
+        plain: bool = False,
     ) -> None:
-        """A forward pass starts."""
+        """A forward pass starts; ``plain``: nobody hooked the model."""
         ...
 
     def begin_block(self, layer: int, resid: Tensor, state: Any, plain: bool = False) -> None:

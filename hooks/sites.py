@@ -128,6 +128,8 @@ class SitePoint(HookPoint):
         return handle
 
     def remove_hooks(self, *args: Any, **kwargs: Any) -> None:
+        if not (self.fwd_hooks or self.bwd_hooks or self.placed):
+            return  # most points, most of the time
         super().remove_hooks(*args, **kwargs)
         self.placed = self.here()
 

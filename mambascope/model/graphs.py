@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from mambascope.hooks.run import PathTaken, Run
+from mambascope import ops
+from mambascope.hooks.run import Anchors, PathTaken, Recorder, Run
 from mambascope.hooks.sites import Clock
 from mambascope.model import recording
 from mambascope.model.block import Block
@@ -49,14 +50,25 @@ def _switched_on() -> bool:
     return os.environ.get("MAMBASCOPE_GRAPHS", "1").lower() not in ("0", "false", "off", "no")
 
 
-@dataclass
+@dataclass(frozen=True)
+class Addresses:
+    """Where a replay puts what a cache keeps: one int64 each, written before it."""
+
+    inputs: Tensor  # of n_layers B L M
+    output: Tensor  # of B L M
+    states: Tensor  # of n_layers B C+1 D N
+    boundaries: int
+
+
+@dataclass(frozen=True)
 class Taped:
     """One recording: its static inputs and outputs, all in or beside the graph's own memory."""
 
     graph: recording.Recorded
     tokens: Tensor  # B L
     entering: MambaState | None  # n_layers B D N, n_layers B D K-1
-    normed: Tensor  # B L M
+    keeps: Addresses | None
+    normed: Tensor | None  # B L M; none where the residual stream is kept
     leaving: MambaState | None
 
 
@@ -101,9 +113,9 @@ class Graphs:
         """Take the lock, if nobody is at work around a model that is known to be nothing but its weights."""
         if not self.enabled or not _undisturbed(model.device):
             return False
+        places = self.watch.places()
         if not self._lock.acquire(blocking=wait):
             return False
-        places = self.watch.places()
         if places != self._places:  # weights moved: what was recorded reads memory that is no longer theirs
             self._clear()
             self._places = places
@@ -111,7 +123,9 @@ class Graphs:
 
     def claim(self, model: "HookedMamba", run: Run) -> "Stack | None":
         """The right to replay until ``release``; None where this pass must run eagerly."""
-        if run.backend not in RECORDED_BACKENDS or run.needs_grad or not run.quiet or run.recorder is not None:
+        if run.backend not in RECORDED_BACKENDS or run.needs_grad or not run.quiet:
+            return None
+        if run.recorder is not None and run.boundaries is None:
             return None
         # Another thread that replays does so on its own stream; this one need not wait for it.
         return Stack(self, model, run) if self._enter(model, wait=False) else None
@@ -162,7 +176,7 @@ class Graphs:
 
     def find(self, stack: "Stack", shape: tuple[int, int], stateful: bool, carry: bool) -> Taped | None:
         """The recording for this shape; made now if the shape came before."""
-        key = (shape, stateful, carry, _matmul_switches())
+        key = (shape, stateful, carry, stack.boundaries, _matmul_switches())
         kept = self._kept.get(key)
         if kept is not None:
             self._kept.move_to_end(key)
@@ -187,7 +201,7 @@ class Graphs:
             if self._pool is None:
                 self._pool = recording.new_pool(model.device)
             with torch.inference_mode(False), torch.no_grad():
-                made, held = _tape(model, stack.backend, self._pool, shape, stateful, carry)
+                made, held = _tape(stack, self._pool, shape, stateful, carry)
         except (RuntimeError, torch.OutOfMemoryError) as error:
             self._clear()  # the memory may be what is missing
             self._seen[key] = _notice(f"a forward pass of {shape[0]} x {shape[1]} tokens", error)
@@ -207,8 +221,8 @@ class Stack:
     """A claimed model: call it piece by piece, then ``release`` it, after the outputs were read."""
 
     def __init__(self, graphs: Graphs, model: "HookedMamba", run: Run) -> None:
-        self._graphs, self.model = graphs, model
-        self.backend, self._path = run.backend, PathTaken(run.backend, "graph", run.why)
+        self._graphs, self.model, self._run = graphs, model, run
+        self.backend, self.boundaries = run.backend, run.boundaries
 
     def release(self) -> None:
         self._graphs._lock.release()
@@ -225,15 +239,43 @@ class Stack:
         if taped is None:
             return None
         self._graphs.come_to(tokens.device)
+        kept = None if taped.keeps is None else Kept(self.model, taped.keeps, shape)
         taped.tokens.copy_(tokens, non_blocking=True)
         if taped.entering is not None:
             fill(taped.entering, layers)
         taped.graph.replay()
-        _tell(self.model, self._path)
+        _tell(self.model, PathTaken(self.backend, "graph", self._run.why))
+        entered = list(layers)
         if taped.leaving is not None:
             after = taped.leaving.map(torch.clone)
             layers[:] = [MambaState(*pair) for pair in zip(after.ssm, after.conv, strict=True)]
-        return taped.normed
+        return taped.normed if kept is None else kept.tell(self.model, tokens, entered, self._run)
+
+
+class Kept:
+    """New memory for what one replay keeps, and how a recorder hears of it."""
+
+    def __init__(self, model: "HookedMamba", at: Addresses, shape: tuple[int, int]) -> None:
+        cfg, n, device = model.cfg, len(model.blocks), model.device
+        residual = cast(Block, model.blocks[0]).residual_dtype
+        count = -(-shape[1] // at.boundaries)
+        self.columns = [*(c * at.boundaries - 1 for c in range(count)), shape[1] - 1]
+        self.inputs = torch.empty(n, *shape, cfg.d_model, dtype=residual, device=device)
+        self.output = torch.empty(*shape, cfg.d_model, dtype=residual, device=device)
+        self.states = torch.empty(n, shape[0], count + 1, cfg.d_inner, cfg.d_state, dtype=torch.float32, device=device)
+        for address, memory in ((at.inputs, self.inputs), (at.output, self.output), (at.states, self.states)):
+            address.fill_(memory.data_ptr())
+
+    def tell(self, model: "HookedMamba", tokens: Tensor, entered: list[Any], run: Run) -> Tensor:
+        """Offer it all to the run's recorder, as the blocks would have; the final norm of the residual stream."""
+        recorder = cast(Recorder, run.recorder)
+        model.hooked_embed(tokens, run)
+        for i, block in enumerate(model.blocks):
+            recorder.begin_block(i, self.inputs[i], entered[i], plain=True)
+            anchors = Anchors(self.columns, self.states[i])
+            recorder.take_anchors(str(cast(Block, block).mixer.hook_h.name), anchors)
+        recorder.take(str(cast(Block, model.blocks[-1]).hook_resid_post.name), self.output)
+        return model.ln_final(self.output, run)
 
 
 def _tell(model: "HookedMamba", path: PathTaken) -> None:
@@ -269,30 +311,66 @@ def _matmul_switches() -> tuple[Any, ...]:
     return (precision, *reduced, torch.are_deterministic_algorithms_enabled())
 
 
-def _tape(
-    model: "HookedMamba", backend: Any, pool: Any, shape: tuple[int, int], stateful: bool, carry: bool
-) -> tuple[Taped, int]:
+def _tape(stack: Stack, pool: Any, shape: tuple[int, int], stateful: bool, carry: bool) -> tuple[Taped, int]:
     """Record the stack once; also the bytes by which the pool grew."""
+    model = stack.model
     tokens = torch.zeros(shape, dtype=torch.long, device=model.device)
-    entering = None
+    entering = keeps = None
     if stateful:
         states = model.initial_state(shape[0]).layers
         entering = MambaState(torch.stack([s.ssm for s in states]), torch.stack([s.conv for s in states]))
+    if stack.boundaries is not None:
+        addresses = [torch.zeros(1, dtype=torch.int64, device=model.device) for _ in range(3)]
+        keeps = Addresses(addresses[0], addresses[1], addresses[2], stack.boundaries)
     graph, (normed, leaving), grown = recording.record(
-        lambda: _run_stack(model, backend, tokens, entering, carry), model.device, pool
+        lambda: _run_stack(model, stack.backend, tokens, entering, carry, keeps), model.device, pool
     )
-    return Taped(graph, tokens, entering, normed, leaving), grown
+    return Taped(graph, tokens, entering, keeps, normed, leaving), grown
 
 
 def _run_stack(
-    model: "HookedMamba", backend: Any, tokens: Tensor, entering: MambaState | None, carry: bool
-) -> tuple[Tensor, MambaState | None]:
+    model: "HookedMamba",
+    backend: Any,
+    tokens: Tensor,
+    entering: MambaState | None,
+    carry: bool,
+    keeps: Addresses | None,
+) -> tuple[Tensor | None, MambaState | None]:
     run = Run(backend, "recorded", Clock(), False, quiet=True)
     layers: list[Any] = [None] * len(model.blocks)
     if entering is not None:
         layers = [MambaState(*pair) for pair in zip(entering.ssm, entering.conv, strict=True)]
-    resid, out = through(model, model.embed(tokens), layers, run, 0, len(layers))
-    normed = add_and_norm(out, resid, model.ln_final, backend)[1]
+    embedded = model.embed(tokens)
+    if keeps is None:
+        resid, out = through(model, embedded, layers, run, 0, len(layers))
+        normed = add_and_norm(out, resid, model.ln_final, backend)[1]
+    else:
+        _run_keeping(model, embedded, layers, run, keeps)
+        normed = None
     if not carry:
         return normed, None
     return normed, MambaState(torch.stack([s.ssm for s in layers]), torch.stack([s.conv for s in layers]))
+
+
+def _run_keeping(model: "HookedMamba", embedded: Tensor, layers: list[Any], run: Run, keeps: Addresses) -> None:
+    """The blocks, each one's input and states written to where ``keeps`` says at replay."""
+    from mambascope.ops.scan.triton_keep import Place, join_kept, keep_states
+
+    size, residual = embedded.numel(), cast(Block, model.blocks[0]).residual_dtype
+
+    def join(i: int, out: Tensor | None, resid: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+        before = None if out is None else Place(keeps.inputs, (i - 1) * size, residual)
+        here = Place(keeps.inputs, i * size, residual)
+        normed = join_kept(resid if out is None else out, before, here, norm.weight, norm.eps)
+        return resid, cast(Tensor, normed)
+
+    def left(i: int, scan: ops.ScanOutput) -> None:
+        bound = cast(Tensor, scan.h_boundary)
+        entries = (bound.shape[1] + 1) * scan.h_last.numel()
+        keep_states(bound, scan.h_last, Place(keeps.states, i * entries, torch.float32))
+
+    n = len(layers)
+    _, out = through(model, embedded, layers, run, 0, n, join, left, keeps.boundaries)
+    join_kept(
+        cast(Tensor, out), Place(keeps.inputs, (n - 1) * size, residual), Place(keeps.output, 0, residual), None, 0.0
+    )

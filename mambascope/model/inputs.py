@@ -30,8 +30,8 @@ class Prepared:
     bos: bool | None
 
 
-# GPU tensors whose ids were found good, by identity, with their versions and the vocabulary: looking at the values waits
-# for the device, and the same text often comes again. Tensors made in inference mode have no version and are not kept.
+# GPU tensors whose ids were found good, by identity, with their versions and the vocabulary: looking at the values
+# waits for the device, and the same text often comes again. Tensors made in inference mode have no version.
 _good: OrderedDict[int, tuple[weakref.ref[Tensor], int, int]] = OrderedDict()
 _MOST_GOOD = 64
 

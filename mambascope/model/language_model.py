@@ -341,7 +341,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         quiet = entry.padding is None and (recorder is None or recorder.only_inputs()) and self._quiet()
         run = Run(cast(ops.Backend, backend), why, self._clock, True, recorder, entry.padding, needs_grad, quiet)
         if recorder is not None:
-            recorder.begin(entry.tokens, entry.padding, entry.bos, backend, (entry.batch, entry.length))
+            recorder.begin(entry.tokens, entry.padding, entry.bos, backend, (entry.batch, entry.length), quiet)
         return run
 
     def _quiet(self) -> bool:

@@ -44,11 +44,14 @@ def through(
     last: int,
     join: Join | None = None,
     left: Callable[[int, ops.ScanOutput], None] | None = None,
+    boundaries: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run blocks [first, last): the residual entering the last of them, and what that block writes into it.
 
-    ``layers`` gets the states. ``join`` replaces `add_and_norm`; ``left`` sees each scan's result.
+    ``layers`` gets the states. ``join`` replaces `add_and_norm`; ``left`` sees each scan's result, with states at
+    ``boundaries`` (the run's own by default).
     """
+    boundaries = run.boundaries if boundaries is None else boundaries
     blocks: list[Any] = list(model.blocks[first:last])
     rates = _decays([block.mixer for block in blocks])
     recorder, path, out = run.recorder, PathTaken(run.backend, "fused", run.why), None
@@ -62,9 +65,9 @@ def through(
             resid, normed = join(i, out, resid, norm)
         if recorder is not None:
             recorder.begin_block(i, resid, layers[i], plain=True)
-        out, layers[i], scan = _mix(mixer, normed, layers[i], A, run)
-        if recorder is not None and run.boundaries is not None:
-            anchors = anchors_of(scan, run.boundaries, resid.shape[1])
+        out, layers[i], scan = _mix(mixer, normed, layers[i], A, run.backend, boundaries)
+        if recorder is not None and boundaries is not None:
+            anchors = anchors_of(scan, boundaries, resid.shape[1])
             recorder.take_anchors(str(mixer._modules["hook_h"].name), anchors)
         if left is not None:
             left(i, scan)
@@ -84,9 +87,9 @@ def _decays(mixers: list[MambaMixer]) -> list[Tensor]:
 
 
 def _mix(
-    mixer: MambaMixer, r: Tensor, state: MambaState | None, A: Tensor, run: Run
+    mixer: MambaMixer, r: Tensor, state: MambaState | None, A: Tensor, backend: ops.Backend, boundaries: int | None
 ) -> tuple[Tensor, MambaState, ops.ScanOutput]:
-    modules, cfg, backend = mixer._modules, mixer.cfg, run.backend
+    modules, cfg = mixer._modules, mixer.cfg
     xz = _linear(r, modules["in_proj"])  # B L 2D
     x, z = xz[..., : cfg.d_inner], xz[..., cfg.d_inner :]
     taps = cast(Any, modules["conv1d"])._parameters
@@ -99,9 +102,7 @@ def _mix(
         )
     raw = _linear(dt_low, modules["dt_proj"])  # B L D
     D = cast(Tensor, mixer._parameters["D"])
-    scan = ops.selective_scan(
-        u, raw, A, B, C, D, z, dt_softplus=True, h0=h0, boundaries=run.boundaries, backend=backend
-    )
+    scan = ops.selective_scan(u, raw, A, B, C, D, z, dt_softplus=True, h0=h0, boundaries=boundaries, backend=backend)
     return _linear(scan.y, modules["out_proj"]), MambaState(scan.h_last, conv_state), scan
 
 

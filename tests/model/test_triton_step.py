@@ -234,3 +234,37 @@ def test_a_decoder_serves_what_it_can() -> None:
     assert form(strided) == "fused"
     assert isinstance(strided.graphs._decoders[2], str)
     assert isinstance(Decoder(frozen(), 1), Decoder)
+
+
+@pytest.mark.parametrize("options", [{}, {"residual_in_fp32": False, "d_model": 7, "d_inner": 9}])
+def test_a_recorded_pass_keeps_what_a_cache_keeps(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
+    monkeypatch.setattr(recording, "record", lambda function, device, pool=None: (Again(function), (None, None), 0))
+    monkeypatch.setattr(recording, "new_pool", lambda device: None)
+    monkeypatch.setattr(graphs, "_limit", lambda device: 1)
+    monkeypatch.setattr(graphs, "RECORDED_BACKENDS", ("torch",))
+    model, x = frozen(**options), ids(2, 70)
+    with torch.no_grad():
+        _, state = eager(model, lambda: model(ids(2, 3), return_state=True))
+        for start in (None, state):
+            want, cache = eager(model, lambda start=start: model.run_with_cache(x, state=start))
+            assert form(model) == "fused"
+            results = [model.run_with_cache(x, state=start) for _ in range(3)]
+            assert form(model) == "graph"
+            first, second, third = (kept.recording for _, kept in results)
+            assert second.blocks[0].x.data_ptr() != third.blocks[0].x.data_ptr()
+            for logits, kept in results[1:]:
+                assert error(logits, want) < 2e-6
+                assert kept.recording.names == first.names
+                for name, value in cache.recording.top.items():
+                    assert error(kept.recording.top[name], value) < 2e-6
+                for i, block in cache.recording.blocks.items():
+                    mine = kept.recording.blocks[i]
+                    assert error(mine.x, block.x) < 2e-6
+                    assert mine.x.dtype == block.x.dtype
+                    assert mine.anchors.columns == block.anchors.columns
+                    assert error(mine.anchors.states, block.anchors.states) < 2e-6
+                    assert (mine.state is None) == (start is None)
+                for name in ("blocks.1.hook_resid_post", "blocks.1.mixer.hook_y"):
+                    assert error(kept[name], cache[name]) < 5e-6
+                states = (c["blocks.1.mixer.hook_h"][:, 60:70] for c in (kept, cache))
+                assert error(*states) < 5e-6

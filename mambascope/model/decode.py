@@ -107,7 +107,9 @@ class Generation:
     MOST_STOPS = 16  # that the kernels look for
 
     def __init__(self, state: State, ids: Tensor, done: Tensor, stops: list[int]) -> None:
-        self._state, self.ids, self.done, self._stops = state, ids, done, stops
+        self._state, self.ids, self.done = state, ids, done
+        room = self.MOST_STOPS
+        self._stops = torch.tensor((stops + [-1] * room)[:room], device=ids.device)
         self._decoder: Decoder | None = None
         self._read = 0  # tokens since the state
 
@@ -138,7 +140,7 @@ class Generation:
         choice = decoder.choice
         choice.ids.copy_(self.ids)
         choice.done.copy_(self.done)
-        choice.stops.copy_(torch.tensor((self._stops + [-1] * len(choice.stops))[: len(choice.stops)]))
+        choice.stops.copy_(self._stops)
         choice.count.zero_()
         decoder.run(True, tokens)
         self._read += tokens

@@ -84,6 +84,34 @@ class _Plan:
     names_filter: Any
 
 
+class _Block:
+    """New ids ``B k`` on the device, and on their way to the host: how many columns count, and whether that was all.
+
+    ``done`` are the rows that were done before it. Columns after the one where the last row is done do not count.
+    """
+
+    def __init__(
+        self, ids: Tensor, done: Tensor, stops: Tensor, sound: Tensor | None = None, settled: bool = False
+    ) -> None:
+        self.ids, self.settled = ids, settled
+        over = torch.cat([done[:, None], torch.isin(ids, stops)], 1).cummax(1).values.all(0)  # k+1
+        good = torch.ones_like(over[-1]) if sound is None else sound
+        facts = torch.stack([(~over[:-1]).sum(), over[-1].long(), good.long()])
+        self._facts, self._there = facts, None
+        if facts.is_cuda:
+            self._facts = torch.empty(3, dtype=torch.long, pin_memory=True).copy_(facts, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record(torch.cuda.current_stream(facts.device))
+
+    def look(self) -> tuple[Tensor, bool]:
+        """The columns that count, and whether every row is done with them."""
+        if self._there is not None:
+            self._there.synchronize()
+        count, over, sound = self._facts.tolist()
+        _check_sound(torch.tensor(sound))
+        return self.ids[:, :count], bool(over)
+
+
 class GenerateMethods:
     """Mixed into HookedMamba."""
 
@@ -144,10 +172,20 @@ class GenerateMethods:
         ids = sample(logits[:, -1], plan.sampler, plan.generator)
         yield ids[:, None]
         going, left = Generation(state, ids, torch.isin(ids, plan.stops), plan.stop_list), plan.most - 1
-        while left and not bool(going.done.all()):
+        waiting: _Block | None = None  # launched, not looked at yet: so the device need not wait for the host
+        while left:
             block = self._next_block(going, plan, min(left, ahead))
-            left -= block.shape[1]
-            yield block
+            left -= block.ids.shape[1]
+            for ready in (waiting, block if block.settled or ahead == 1 else None):
+                if ready is not None:
+                    columns, over = ready.look()
+                    if columns.shape[1]:
+                        yield columns
+                    if over:
+                        return
+            waiting = None if block.settled or ahead == 1 else block
+        if waiting is not None and (columns := waiting.look()[0]).shape[1]:
+            yield columns
 
     def _read(self, tokens: Tensor, state: Any, mask: Tensor | None, plan: "_Plan") -> Any:
         options: dict[str, Any] = {"return_state": True, "logits_to_keep": 1, "state": state, "attention_mask": mask}
@@ -158,37 +196,34 @@ class GenerateMethods:
         plan.watch(cache)
         return out
 
-    def _next_block(self, going: Generation, plan: "_Plan", tokens: int) -> Tensor:
+    def _next_block(self, going: Generation, plan: "_Plan", tokens: int) -> "_Block":
         """Up to ``tokens`` new ids ``B k``: by the step kernels where they can run, else one by an ordinary pass."""
         if plan.watch is None:
             greedy = plan.sampler.temperature == 0 and len(plan.stop_list) <= Generation.MOST_STOPS
             with self.graphs.decoding(self, going.ids.shape[0], greedy) as decoder:  # type: ignore[arg-type]
                 if decoder is not None:
                     return self._decoded(going, decoder, plan, tokens, greedy)
+        if bool(going.done.all()):  # hooks must not see a step that nobody takes
+            return _Block(going.ids[:, None][:, :0], going.done, plan.stops, settled=True)
         logits, state = self._read(going.ids[:, None], self.graphs.settled(going), None, plan)
         ids = torch.where(going.done, going.ids, sample(logits[:, -1], plan.sampler, plan.generator))
-        going.read(state, ids, going.done | torch.isin(ids, plan.stops))
-        return ids[:, None]
+        before = going.done
+        going.read(state, ids, before | torch.isin(ids, plan.stops))
+        return _Block(ids[:, None], before, plan.stops, settled=True)
 
-    def _decoded(self, going: Generation, decoder: Decoder, plan: "_Plan", tokens: int, greedy: bool) -> Tensor:
+    def _decoded(self, going: Generation, decoder: Decoder, plan: "_Plan", tokens: int, greedy: bool) -> "_Block":
         model: Any = self
         done = going.done
         if greedy:
-            told = going.greedy(model, decoder, tokens)
-        else:
-            columns, all_sound = [], []
-            for _ in range(tokens):
-                new, sound = _draw(going.logits(model, decoder), plan.sampler, plan.generator)
-                ids = torch.where(going.done, going.ids, new)
-                going.chosen(model, decoder, ids, going.done | torch.isin(ids, plan.stops))
-                columns.append(ids)
-                all_sound.append(sound)
-            told = torch.stack(columns, 1)
-            _check_sound(torch.stack(all_sound).all())
-        if tokens == 1:
-            return told
-        over = (done[:, None] | torch.isin(told, plan.stops)).cummax(1).values.all(0)  # all rows are done after it
-        return told[:, : min(tokens, 1 + int((~over).sum()))]
+            return _Block(going.greedy(model, decoder, tokens), done, plan.stops)
+        columns, all_sound = [], []
+        for _ in range(tokens):
+            new, sound = _draw(going.logits(model, decoder), plan.sampler, plan.generator)
+            ids = torch.where(going.done, going.ids, new)
+            going.chosen(model, decoder, ids, going.done | torch.isin(ids, plan.stops))
+            columns.append(ids)
+            all_sound.append(sound)
+        return _Block(torch.stack(columns, 1), done, plan.stops, torch.stack(all_sound).all())
 
     def _stops(self, stop_tokens: Iterable[int] | None) -> Tensor:
         if stop_tokens is None:

@@ -22,7 +22,8 @@ __all__ = ["MOST_ROWS", "MOST_STOPS", "Choice", "Head", "Layer", "Scratch", "hea
 MOST_ROWS = 8
 MOST_STOPS = 16
 _COLUMNS = 2048  # of a tile
-_ENTER, _STATE, _LEAVE, _LOGITS = 16, 16, 8, 16  # rows of a tile
+_ENTER, _STATE, _LEAVE, _LOGITS = 8, 32, 8, 16  # rows of a tile
+_WARPS = {"enter": 8, "state": 4, "leave": 8, "logits": 8}
 _overlap: dict[torch.device, bool] = {}
 
 
@@ -63,13 +64,13 @@ class Scratch:
     z: Tensor  # B D
     u: Tensor
     gated: Tensor
-    shares: Tensor  # tiles B R+2N
+    shares: Tensor  # B tiles R+2N
 
     @classmethod
     def of(cls, weights: Layer, batch: int) -> "Scratch":
         channels = weights.A_log.shape[0]
         row = weights.in_proj.new_empty((batch, channels))
-        shares = row.new_empty((triton.cdiv(channels, _ENTER), batch, weights.x_proj.shape[0]), dtype=torch.float32)
+        shares = row.new_empty((batch, triton.cdiv(channels, _ENTER), weights.x_proj.shape[0]), dtype=torch.float32)
         return cls(row, torch.empty_like(row), torch.empty_like(row), shares)
 
 
@@ -141,25 +142,26 @@ def layer(w: Layer, resid: Tensor, ssm: Tensor, conv: Tensor, scratch: Scratch, 
         return {"PDL": pdl, "num_warps": warps} | ({"launch_pdl": True} if pdl else {})
 
     launch(
-        enter_kernel, 2 * tiles, resid.device,
+        enter_kernel, 2 * tiles * batch, resid.device,
         resid, w.norm, w.in_proj, w.in_bias, w.conv, w.conv_bias, conv, w.x_proj, scratch.z, scratch.u, scratch.shares,
         w.eps,
-        BATCH=batch, M=size, D=channels, J=joint, JP=_padded(joint), K=width, BR=_ENTER, BK=_columns(size),
-        HAS_IN_BIAS=w.in_bias is not None, HAS_CONV_BIAS=w.conv_bias is not None, **options(overlap and not first, 8),
+        BATCH=batch, M=size, D=channels, J=joint, JP=_padded(joint), K=width, KP=_padded(width),
+        BR=_ENTER, BK=_columns(size), HAS_IN_BIAS=w.in_bias is not None, HAS_CONV_BIAS=w.conv_bias is not None,
+        **options(overlap and not first, _WARPS["enter"]),
     )  # fmt: skip
     launch(
-        state_kernel, triton.cdiv(channels, _STATE), resid.device,
+        state_kernel, triton.cdiv(channels, _STATE) * batch, resid.device,
         scratch.shares, w.dt_proj, w.dt_bias, w.A_log, w.D, ssm, scratch.u, scratch.z, scratch.gated,
         w.mixer_eps or 0.0,
         BATCH=batch, D=channels, N=states, NP=_padded(states), R=rank, RP=_padded(rank), TILES=tiles,
         TP=_padded(tiles), BD=_STATE, HAS_DT_BIAS=w.dt_bias is not None, NORMED=w.mixer_eps is not None,
-        **options(overlap, 4),
+        **options(overlap, _WARPS["state"]),
     )  # fmt: skip
     launch(
-        leave_kernel, triton.cdiv(size, _LEAVE), resid.device,
+        leave_kernel, triton.cdiv(size, _LEAVE) * batch, resid.device,
         scratch.gated, w.out_proj, w.out_bias, resid,
         BATCH=batch, M=size, D=channels, BR=_LEAVE, BK=_columns(channels), HAS_OUT_BIAS=w.out_bias is not None,
-        **options(overlap, 8),
+        **options(overlap, _WARPS["leave"]),
     )  # fmt: skip
 
 
@@ -169,10 +171,10 @@ def head(w: Head, resid: Tensor, logits: Tensor, choice: Choice | None) -> None:
     pdl = _overlaps(resid.device)
     best, where = (None, None) if choice is None else (choice.best, choice.where)
     launch(
-        logits_kernel, triton.cdiv(vocabulary, _LOGITS), resid.device,
+        logits_kernel, triton.cdiv(vocabulary, _LOGITS) * batch, resid.device,
         resid, w.norm, w.unembed, logits, best, where, w.eps,
         BATCH=batch, M=size, V=vocabulary, BR=_LOGITS, BK=_columns(size), BEST=choice is not None,
-        PDL=pdl, num_warps=8, **({"launch_pdl": True} if pdl else {}),
+        PDL=pdl, num_warps=_WARPS["logits"], **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 

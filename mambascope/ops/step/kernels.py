@@ -5,11 +5,17 @@
 3. ``leave_kernel``   out_proj and the residual addition
 
 then ``logits_kernel`` (final norm, unembedding, each tile's best token) and ``pick_kernel`` (the best of all, and its
-embedding). Sums run in float32 in a fixed order; values are rounded where the whole-text path rounds them.
+embedding). A program serves one row of the batch; a warp owns whole rows of a matrix, so that sums need no other warp.
+Sums run in float32 in a fixed order; values are rounded where the whole-text path rounds them, but for the normalised
+residual, which is divided by its root after the product.
 
-With PDL (programmatic dependent launch, Hopper and later) a kernel starts while the one before it ends: it loads its
-weights, which depend on nothing, and only then waits. A kernel that waits knows that all before it are complete,
-because each of them waited too; so a buffer may be written again two kernels later.
+These kernels run for about as long as a launch takes, so what counts is the chain of waits in each. With PDL
+(programmatic dependent launch, Hopper and later) a kernel starts while the one before it ends: it loads its weights and
+states, which depend on nothing in this token, and only then waits. A kernel that waits knows that all before it are
+complete, because each of them waited too; so a buffer may be written again two kernels later.
+
+State is replaced in place. Several threads may hold the same element, and all of them load it, so a barrier stands
+between the loads and the stores.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -24,98 +30,91 @@ __all__ = ["enter_kernel", "leave_kernel", "logits_kernel", "pick_kernel", "stat
 
 
 @triton.jit
-def _root(x, M: tl.constexpr, eps, BK: tl.constexpr):
-    """sqrt(mean(x²) + eps) of a vector of M."""
-    total = 0.0
-    for c in tl.static_range((M + BK - 1) // BK):
-        k = c * BK + tl.arange(0, BK)
-        v = tl.load(x + k, mask=k < M, other=0.0).to(tl.float32)
-        total += tl.sum(v * v, axis=0)
-    return tl.sqrt_rn(total / M + eps)
-
-
-@triton.jit
-def _normed(x, weight, root, k, M: tl.constexpr):
-    """x / root · weight at k, rounded to the weight's dtype, as float32."""
-    v = tl.load(x + k, mask=k < M, other=0.0).to(tl.float32) / root
-    w = tl.load(weight + k, mask=k < M, other=0.0)
-    return (v * w.to(tl.float32)).to(w.dtype).to(tl.float32)
-
-
-@triton.jit
 def _normed_product(
-    first, matrix, at_rows, rows_in, x, norm, root, M: tl.constexpr, BK: tl.constexpr,
+    first, weight, matrix, at_rows, rows_in, x, norm, eps, M: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Σ_k matrix[row, k] · normed x[k]; ``first`` holds the first BK columns."""
-    k = tl.arange(0, BK)
-    total = tl.sum(first.to(tl.float32) * _normed(x, norm, root, k, M)[None, :], axis=1)
+    """Σ_k matrix[row, k] · x[k] norm[k] / sqrt(mean(x²) + eps); ``first`` and ``weight`` hold the first BK columns."""
+    k = tl.arange(0, BK)[None, :] + at_rows * 0  # one x for each row: no exchange between warps
+    v = tl.load(x + k, mask=k < M, other=0.0).to(tl.float32)
+    total = tl.sum(first.to(tl.float32) * (v * weight), axis=1)
+    squares = tl.sum(v * v, axis=1)
     for c in tl.static_range(1, (M + BK - 1) // BK):
-        k = c * BK + tl.arange(0, BK)
-        w = tl.load(matrix + at_rows + k[None, :], mask=rows_in & (k < M)[None, :], other=0.0)
-        total += tl.sum(w.to(tl.float32) * _normed(x, norm, root, k, M)[None, :], axis=1)
-    return total
+        more = k + c * BK
+        inside = more < M
+        w = tl.load(matrix + at_rows + more, mask=rows_in & inside, other=0.0).to(tl.float32)
+        v = tl.load(x + more, mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(w * (v * tl.load(norm + more, mask=inside, other=0.0).to(tl.float32)), axis=1)
+        squares += tl.sum(v * v, axis=1)
+    return total / tl.sqrt_rn(squares / M + eps)
 
 
 @triton.jit
 def enter_kernel(
     resid, norm, in_proj, in_bias, conv, conv_bias, conv_state, x_proj, z, u, shares, eps,
     BATCH: tl.constexpr, M: tl.constexpr, D: tl.constexpr, J: tl.constexpr, JP: tl.constexpr, K: tl.constexpr,
-    BR: tl.constexpr, BK: tl.constexpr, HAS_IN_BIAS: tl.constexpr, HAS_CONV_BIAS: tl.constexpr, PDL: tl.constexpr,
+    KP: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    HAS_IN_BIAS: tl.constexpr, HAS_CONV_BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of BR channels, first of x, then of z."""
+    """Grid: tiles of BR channels, first of x, then of z; rows of the batch innermost."""
     if PDL:
         gdc_launch_dependents()
     tiles: tl.constexpr = (D + BR - 1) // BR
-    tile = tl.program_id(0) % tiles
-    is_x = tl.program_id(0) < tiles
+    b = tl.program_id(0) % BATCH
+    is_x = tl.program_id(0) < tiles * BATCH
+    tile = (tl.program_id(0) // BATCH) % tiles
     d = tile * BR + tl.arange(0, BR)
     inside = d < D
     row = tl.where(is_x, d, d + D)
-    k = tl.arange(0, BK)
+    k = tl.arange(0, BK)[None, :]
     at_rows = row.to(tl.int64)[:, None] * M
     rows_in = inside[:, None]
-    first = tl.load(in_proj + at_rows + k[None, :], mask=rows_in & (k < M)[None, :], other=0.0)
-    j = tl.arange(0, JP)
-    at_share = j.to(tl.int64)[:, None] * D + d[None, :]
-    own = tl.load(x_proj + at_share, mask=(j < J)[:, None] & inside[None, :] & is_x, other=0.0)
-    if PDL:
-        gdc_wait()
+    first = tl.load(in_proj + at_rows + k, mask=rows_in & (k < M), other=0.0)
+    weight = tl.load(norm + (k + at_rows * 0), mask=(k < M) & rows_in, other=0.0).to(tl.float32)
     kind = z.dtype.element_ty
-    for b in tl.static_range(BATCH):
-        x = resid + b * M
-        v = _normed_product(first, in_proj, at_rows, rows_in, x, norm, _root(x, M, eps, BK), M, BK)
+    x = resid + b * M
+    if is_x:
+        j = tl.arange(0, JP)
+        at_share = j.to(tl.int64)[:, None] * D + d[None, :]
+        own = tl.load(x_proj + at_share, mask=(j < J)[:, None] & inside[None, :], other=0.0)
+        i = tl.arange(0, KP)[None, :]
+        taps = tl.load(conv + d[:, None] * K + i, mask=rows_in & (i < K), other=0.0).to(tl.float32)
+        at_state = (b * D + d).to(tl.int64)[:, None] * (K - 1) + i
+        held = rows_in & (i < K - 1)
+        before = tl.load(conv_state + at_state, mask=held, other=0.0)
+        if HAS_CONV_BIAS:
+            bias = tl.load(conv_bias + d, mask=inside, other=0.0).to(tl.float32)
+        if PDL:
+            gdc_wait()
+        x_in = _normed_product(first, weight, in_proj, at_rows, rows_in, x, norm, eps, M, BK)
         if HAS_IN_BIAS:
-            v += tl.load(in_bias + row, mask=inside, other=0.0).to(tl.float32)
-        v = v.to(kind)
-        if is_x:
-            state = conv_state + (b * D + d).to(tl.int64) * (K - 1)
-            y = tl.zeros([BR], tl.float32)
-            for i in tl.static_range(K - 1):
-                before = tl.load(state + i, mask=inside, other=0.0)
-                y = tl.fma(tl.load(conv + d * K + i, mask=inside, other=0.0).to(tl.float32), before.to(tl.float32), y)
-                if i > 0:
-                    tl.store(state + (i - 1), before, mask=inside)
-            w = tl.load(conv + d * K + (K - 1), mask=inside, other=0.0).to(tl.float32)
-            y = tl.fma(w, v.to(tl.float32), y)
-            if K > 1:
-                tl.store(state + (K - 2), v.to(conv_state.dtype.element_ty), mask=inside)
-            if HAS_CONV_BIAS:
-                y += tl.load(conv_bias + d, mask=inside, other=0.0).to(tl.float32)
-            y = silu(y.to(kind).to(tl.float32)).to(kind)
-            tl.store(u + b * D + d, y, mask=inside)
-            share = tl.sum(own.to(tl.float32) * y.to(tl.float32)[None, :], axis=1)
-            tl.store(shares + (tile * BATCH + b) * J + j, share, mask=j < J)
-        else:
-            tl.store(z + b * D + d, v, mask=inside)
+            x_in += tl.load(in_bias + row, mask=inside, other=0.0).to(tl.float32)
+        x_now = x_in.to(kind)
+        now = tl.where(i == K - 1, x_now.to(tl.float32)[:, None], before.to(tl.float32))
+        y = tl.sum(taps * now, axis=1)
+        if HAS_CONV_BIAS:
+            y += bias
+        y = silu(y.to(kind).to(tl.float32)).to(kind)
+        tl.debug_barrier()
+        tl.store(conv_state + at_state - 1, before, mask=held & (i > 0))
+        if K > 1:
+            tl.store(conv_state + (b * D + d).to(tl.int64) * (K - 1) + (K - 2), x_now, mask=inside)
+        tl.store(u + b * D + d, y, mask=inside)
+        share = tl.sum(own.to(tl.float32) * y.to(tl.float32)[None, :], axis=1)
+        tl.store(shares + (b * tiles + tile) * J + j, share, mask=j < J)
+    else:
+        if PDL:
+            gdc_wait()
+        z_out = _normed_product(first, weight, in_proj, at_rows, rows_in, x, norm, eps, M, BK)
+        if HAS_IN_BIAS:
+            z_out += tl.load(in_bias + row, mask=inside, other=0.0).to(tl.float32)
+        tl.store(z + b * D + d, z_out.to(kind), mask=inside)
 
 
 @triton.jit
-def _summed(shares, at, j_in, b, TILES: tl.constexpr, TP: tl.constexpr, BATCH: tl.constexpr, J: tl.constexpr):
+def _summed(shares, at, j_in, TILES: tl.constexpr, TP: tl.constexpr, J: tl.constexpr):
     """x_proj's outputs at some columns: its shares over all tiles."""
-    t = tl.arange(0, TP)
-    parts = tl.load(
-        shares + (t[:, None] * BATCH + b) * J + at[None, :], mask=(t < TILES)[:, None] & j_in[None, :], other=0.0
-    )
+    t = tl.arange(0, TP)[:, None]
+    parts = tl.load(shares + t * J + at[None, :], mask=(t < TILES) & j_in[None, :], other=0.0)
     return tl.sum(parts, axis=0)
 
 
@@ -135,10 +134,11 @@ def state_kernel(
     TILES: tl.constexpr, TP: tl.constexpr, BD: tl.constexpr,
     HAS_DT_BIAS: tl.constexpr, NORMED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of BD channels. ``h`` ``B D N`` is replaced by the state after the step."""
+    """Grid: tiles of BD channels, rows of the batch innermost. ``h`` ``B D N`` is replaced by the state after."""
     if PDL:
         gdc_launch_dependents()
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    b = tl.program_id(0) % BATCH
+    d = (tl.program_id(0) // BATCH) * BD + tl.arange(0, BD)
     inside = d < D
     r, n = tl.arange(0, RP), tl.arange(0, NP)
     r_in, n_in = r < R, n < N
@@ -146,26 +146,33 @@ def state_kernel(
     J: tl.constexpr = R + 2 * N
     kind: tl.constexpr = gated.dtype.element_ty
     w = tl.load(dt_proj + d.to(tl.int64)[:, None] * R + r[None, :], mask=inside[:, None] & r_in[None, :], other=0.0)
+    at_h = (b * D + d).to(tl.int64)[:, None] * N + n[None, :]
+    state = tl.load(h + at_h, mask=both, other=0.0)
     A = -exp(tl.load(A_log + d.to(tl.int64)[:, None] * N + n[None, :], mask=both, other=0.0).to(tl.float32))
     skip = tl.load(D_skip + d, mask=inside, other=0.0).to(tl.float32)
+    bias = skip
+    if HAS_DT_BIAS:
+        bias = tl.load(dt_bias + d, mask=inside, other=0.0).to(tl.float32)
     if PDL:
         gdc_wait()
-    for b in tl.static_range(BATCH):
-        at_h = (b * D + d).to(tl.int64)[:, None] * N + n[None, :]
-        state = tl.load(h + at_h, mask=both, other=0.0)
-        value = tl.load(u + b * D + d, mask=inside, other=0.0).to(tl.float32)
-        gate = tl.load(z + b * D + d, mask=inside, other=0.0).to(tl.float32)
-        low = _rounded(_summed(shares, r, r_in, b, TILES, TP, BATCH, J), r_in, R, eps, kind, NORMED)
-        B = _rounded(_summed(shares, R + n, n_in, b, TILES, TP, BATCH, J), n_in, N, eps, kind, NORMED)
-        C = _rounded(_summed(shares, R + N + n, n_in, b, TILES, TP, BATCH, J), n_in, N, eps, kind, NORMED)
-        raw = tl.sum(w.to(tl.float32) * low[None, :], axis=1)
-        if HAS_DT_BIAS:
-            raw += tl.load(dt_bias + d, mask=inside, other=0.0).to(tl.float32)
-        delta = softplus(raw.to(kind).to(tl.float32))
-        state = exp(delta[:, None] * A) * state + (delta * value)[:, None] * B[None, :]
-        tl.store(h + at_h, state, mask=both)
-        y = tl.sum(tl.where(n_in[None, :], state * C[None, :], 0.0), axis=1) + skip * value
-        tl.store(gated + b * D + d, (y * silu(gate)).to(kind), mask=inside)
+    mine = shares + b * (TILES * J)
+    low = _summed(mine, r, r_in, TILES, TP, J)
+    B = _summed(mine, R + n, n_in, TILES, TP, J)
+    C = _summed(mine, R + N + n, n_in, TILES, TP, J)
+    value = tl.load(u + b * D + d, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(z + b * D + d, mask=inside, other=0.0).to(tl.float32)
+    low = _rounded(low, r_in, R, eps, kind, NORMED)
+    B = _rounded(B, n_in, N, eps, kind, NORMED)
+    C = _rounded(C, n_in, N, eps, kind, NORMED)
+    raw = tl.sum(w.to(tl.float32) * low[None, :], axis=1)
+    if HAS_DT_BIAS:
+        raw += bias
+    delta = softplus(raw.to(kind).to(tl.float32))
+    state = exp(delta[:, None] * A) * state + (delta * value)[:, None] * B[None, :]
+    tl.debug_barrier()
+    tl.store(h + at_h, state, mask=both)
+    y = tl.sum(tl.where(n_in[None, :], state * C[None, :], 0.0), axis=1) + skip * value
+    tl.store(gated + b * D + d, (y * silu(gate)).to(kind), mask=inside)
 
 
 @triton.jit
@@ -174,30 +181,30 @@ def leave_kernel(
     BATCH: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
     HAS_OUT_BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of BR entries of the residual stream, which are added to in place."""
+    """Grid: tiles of BR entries of the residual stream, which are added to in place; rows of the batch innermost."""
     if PDL:
         gdc_launch_dependents()
-    m = tl.program_id(0) * BR + tl.arange(0, BR)
+    b = tl.program_id(0) % BATCH
+    m = (tl.program_id(0) // BATCH) * BR + tl.arange(0, BR)
     inside = m < M
-    k = tl.arange(0, BK)
     at_rows = m.to(tl.int64)[:, None] * D
-    first = tl.load(out_proj + at_rows + k[None, :], mask=inside[:, None] & (k < D)[None, :], other=0.0)
+    k = tl.arange(0, BK)[None, :] + at_rows * 0
+    rows_in = inside[:, None]
+    first = tl.load(out_proj + at_rows + k, mask=rows_in & (k < D), other=0.0)
     if PDL:
         gdc_wait()
-    kind = gated.dtype.element_ty
-    for b in tl.static_range(BATCH):
-        before = tl.load(resid + b * M + m, mask=inside, other=0.0)
-        x = tl.load(gated + b * D + k, mask=k < D, other=0.0).to(tl.float32)
-        total = tl.sum(first.to(tl.float32) * x[None, :], axis=1)
-        for c in tl.static_range(1, (D + BK - 1) // BK):
-            more = c * BK + tl.arange(0, BK)
-            w = tl.load(out_proj + at_rows + more[None, :], mask=inside[:, None] & (more < D)[None, :], other=0.0)
-            x = tl.load(gated + b * D + more, mask=more < D, other=0.0).to(tl.float32)
-            total += tl.sum(w.to(tl.float32) * x[None, :], axis=1)
-        if HAS_OUT_BIAS:
-            total += tl.load(out_bias + m, mask=inside, other=0.0).to(tl.float32)
-        after = before.to(tl.float32) + total.to(kind).to(tl.float32)
-        tl.store(resid + b * M + m, after.to(resid.dtype.element_ty), mask=inside)
+    before = tl.load(resid + b * M + m, mask=inside, other=0.0)
+    v = tl.load(gated + b * D + k, mask=k < D, other=0.0).to(tl.float32)
+    total = tl.sum(first.to(tl.float32) * v, axis=1)
+    for c in tl.static_range(1, (D + BK - 1) // BK):
+        more = k + c * BK
+        w = tl.load(out_proj + at_rows + more, mask=rows_in & (more < D), other=0.0).to(tl.float32)
+        total += tl.sum(w * tl.load(gated + b * D + more, mask=more < D, other=0.0).to(tl.float32), axis=1)
+    if HAS_OUT_BIAS:
+        total += tl.load(out_bias + m, mask=inside, other=0.0).to(tl.float32)
+    after = before.to(tl.float32) + total.to(gated.dtype.element_ty).to(tl.float32)
+    tl.debug_barrier()
+    tl.store(resid + b * M + m, after.to(resid.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -206,29 +213,31 @@ def logits_kernel(
     BATCH: tl.constexpr, M: tl.constexpr, V: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
     BEST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: tiles of BR tokens. With BEST each tile's largest logit and its token, ``B tiles``; NaN is the largest."""
+    """Grid: tiles of BR tokens, rows of the batch innermost. With BEST each tile's largest logit and its token,
+    ``B tiles``; NaN is the largest."""
     if PDL:
         gdc_launch_dependents()
-    v = tl.program_id(0) * BR + tl.arange(0, BR)
+    b = tl.program_id(0) % BATCH
+    tile = tl.program_id(0) // BATCH
+    v = tile * BR + tl.arange(0, BR)
     inside = v < V
-    k = tl.arange(0, BK)
+    k = tl.arange(0, BK)[None, :]
     at_rows = v.to(tl.int64)[:, None] * M
     rows_in = inside[:, None]
-    first = tl.load(unembed + at_rows + k[None, :], mask=rows_in & (k < M)[None, :], other=0.0)
+    first = tl.load(unembed + at_rows + k, mask=rows_in & (k < M), other=0.0)
+    weight = tl.load(norm + (k + at_rows * 0), mask=(k < M) & rows_in, other=0.0).to(tl.float32)
     if PDL:
         gdc_wait()
     tiles: tl.constexpr = (V + BR - 1) // BR
-    for b in tl.static_range(BATCH):
-        x = resid + b * M
-        value = _normed_product(first, unembed, at_rows, rows_in, x, norm, _root(x, M, eps, BK), M, BK)
-        value = value.to(logits.dtype.element_ty)
-        tl.store(logits + b * V + v, value, mask=inside)
-        if BEST:
-            score = value.to(tl.float32)
-            score = tl.where(inside, tl.where(score == score, score, float("inf")), float("-inf"))
-            top = tl.max(score, axis=0)
-            tl.store(best + b * tiles + tl.program_id(0), top)
-            tl.store(where + b * tiles + tl.program_id(0), tl.min(tl.where(score == top, v, V), axis=0))
+    value = _normed_product(first, weight, unembed, at_rows, rows_in, resid + b * M, norm, eps, M, BK)
+    value = value.to(logits.dtype.element_ty)
+    tl.store(logits + b * V + v, value, mask=inside)
+    if BEST:
+        score = value.to(tl.float32)
+        score = tl.where(inside, tl.where(score == score, score, float("inf")), float("-inf"))
+        top = tl.max(score, axis=0)
+        tl.store(best + b * tiles + tile, top)
+        tl.store(where + b * tiles + tile, tl.min(tl.where(score == top, v, V), axis=0))
 
 
 @triton.jit
@@ -248,14 +257,15 @@ def pick_kernel(
     t = tl.arange(0, TP)
     score = tl.load(best + b * TILES + t, mask=t < TILES, other=float("-inf"))
     token = tl.load(where + b * TILES + t, mask=t < TILES, other=V)
-    new = tl.min(tl.where(score == tl.max(score, axis=0), token, V), axis=0).to(tl.int64)
-    over = tl.load(done + b)
-    new = tl.where(over != 0, tl.load(ids + b), tl.minimum(new, V - 1))
+    over, last, at = tl.load(done + b), tl.load(ids + b), tl.load(count + b)
     s = tl.arange(0, STOPS)
-    hit = tl.max((tl.load(stops + s) == new).to(tl.int32), axis=0)
+    stop = tl.load(stops + s)
+    new = tl.min(tl.where(score == tl.max(score, axis=0), token, V), axis=0).to(tl.int64)
+    new = tl.where(over != 0, last, tl.minimum(new, V - 1))
+    hit = tl.max((stop == new).to(tl.int32), axis=0)
+    tl.debug_barrier()
     tl.store(done + b, tl.maximum(over, hit))
     tl.store(ids + b, new)
-    at = tl.load(count + b)
     tl.store(told + b * MOST + at, new, mask=at < MOST)
     tl.store(count + b, at + 1)
     k = tl.arange(0, MP)

@@ -81,6 +81,7 @@ def enter_kernel(
         at_state = (b * D + d).to(tl.int64)[:, None] * (K - 1) + i
         held = rows_in & (i < K - 1)
         before = tl.load(conv_state + at_state, mask=held, other=0.0)
+        bias = 0.0
         if HAS_CONV_BIAS:
             bias = tl.load(conv_bias + d, mask=inside, other=0.0).to(tl.float32)
         if PDL:

@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mambascope.analyses.half_life_kernel import merge_half_lives
 from mambascope.analyses.source import Reading, Source, finite, position_index, read, scan_layers
 from mambascope.errors import InputError
 from mambascope.hooks.effective_path import channel_index
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["HalfLives", "Reach", "Timescales", "half_lives", "reach", "timescale_spectrum"]
 
 _SEARCHED = 1 << 21  # half-lives searched at a time: some 60 MB with their thresholds
+_COMPILED = 1 << 21  # half-lives beyond which a CPU runs compiled code, which takes a second or two to compile once
 _QUANTILES = (0.1, 0.5, 0.9)
 
 
@@ -55,26 +57,35 @@ def half_lives(delta: Float[Tensor, "L D"], A: Float[Tensor, "D N"]) -> HalfLive
     """Half-life in tokens of every (channel, state dimension), median over the text; the module's algorithm.
 
     ``delta`` is after softplus, ``A`` negative. Both results are float64. Time O(D N L log L); memory O(L N) beyond
-    the inputs, since channels go in groups.
+    the inputs, since channels go in groups. On a CPU long texts take O(D N L) in compiled code (:mod:`mambascope.
+    analyses.half_life_kernel`), with equal results.
     """
     length, width = delta.shape
     threshold = math.log(2) / A.double().abs()  # D N
-    size = max(1, _SEARCHED // (length * A.shape[1]))
-    begins = torch.arange(1, length + 1, device=delta.device)
-    medians, shares = [], []
+    merged = delta.device.type == "cpu" and threshold.numel() * length >= _COMPILED
+    size = width if merged else max(1, _SEARCHED // (length * A.shape[1]))
+    parts = []
     for first in range(0, width, size):
         total = delta[:, first : first + size].T.double().cumsum(1)
         total = torch.cat([torch.zeros_like(total[:, :1]), total], 1)  # D L+1
-        slack = 8 * torch.finfo(torch.float64).eps * total[:, -1]  # a sum that equals the threshold reaches it
-        goal = total[:, None, 1:] + (threshold[first : first + size, :, None] - slack[:, None, None])  # D N L
-        found = torch.searchsorted(total, goal.flatten(1)).view_as(goal)
-        gone = found > length
-        ordered = (found - begins).masked_fill_(gone, length + 1).to(torch.int32).sort(-1).values
-        low, high = ordered[..., (length - 1) // 2], ordered[..., length // 2]
+        slack = 8 * torch.finfo(torch.float64).eps * total[:, -1:]  # a sum that equals the threshold reaches it
+        least = threshold[first : first + size] - slack
+        low, high, gone = merge_half_lives(total, least) if merged else _searched(total, least)
         middle = (low.double() + high.double()) / 2
-        medians.append(middle.masked_fill(high > length, math.inf))
-        shares.append(gone.double().mean(-1))
-    return HalfLives(torch.cat(medians), torch.cat(shares))
+        parts.append((middle.masked_fill(high > length, math.inf), gone.double() / length))
+    median, censored = (torch.cat(column) for column in zip(*parts, strict=True))
+    return HalfLives(median, censored)
+
+
+def _searched(total: Float[Tensor, "D L1"], least: Float[Tensor, "D N"]) -> tuple[Tensor, Tensor, Tensor]:
+    """The two middle half-lives (length + 1: censored) and the number censored of every state dimension."""
+    length = total.shape[1] - 1
+    begins = torch.arange(1, length + 1, device=total.device)
+    goal = total[:, None, 1:] + least[..., None]  # D N L
+    found = torch.searchsorted(total, goal.flatten(1)).view_as(goal)
+    gone = found > length
+    ordered = (found - begins).clamp_min_(1).masked_fill_(gone, length + 1).to(torch.int32).sort(-1).values
+    return ordered[..., (length - 1) // 2], ordered[..., length // 2], gone.sum(-1)
 
 
 @dataclass(frozen=True)
@@ -130,8 +141,8 @@ class Timescales:
 def timescale_spectrum(model: "HookedMamba", source: Source, *, layers: Iterable[int] | None = None) -> Timescales:
     """Half-life in tokens of every (channel, state dimension) of some or all layers (the module's algorithm).
 
-    Time O(layers D N L log L); memory one layer's activations and the results. In a text of one token everything is
-    censored. Raises InputError for a layer that does not exist or has no scan, or NaN in delta.
+    Time as :func:`half_lives`, a layer after another; memory one layer's activations and the results. In a text of one
+    token everything is censored. Raises InputError for a layer that does not exist or has no scan, or NaN in delta.
     """
     reading = read(model, source)
     chosen = scan_layers(model, layers)

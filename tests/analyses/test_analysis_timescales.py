@@ -35,8 +35,10 @@ def by_definition(delta: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     return median, censored
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("length", "N"), [(1, 1), (2, 7), (63, 1), (64, 16), (65, 7)])
-def test_half_lives_are_the_definition(length: int, N: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_lives_are_the_definition(length: int, N: int, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mambascope.analyses.timescales._COMPILED", 0 if compiled else 1 << 60)
     monkeypatch.setattr("mambascope.analyses.timescales._SEARCHED", 3 * length * N)  # channels in groups of three
     g = torch.Generator().manual_seed(length)
     delta = torch.exp(torch.rand(length, 5, generator=g) * math.log(50 / 1e-4) + math.log(1e-4))  # 1e-4…50
@@ -48,7 +50,9 @@ def test_half_lives_are_the_definition(length: int, N: int, monkeypatch: pytest.
     assert not torch.equal(half_lives(delta / 9, A).median, median) or length < 3  # the check can fail
 
 
-def test_half_lives_by_hand() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_half_lives_by_hand(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mambascope.analyses.timescales._COMPILED", 0 if compiled else 1 << 60)
     # delta 0.5 everywhere: 0.5 k |A| >= 0.6931: k = 2 at |A| = 1, 1 at 2, 14 at 0.1
     delta = torch.full((40, 1), 0.5)
     found = half_lives(delta, torch.tensor([[-1.0, -2.0, -0.1, -0.01]]))
@@ -66,10 +70,15 @@ def test_half_lives_by_hand() -> None:
     assert half_lives(delta[:19], torch.tensor([[-1.0]])).median.item() == 10
 
 
-def test_delta_that_underflows_or_saturates() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_delta_that_underflows_or_saturates(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mambascope.analyses.timescales._COMPILED", 0 if compiled else 1 << 60)
     A = -torch.arange(1.0, 17.0)[None]
     assert torch.isinf(half_lives(torch.full((30, 1), 1e-38), A).median).all()
     assert (half_lives(torch.full((30, 1), 1e6), A).median == 1).all()
+    assert (half_lives(torch.full((30, 1), 1e38), A * 1e30).median == 1).all()  # a threshold below rounding
+    dead = half_lives(torch.rand(30, 1), A * 0)
+    assert torch.isinf(dead.median).all() and (dead.censored == 1).all()
 
 
 def test_timescales_of_a_model(random, ids: Tensor) -> None:
@@ -121,8 +130,14 @@ def test_memory_is_linear(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(sorted_sequence, values)
 
     monkeypatch.setattr(torch, "searchsorted", watched)
-    half_lives(torch.rand(3000, 90), -torch.rand(90, 16) - 0.1)
-    assert largest <= 1 << 21
+    delta, A = torch.rand(3000, 90), -torch.rand(90, 16) - 0.1
+    quick = half_lives(delta, A)  # long enough to be compiled
+    assert largest == 0
+    monkeypatch.setattr("mambascope.analyses.timescales._COMPILED", 1 << 60)
+    found = half_lives(delta, A)
+    assert 1 << 20 < largest <= 1 << 21
+    assert torch.equal(found.median, quick.median)
+    assert torch.equal(found.censored, quick.censored)
 
 
 # ---- reach

@@ -169,7 +169,7 @@ class LogitContributions:
         from mambascope.analyses.plots import token_map
 
         title = f"{self.target.name} at {self.start + self.target.query}: direct contributions through the scans"
-        return token_map(self.scan, self.labels, title, "logits", signed=True, start=self.start)
+        return token_map(self.scan, self.labels, title, "logits", log=True, signed=True, start=self.start)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@
 2. Layer by layer, so that each block is recomputed once: delta (:mod:`gating`), state norms (:mod:`states`), and
    the last token's row of the effective kernel (:mod:`kernels`).
 3. The loss of every token, its best guesses, and the logit lens (:mod:`logits`).
+4. The best guess after that token traced back through all layers (:mod:`relevance`), where the run can be traced.
 """
 
 import math
@@ -19,8 +20,10 @@ import mambascope
 from mambascope.analyses.gating import Gating, gating_of, layer_gating
 from mambascope.analyses.kernels import Reduction, Sources, row_of, sources_of
 from mambascope.analyses.logits import LogitLens, TokenPredictions, logit_lens, predictions
+from mambascope.analyses.relevance import Relevance, token_relevance
 from mambascope.analyses.source import Reading, Source, position_index, read
 from mambascope.analyses.states import StateNorms, layer_norms
+from mambascope.errors import CacheError, InputError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +36,11 @@ __all__ = ["Overview", "scope"]
 
 @dataclass(frozen=True)
 class Overview:
-    """Everything that ``mambascope scope`` shows of one text. ``about``: model, sizes, versions, as plain values."""
+    """Everything that ``mambascope scope`` shows of one text. ``about``: model, sizes, versions, as plain values.
+
+    ``relevance`` is None where the best guess cannot be traced back (a hook edited what the equations rest on, or a
+    projection was exchanged); ``untraced`` then says why.
+    """
 
     about: dict[str, Any]
     ids: tuple[int, ...]
@@ -42,6 +49,8 @@ class Overview:
     states: StateNorms
     lens: LogitLens
     sources: Sources
+    relevance: Relevance | None
+    untraced: str = ""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -61,13 +70,14 @@ class Overview:
         return frame
 
     def figures(self) -> "dict[str, go.Figure]":
-        """The four maps, by name."""
-        return {
+        """The maps, by name."""
+        found = {
             "delta": self.gating.figure(),
             "state norm": self.states.figure(),
             "logit lens": self.lens.figure(),
             "sources": self.sources.figure(),
         }
+        return found if self.relevance is None else {**found, "relevance": self.relevance.figure()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: ``about``, one entry a token, the layer × token maps. What is unknown is None."""
@@ -116,7 +126,16 @@ class Overview:
                 "carry": _plain(self.sources.carry),
                 "error": _plain(self.sources.error),
             },
+            "relevance": self._relevance(),
         }
+
+    def _relevance(self) -> dict[str, Any]:
+        found = self.relevance
+        if found is None:
+            return {"untraced": self.untraced}
+        target = {"name": found.target.name, "query": self.start + found.target.query, "value": found.target.value}
+        parts = {"stream": _plain(found.stream), "bias": _plain(found.bias.sum(1)), "carry": _plain(found.carry)}
+        return {"target": target, "rule": found.rule, **parts}
 
     def html(self) -> str:
         """One page that needs no network; see :mod:`mambascope.analyses.report`."""
@@ -156,7 +175,7 @@ def scope(
 
     ``top`` guesses a token; ``query``: whose sources are shown (default: the last token), reduced over channels by
     ``reduce``; ``max_tokens``: show the last ones only, with the state of all before them (no number changes).
-    Cost: two forward passes, O(layers L D N) for the kernel row and O(layers L M V) for the lens.
+    Cost: two forward passes, O(layers L D N) for the kernel row, O(layers L M V) for the lens, and a backward pass.
 
     Raises InputError, CacheError as the parts do.
     """
@@ -168,6 +187,11 @@ def scope(
         norms.append(layer_norms(reading, i))
         rows.append(row_of(reading, i, query))
     found = predictions(model, reading, top=min(top, model.cfg.n_tokens))
+    relevance, untraced = None, ""
+    try:
+        relevance = token_relevance(model, reading, query=query)
+    except (CacheError, InputError) as error:
+        untraced = str(error)
     return Overview(
         _about(reading, found),
         tuple(reading.tokens.tolist()),
@@ -176,6 +200,8 @@ def scope(
         StateNorms(torch.stack(norms), reading.labels, reading.start),
         logit_lens(model, reading),
         sources_of(rows, reduce),
+        relevance,
+        untraced,
     )
 
 

@@ -22,7 +22,17 @@ if TYPE_CHECKING:
 
 Numbers = npt.NDArray[np.float64]
 
-__all__ = ["DIVERGING", "MOST", "SEQUENTIAL", "capacity_curves", "pair_map", "profiles", "token_bars", "token_map"]
+__all__ = [
+    "DIVERGING",
+    "MOST",
+    "SEQUENTIAL",
+    "capacity_curves",
+    "pair_map",
+    "profiles",
+    "signed_log_scale",
+    "token_bars",
+    "token_map",
+]
 
 MOST = 1000
 """Columns beyond which tokens share cells."""
@@ -102,6 +112,24 @@ def log_scale(values: Numbers) -> tuple[Numbers, dict[str, Any]]:
     return z, {"tickvals": [math.log10(m) for m in inside], "ticktext": [f"{m:.3g}" for m in inside]}
 
 
+DECADES = 3
+"""Orders of magnitude that a signed logarithmic scale tells apart on either side of 0."""
+
+
+def signed_log_scale(values: Numbers) -> tuple[Numbers, dict[str, Any]]:
+    """-1 … 1: the sign, and the logarithm of the size down to a thousandth of the largest; what is smaller becomes 0.
+    Also a colour bar that shows the values themselves."""
+    size = np.abs(values)
+    top = float(np.nanmax(size)) if np.isfinite(size).any() else 0.0
+    if top == 0:
+        return np.where(np.isnan(values), np.nan, 0.0), {}
+    with np.errstate(divide="ignore"):
+        z = np.sign(values) * np.clip(1 + np.log10(size / top) / DECADES, 0, 1)
+    marks = [(1 - j / DECADES, top / 10**j) for j in range(DECADES)]
+    at = [(-a, -v) for a, v in marks] + [(0.0, 0.0)] + marks[::-1]
+    return z, {"tickvals": [a for a, _ in at], "ticktext": [f"{v:.2g}" for _, v in at]}
+
+
 def layout(figure: go.Figure, title: str, height: int) -> go.Figure:
     """The look that all figures share."""
     figure.update_layout(
@@ -131,7 +159,7 @@ def token_map(
     """A heat map of ``rows L`` values, first row at the bottom, one column a token.
 
     ``hover`` adds a text to each value, ``cells`` is written into them while few columns show. ``log`` colours by
-    the logarithm, ``signed`` around zero.
+    the logarithm, ``signed`` around zero; both: by the logarithm of the size on either side of zero.
     """
     z, column, per = decimate(array(values), most)
     names = [str(i) for i in range(z.shape[0])] if rows is None else list(rows)
@@ -142,7 +170,7 @@ def token_map(
         return _about(labels, start, c, shown[i, j], "" if hover is None else hover[i][c])
 
     text = [[about(i, j) for j in range(z.shape[1])] for i in range(z.shape[0])]
-    z, bar = log_scale(z) if log else (z, {})
+    z, bar = _scaled(z, log, signed)
     heat = _colours(z, unit, signed, bar)
     if cells is not None and per == 1:
         heat["text"] = [[escaped(cell) for cell in line] for line in cells]
@@ -158,6 +186,12 @@ def token_map(
     some = list(range(0, len(names), step))
     figure.update_yaxes(title="layer", tickvals=some, ticktext=[names[i] for i in some], showgrid=False, zeroline=False)
     return figure
+
+
+def _scaled(z: Numbers, log: bool, signed: bool) -> tuple[Numbers, dict[str, Any]]:
+    if not log:
+        return z, {}
+    return signed_log_scale(z) if signed else log_scale(z)
 
 
 def _colours(z: Numbers, unit: str, signed: bool, bar: dict[str, Any]) -> dict[str, Any]:
@@ -200,18 +234,22 @@ def pair_map(
     title: str,
     unit: str,
     *,
+    log: bool = False,
     signed: bool = False,
     start: int = 0,
     most: int = 500,
 ) -> go.Figure:
-    """Queries down, sources across."""
+    """Queries down, sources across; ``log`` and ``signed`` as in :func:`token_map`."""
     across, _, per = decimate(array(values), most)
     down, _, _ = decimate(across.T, most)
-    z = down.T
-    heat = _colours(z, unit, signed, {})
+    shown = np.char.mod("%.4g", down.T)
+    z, bar = _scaled(down.T, log, signed)
+    heat = _colours(z, unit, signed, bar)
     at = centres(z.shape[1], per, start)
-    about = "query %{y}, source %{x}: %{z:.4g}<extra></extra>"
-    figure = layout(go.Figure(go.Heatmap(z=z, x=at, y=at, hovertemplate=about, **heat)), title + note(per), 640)
+    about = "query %{y}, source %{x}: %{customdata}<extra></extra>"
+    figure = layout(
+        go.Figure(go.Heatmap(z=z, x=at, y=at, customdata=shown, hovertemplate=about, **heat)), title + note(per), 640
+    )
     figure.update_xaxes(**ticks(labels, start), title="source", showgrid=False, constrain="domain")
     figure.update_yaxes(**ticks(labels, start), title="query", autorange="reversed", scaleanchor="x")
     figure.update_yaxes(tickangle=0, showgrid=False, constrain="domain")

@@ -92,12 +92,14 @@ class Relevance:
         return frame.assign(defect=self.defect.tolist())
 
     def figure(self) -> "go.Figure":
-        """Depth × token map, signed, plotly."""
+        """Depth × token map, signed, in logarithmic colours, plotly."""
         from mambascope.analyses.plots import token_map
 
         title = f"{self.target.name} at {self.start + self.target.query}: relevance by depth, {self.rule} gate"
         rows = ["embed", *(str(i) for i in range(len(self.bias)))]
-        return token_map(self.stream, self.labels, title, "relevance", rows=rows, signed=True, start=self.start)
+        return token_map(
+            self.stream, self.labels, title, "relevance", rows=rows, log=True, signed=True, start=self.start
+        )
 
 
 @torch.no_grad()

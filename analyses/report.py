@@ -192,12 +192,28 @@ def _maps(overview: "Overview", plots: "dict[str, go.Figure]") -> list[str]:
         f"({_html(sources.reduce.replace('_', ' '))} over channels, so signs do not cancel), logarithmic over four "
         f"decades.{carried}"
     )
-    return [
+    maps = [
         _map("delta", "Delta", _DELTA, per["delta"]),
         _map("norm", "State norm", _NORM, per["norm"]),
         _map("lens", "Logit lens", _LENS, per["lens"]),
         _map("sources", f"What {reader} reads: <code>{query}</code>", reads, per["sources"], _source_list(overview)),
     ]
+    return [*maps, _relevance(overview, per)]
+
+
+def _relevance(overview: "Overview", per: dict[str, int]) -> str:
+    found = overview.relevance
+    title = "Where the best guess comes from"
+    if found is None:
+        return f"<section><h2>{title}</h2><p>Not traced: {_html(overview.untraced)}.</p></section>"
+    target = _html(found.target.name)
+    text = (
+        f"{target[:1].upper()}{target[1:]}, {found.target.value:.2f}, traced back from the last layer to the "
+        "embeddings: each row says which tokens hold it at that depth (relevance, half to either side of a gate, norms "
+        "and selection held; blue adds, red takes away; logarithmic colours over three decades). "
+        f"Biases and earlier state hold {found.target.value - float(found.tokens.sum()):.2f} of it at the embeddings."
+    )
+    return _map("relevance", title, text, per["relevance"])
 
 
 def _map(name: str, title: str, text: str, per: int, extra: str = "") -> str:
@@ -279,12 +295,13 @@ def _plots(overview: "Overview") -> "dict[str, go.Figure]":
     top = share.max() if share.size else 1.0
     floor = np.maximum(share, top * 1e-4)  # four decades; what lies below is as good as nothing
     reads = token_map(floor, sources.labels, "", "share", log=True, start=overview.start)
-    return {
+    plots = {
         "delta": overview.gating.figure(),
         "norm": overview.states.figure(),
         "lens": overview.lens.figure(),
         "sources": reads,
     }
+    return plots if overview.relevance is None else {**plots, "relevance": overview.relevance.figure()}
 
 
 def _per_cell(figure: "go.Figure") -> int:

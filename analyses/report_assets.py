@@ -119,6 +119,10 @@ const scales = {
     ["#fbf6ef", "#f0d5b4", "#dba061", "#b56a24", "#6a3808"],
     ["#292420", "#5a3d1f", "#97632b", "#dd9c55", "#fce6cb"],
   ],
+  relevance: [
+    ["#a33a2a", "#e0a596", "#f6f5f3", "#94b3dd", "#1f4f9e"],
+    ["#f08a76", "#8a4438", "#23252c", "#3b5f97", "#8fb8f5"],
+  ],
 };
 const spread = colours => colours.map((c, i) => [i / (colours.length - 1), c]);
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();

@@ -25,7 +25,7 @@ Cost: shares O(layers L² D N K) as kernel maps; gradients O(layers queries L (D
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -95,16 +95,17 @@ class Flow:
         return frame.loc[order].reset_index(drop=True)
 
     def figure(self) -> "go.Figure":
-        """The map, query down and source across; of some queries only, a row each. Signed, plotly."""
+        """The map, query down and source across; of some queries only, a row each. Signed,
+        in logarithmic colours, plotly."""
         from mambascope.analyses.plots import pair_map, token_map
 
         how = "rolled-up shares" if self.method == "shares" else f"gradients through held gates, {self.rule} rule"
         title = f"flow from embeddings to the last residual stream: {how}"
+        look: dict[str, Any] = {"log": True, "signed": True, "start": self.start}
         if self.queries == tuple(range(len(self.labels))):
-            return pair_map(self.weights, self.labels, title, "share", signed=True, start=self.start)
+            return pair_map(self.weights, self.labels, title, "share", **look)
         rows = [f"{self.start + t}" for t in self.queries]
-        figure = token_map(self.weights, self.labels, title, "share", rows=rows, signed=True, start=self.start)
-        return figure.update_yaxes(title="query")
+        return token_map(self.weights, self.labels, title, "share", rows=rows, **look).update_yaxes(title="query")
 
 
 @torch.no_grad()

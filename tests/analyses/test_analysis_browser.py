@@ -26,7 +26,7 @@ def test_the_page_draws_offline(speaking, tmp_path: Path) -> None:
     done = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=120)
     assert re.search(r'<html[^>]*data-ready="true"', done.stdout), done.stderr[-2000:]
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
-    for name in ("delta", "norm", "lens", "sources"):
+    for name in ("delta", "norm", "lens", "sources", "relevance"):
         drawn = done.stdout.split(f'id="plot-{name}"')[1].split("</section>")[0]
         assert "heatmaplayer" in drawn
         assert "<image" in drawn

@@ -1,6 +1,7 @@
 """Figures of the analyses on effective kernels: readable at 2,000 tokens, labelled, and true to their numbers."""
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from mambascope.analyses.contributions import LogitContributions, Target
 from mambascope.analyses.effective_plots import layer_bars
 from mambascope.analyses.kernels import AttentionMap
 from mambascope.analyses.lti import LTILayer
-from mambascope.analyses.plots import MOST
+from mambascope.analyses.plots import MOST, signed_log_scale
 from mambascope.analyses.relevance import Relevance
 from mambascope.analyses.rollout import Flow
 from mambascope.analyses.timescales import Timescales
@@ -50,9 +51,9 @@ def test_maps_over_the_text_at_2000_tokens(make: Any) -> None:
     signed = getattr(result, {"contributions": "scan", "relevance": "stream", "some_flow": "weights"}[make.__name__])
     pairs = signed.view(3, MOST, 2)
     largest = pairs.gather(-1, pairs.abs().argmax(-1, keepdim=True))[..., 0]
-    assert np.array_equal(heat.z, largest.numpy())  # by magnitude, the sign kept
-    assert heat.zmin == -heat.zmax
-    assert heat.zmax == pytest.approx(float(signed.abs().max()))
+    assert np.allclose(heat.z, signed_log_scale(largest.numpy())[0])  # by magnitude, the sign kept
+    assert (heat.zmin, heat.zmax) == (-1, 1)
+    assert heat.colorbar.ticktext[-1] == f"{float(signed.abs().max()):.2g}"
     assert 10 <= len(figure.layout.xaxis.ticktext) <= 48
     assert figure.layout.xaxis.ticktext[0] == "50 ·&lt;b&gt;0"  # position and token, escaped
     assert "&lt;b&gt;" in heat.customdata[0][0] and "<b>·&lt;b&gt;" in heat.customdata[0][0]
@@ -71,9 +72,20 @@ def test_pair_maps_at_2000_tokens(kind: str) -> None:
     assert "the largest of 4 neighbouring tokens" in figure.layout.title.text
     cell = weights[800:804, 40:44].flatten()
     want = float(cell[cell.abs().argmax()])
+    if kind == "flow":
+        want = float(np.sign(want) * (1 + math.log10(abs(want) / float(weights.abs().max())) / 3))
     assert heat.z[200, 10] == pytest.approx(want, rel=1e-6)
     assert not np.triu(heat.z, 1).any()
     assert figure.layout.yaxis.autorange == "reversed"  # the first query on top
+
+
+def test_a_signed_logarithm() -> None:
+    z, bar = signed_log_scale(np.array([[100.0, -10.0, 1.0, -0.05, 0.0, np.nan]]))
+    assert z[0, :5].tolist() == pytest.approx([1, -2 / 3, 1 / 3, 0, 0])
+    assert np.isnan(z[0, 5])
+    assert bar["ticktext"] == ["-1e+02", "-10", "-1", "0", "1", "10", "1e+02"]
+    assert bar["tickvals"] == pytest.approx([-1, -2 / 3, -1 / 3, 0, 1 / 3, 2 / 3, 1])
+    assert signed_log_scale(np.zeros((2, 2)))[0].tolist() == [[0, 0], [0, 0]]
 
 
 def test_a_short_text_names_every_token() -> None:

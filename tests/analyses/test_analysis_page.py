@@ -97,7 +97,7 @@ def test_no_text_becomes_markup(html: str, overview) -> None:
     assert len(data["names"]) == len(overview.labels)
     assert {m["title"] for m in data["metrics"].values()} == {"Loss", "Delta", "State norm"}
     figures = json.loads(found.scripts["figures"])
-    assert [f["name"] for f in figures] == ["delta", "norm", "lens", "sources"]
+    assert [f["name"] for f in figures] == ["delta", "norm", "lens", "sources", "relevance"]
     for figure in figures:
         for line in figure["data"][0]["customdata"]:
             for cell in line:  # plotly reads a small HTML: only our own marks may be in it
@@ -119,6 +119,27 @@ def test_numbers_on_the_page_are_the_overview_s(html: str, overview) -> None:
     assert "mambascope 0" in html
 
 
+def test_the_best_guess_is_traced_back(html: str, overview, speaking) -> None:
+    found = overview.relevance
+    assert found.target.value == pytest.approx(float(speaking(HOSTILE).detach()[0, -1].max()), rel=1e-4)
+    assert f", {found.target.value:.2f}, traced back" in Page(html).text
+    figure = json.loads(Page(html).scripts["figures"])[-1]["data"][0]
+    assert figure["zmin"] == -figure["zmax"]
+    plain = overview.to_dict()["relevance"]
+    assert plain["stream"] == found.stream.tolist()
+    assert plain["target"]["query"] == len(overview.labels) - 1
+
+
+def test_what_cannot_be_traced_is_said(speaking) -> None:
+    with speaking.hooks(fwd_hooks=[("blocks.1.mixer.hook_gated", lambda v, hook: 2 * v)]):
+        _, cache = speaking.run_with_cache("some <text>")
+    found = scope(speaking, cache)
+    assert found.relevance is None
+    assert "a hook edited mixer.hook_gated at position 0" in Page(page(found)).text
+    assert set(found.figures()) == {"delta", "state norm", "logit lens", "sources"}
+    assert found.to_dict()["relevance"] == {"untraced": found.untraced}
+
+
 def test_same_overview_same_bytes(html: str, overview) -> None:
     assert page(overview) == html
 
@@ -129,7 +150,7 @@ def test_a_page_of_a_long_text_says_what_it_shows(speaking) -> None:
     assert (
         "The text has 1,300 tokens. The first 200 were read and live on in the state; the last 1,100 are shown" in text
     )
-    assert text.count("Each cell shows the largest of 2 neighbouring tokens.") == 4
+    assert text.count("Each cell shows the largest of 2 neighbouring tokens.") == 5
     assert "The state before the first token shown adds" in text
 
 

@@ -49,7 +49,7 @@ def test_every_result_has_a_figure(speaking) -> None:
             [a.get("ticktext", []) for a in json.loads(drawn)["layout"].values() if isinstance(a, dict)]
         )
         assert "<b>" not in labels
-    assert set(scope(speaking, text).figures()) == {"delta", "state norm", "logit lens", "sources"}
+    assert set(scope(speaking, text).figures()) == {"delta", "state norm", "logit lens", "sources", "relevance"}
 
 
 def test_values_and_labels_are_where_they_belong() -> None:

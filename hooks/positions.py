@@ -190,7 +190,7 @@ def padding_of(mask: Tensor, shape: tuple[int, int], device: torch.device) -> Pa
         raise InputError(f"attention_mask must have the tokens' shape {shape}, got {got}")
     if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
         raise InputError("attention_mask must hold only 0 and 1")
-    mask = mask.to(device=device, dtype=torch.bool)
+    mask = mask.to(device=device, dtype=torch.bool, copy=True)  # the caller may write into theirs afterwards
     lengths = mask.sum(1)
     empty = (lengths == 0).nonzero()
     if len(empty):

@@ -215,7 +215,8 @@ class CacheRecorder:
     ) -> None:
         # Without hooks nobody changes a weight on the way: the look can wait until the GPU has its work.
         seen, autocast = WeightsSeen(self._model, now=not plain), _autocast(self._model.device)
-        self._recording = Recording([], backend, tokens, padding, bos, shape, {}, {}, {}, seen, autocast)
+        kept = None if tokens is None else tokens.clone()  # the caller may write into theirs afterwards
+        self._recording = Recording([], backend, kept, padding, bos, shape, {}, {}, {}, seen, autocast)
         layers = self._model.cfg.n_layers if self._everything else len(self._lazy_layers)
         self._check_size(self._wanted, layers)
 

@@ -123,7 +123,7 @@ class MambaMixer(nn.Module):
 
     def _conv(self, x: Tensor, run: Run, state: MambaState | None) -> tuple[Tensor, Tensor]:
         conv = self.conv1d
-        if type(conv) is not nn.Conv1d or conv._forward_hooks or conv._forward_pre_hooks:
+        if type(conv) is not nn.Conv1d or _hooked(conv):
             raise HookError(
                 f"{self.hook_conv.name}: conv1d was exchanged or carries a hook of torch's own, which would never "
                 "fire; hook hook_x (its input) or hook_conv (its output)"
@@ -244,5 +244,9 @@ def _project(x: Tensor, linear: nn.Module) -> Tensor:
 
 def _watched(module: nn.Module) -> bool:
     """Whether somebody hooked this module itself or replaced its forward."""
+    return _hooked(module) or "forward" in module.__dict__
+
+
+def _hooked(module: nn.Module) -> bool:
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks) or "forward" in module.__dict__
+    return bool(hooks)

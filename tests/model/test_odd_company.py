@@ -270,3 +270,42 @@ def test_an_adapted_projection_is_used_and_seen_by_the_cache(backend: str, token
         logits, cache = model.run_with_cache(tokens)
         assert error(logits, plain) > 1e-3
         assert torch.equal(cache["delta", 0], model.run_with_cache(tokens, names_filter=["delta0"])[1]["delta", 0])
+
+
+def test_a_cache_keeps_its_tokens_and_mask_when_the_caller_writes_into_theirs(backend: str, tokens: Tensor) -> None:
+    model, mask = make_model(backend=backend, n_layers=2), torch.ones(2, 9, dtype=torch.bool)
+    mask[0, :3] = False
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens, attention_mask=mask)
+        _, other = model.run_with_cache(tokens, attention_mask=mask.clone())
+        wanted, ids = other["h", 1].full(), tokens.clone()
+        tokens.zero_()
+        mask.fill_(True)
+        assert torch.equal(cache["h", 1].full(), wanted)
+        assert torch.equal(cache.recording.tokens, ids)
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")  # the embedding's input has no gradient
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    ],
+)
+def test_torchs_own_hooks_fire_on_every_module_or_are_refused(kind: str, tokens: Tensor) -> None:
+    model = make_model(backend="cpu", n_layers=1)
+    for name, module in model.named_modules():
+        if name in ("", "blocks"):  # a ModuleList has no forward pass
+            continue
+        fired: list[str] = []
+        handle = getattr(module, kind)(lambda *_, fired=fired, name=name: fired.append(name))
+        if name.endswith("conv1d"):
+            with pytest.raises(HookError, match="carries a hook of torch's own"):
+                model(tokens, return_type="loss")
+        else:
+            model(tokens, return_type="loss").backward()
+            assert fired, name
+        handle.remove()

@@ -170,13 +170,15 @@ def frozen_block(reading: Reading, layer: int) -> FrozenBlock:
     Raises
     ------
     InputError: NaN in the block, projections that are no plain Linear.
-    CacheError: a hook edited something between the block's entry and its exit that its equations do not account for
-        (named); edits of what is held anyway (delta, B, C, u_select, the scale) are honoured.
+    CacheError: weights changed since the run; a hook edited something between the block's entry and its exit that its
+        equations do not account for (named). Edits of what is held anyway (delta, B, C, u_select, the scale) are
+        honoured.
     """
     block = cast("Block", reading.model.blocks[layer])
     mixer, names = block.mixer, ("x", "gate_in", "conv", "u_write", "delta", "B", "C", "y", "skip", "scale")
     W_in, b_in = _plain(mixer.in_proj, layer, "in_proj")
     W_out, b_out = _plain(mixer.out_proj, layer, "out_proj")
+    reading.cache.check_fresh(layer)
     wide = torch.promote_types(reading.value("delta", layer).dtype, torch.float32)
     read = {n: finite(reading.value(n, layer), f"{n} of layer {layer}").to(wide) for n in names}
     D, device = mixer.cfg.d_inner, read["x"].device

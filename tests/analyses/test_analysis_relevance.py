@@ -216,6 +216,17 @@ def test_more_edits(random, ids: Tensor) -> None:
     assert float(token_relevance(random, cache, answer=3).defect.max()) < 1e-5
 
 
+def test_weights_that_changed_since_are_refused(ids: Tensor) -> None:
+    model = random_model(4)
+    with model.hooks(fwd_hooks=[("blocks.1.mixer.hook_delta", lambda v, hook: 1.3 * v)]):
+        _, cache = model.run_with_cache(ids)  # block 1 stored everything
+    token_relevance(model, cache)
+    with torch.no_grad():
+        model.blocks[1].mixer.out_proj.weight.mul_(2)
+    with pytest.raises(CacheError, match="blocks.1.mixer.out_proj.weight has changed since"):
+        token_relevance(model, cache)
+
+
 def test_bad_input(random, ids: Tensor) -> None:
     with pytest.raises(InputError, match="rule 'halve' is unknown, did you mean 'half'"):
         token_relevance(random, ids, rule="halve")  # type: ignore[arg-type]

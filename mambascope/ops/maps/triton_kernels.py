@@ -286,22 +286,26 @@ def diagonal_kernel(
     for group in steps(0, tl.cdiv(last - first, BD)):
         d = first + group * BD + tl.arange(0, BD)
         d_in = d < last
-        step = ()
-        wrote = ()
-        y = ()
-        for t in tl.static_range(BLOCK + REACH):
-            at = start + t
-            there = d_in & (at < L)
-            long = at.to(tl.int64)
-            step = step + (tl.load(delta + row * delta_b + long * delta_l + d, mask=there, other=0.0),)
-            wrote = wrote + (tl.load(write + row * write_b + long * write_l + d, mask=there, other=0.0),)
-            y = y + (tl.zeros([BD, BLOCK], tl.float32),)
         tap = ()
         for j in tl.static_range(REACH + 1):
             if REACH > 0:
                 tap = tap + (tl.load(taps + d * (REACH + 1) + REACH - j, mask=d_in, other=0.0),)
             else:
                 tap = tap + (tl.full([BD], 1.0, tl.float32),)
+        step = ()
+        wrote = ()  # at each step: what every source writes then, before B
+        y = ()
+        for t in tl.static_range(BLOCK + REACH):
+            at = start + t
+            there = d_in & (at < L)
+            long = at.to(tl.int64)
+            step = step + (tl.load(delta + row * delta_b + long * delta_l + d, mask=there, other=0.0),)
+            value = tl.load(write + row * write_b + long * write_l + d, mask=there, other=0.0)
+            each = tl.zeros([BD, BLOCK], tl.float32)
+            for j in tl.static_range(REACH + 1):
+                each = tl.where((r == t - j)[None, :], (value * tap[j])[:, None], each)
+            wrote = wrote + (each,)
+            y = y + (tl.zeros([BD, BLOCK], tl.float32),)
         for n in steps(0, N):
             a = tl.load(A2 + d * N + n, mask=d_in, other=0.0)
             H = tl.zeros([BD, BLOCK], tl.float32)
@@ -311,10 +315,7 @@ def diagonal_kernel(
                 long = at.to(tl.int64)
                 b = tl.load(B + row * B_b + long * B_l + n, mask=at < L, other=0.0).to(tl.float32)
                 c = tl.load(C + row * C_b + long * C_l + n, mask=at < L, other=0.0).to(tl.float32)
-                H = H * tl.exp2(a * step[t])[:, None]
-                value = wrote[t] * b
-                for j in tl.static_range(REACH + 1):
-                    H = H + tl.where((r == t - j)[None, :], (value * tap[j])[:, None], 0.0)
+                H = tl.fma(wrote[t], b, H * tl.exp2(a * step[t])[:, None])
                 added = added + (tl.fma(H, c, y[t]),)
             y = added
         total = ()

@@ -6,8 +6,8 @@ First the gate, at the sizes that are timed: maps, rows and columns against floa
 from tame to those that make A_bar vanish; a red gate reports no time. Then, in one process and in turn: ours, the plain
 torch tiles (what this repository did before) and TransformerLens' own method, called with the tensors that its hooks
 would hold (256 tokens on a GPU, 64 on a CPU: it needs O(B D N L²) memory), and a whole model's cache, where the first
-map of a layer recomputes the block and the second does not. The cells of the bars come first; past the limit the rest is
-left out, and named. On a GPU the kernels are compiled by processes side by side before that.
+map of a layer recomputes the block and the second does not. The cells of the bars come first; past the limit the rest
+is left out, and named. On a GPU the kernels are compiled by processes side by side before that.
 """
 
 import argparse

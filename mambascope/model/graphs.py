@@ -12,12 +12,11 @@ padding, autocast or somebody else's tracing are at work.
 
 import os
 import threading
-import warnings
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from mambascope.model.block import Block
 from mambascope.model.decode import Decoder, Generation, fill, why_no_decoder
 from mambascope.model.state import MambaState, State
 from mambascope.model.straight import add_and_norm, through
+from mambascope.model.stretches import Stretches
 from mambascope.model.watch import Watch
 from mambascope.ops import resolve_backend
 from mambascope.ops.ready import unwatched
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from mambascope.model.language_model import HookedMamba
 
 __all__ = ["Graphs", "Stack"]
+
+T = TypeVar("T")
 
 RECORDED_BACKENDS = ("triton",)
 _MOST_TOKENS = 16_384  # of one recording: beyond, kernels are long enough to hide their launches
@@ -78,6 +80,7 @@ class Graphs:
     def __init__(self) -> None:
         self.enabled = _switched_on()
         self.watch = Watch()
+        self.stretches = Stretches()
         self._lock = threading.Lock()
         self._decoders: dict[int, Decoder | str] = {}  # by rows; or why there is none
         self._kept: OrderedDict[Any, Taped] = OrderedDict()
@@ -107,6 +110,7 @@ class Graphs:
         self._decoders.clear()
         self._kept.clear()
         self._seen.clear()
+        self.stretches.clear()
         self._pool, self._held = None, 0
 
     def _enter(self, model: "HookedMamba", wait: bool) -> bool:
@@ -146,6 +150,34 @@ class Graphs:
         finally:
             self._lock.release()
 
+    @contextmanager
+    def entered(self, model: "HookedMamba", run: Run) -> Iterator[tuple[Any, ...] | None]:
+        """The lock, and what a recording depends on beside its shape; None where nothing may be replayed."""
+        if run.backend not in RECORDED_BACKENDS or not self._enter(model, wait=False):
+            yield None
+            return
+        try:
+            yield _matmul_switches()
+        finally:
+            self._lock.release()
+
+    @contextmanager
+    def replaying(self, device: torch.device) -> Iterator[None]:
+        """The lock and the turn of the current stream, for a replay that was allowed before."""
+        with self._lock:
+            self.come_to(device)
+            yield
+
+    def hold(self, device: torch.device, make: Callable[[Any], tuple[T, int]]) -> T:
+        """What ``make`` records in the memory that all recordings share (with the lock held)."""
+        if self._held > _limit(device):
+            self._clear()
+        if self._pool is None:
+            self._pool = recording.new_pool(device)
+        made, held = make(self._pool)
+        self._held += held
+        return made
+
     def settled(self, going: Generation) -> State:
         """The states of a running generation, taken out of the decoder."""
         with self._lock:
@@ -165,7 +197,7 @@ class Graphs:
                     found.prepare(model, greedy)
                 return found
         except (RuntimeError, torch.OutOfMemoryError) as error:
-            self._decoders[batch] = _notice(f"a step of {batch} rows", error)
+            self._decoders[batch] = recording.notice(f"a step of {batch} rows", error)
         return None
 
     # ---- with the lock held
@@ -204,7 +236,7 @@ class Graphs:
                 made, held = _tape(stack, self._pool, shape, stateful, carry)
         except (RuntimeError, torch.OutOfMemoryError) as error:
             self._clear()  # the memory may be what is missing
-            self._seen[key] = _notice(f"a forward pass of {shape[0]} x {shape[1]} tokens", error)
+            self._seen[key] = recording.notice(f"a forward pass of {shape[0]} x {shape[1]} tokens", error)
             return None
         self._held += held
         self._kept[key] = made
@@ -281,15 +313,6 @@ class Kept:
 def _tell(model: "HookedMamba", path: PathTaken) -> None:
     for block in model.blocks:
         cast(Block, block).mixer.path = path
-
-
-def _notice(what: str, error: Exception) -> str:
-    reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    warnings.warn(
-        f"{what} cannot be recorded as a CUDA graph and runs without, within the same tolerances ({reason})",
-        stacklevel=3,
-    )
-    return reason
 
 
 def _undisturbed(device: torch.device) -> bool:

@@ -23,6 +23,11 @@ class HookMethods(HookedRootModule):
     """The base of HookedMamba that knows hooks but not the model."""
 
     occupancy: Occupancy
+    _at_level: dict[int, list[SitePoint]]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._at_level = {}  # the points that a context's hooks sit at
 
     def add_hook(  # type: ignore[override]
         self,
@@ -37,6 +42,8 @@ class HookMethods(HookedRootModule):
         self.occupancy.check()
         for point, index in self._points_for(name):
             self.check_hooks_to_add(point, str(point.name), hook, dir, is_permanent, prepend)
+            if level is not None:
+                self._at_level.setdefault(level, []).append(point)
             point.add_hook(hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend, index=index)
 
     def _points_for(self, name: str | Site | Callable[[str], bool]) -> list[tuple[SitePoint, Any]]:
@@ -102,9 +109,24 @@ class HookMethods(HookedRootModule):
     ) -> Iterator["HookMethods"]:
         """Hooks ``[(site, fn), …]`` for as long as the context lasts; interventions may stand among them."""
         pairs = expand(fwd_hooks, cast(Any, self))
-        alone = self.occupancy.hooking() if pairs or bwd_hooks else nullcontext()
-        with alone, super().hooks(pairs, bwd_hooks, reset_hooks_end, clear_contexts):
-            yield self
+        self.context_level += 1
+        level = self.context_level
+        try:
+            with self.occupancy.hooking() if pairs or bwd_hooks else nullcontext():
+                for site, hook in pairs:
+                    self._enable_hook(site, hook, "fwd")
+                for site, hook in bwd_hooks:
+                    self._enable_hook(site, hook, "bwd")
+                yield self
+        finally:
+            points = self._at_level.pop(level, [])
+            if reset_hooks_end:
+                for point in points:  # not all of the model's: there are 28 a block
+                    point.remove_hooks("both", including_permanent=False, level=level)
+                if clear_contexts:
+                    self.clear_contexts()
+                self.is_caching = False
+            self.context_level -= 1
 
     @contextmanager
     def intervene(self, interventions: "Intervention | list[Any]") -> Iterator["HookMethods"]:

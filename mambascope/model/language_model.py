@@ -224,7 +224,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         if wants_logits and stop is None and keep is None:
             check_logits(self, entry.batch * entry.length)
         if stop is not None:
-            resid, out = self._through(entry, 0, entry.length, run, layers, first, last)
+            resid, out = self._through(entry, 0, entry.length, run, layers, first, last, return_state)
             return self._with_state(resid if out is None else resid + out, entry, state, layers, return_state)
         pieces = self._pieces_of(entry, run)
         stack = self.graphs.claim(self, run) if entry.tokens is not None else None
@@ -234,7 +234,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
             for begin, end in pieces:
                 normed = None if stack is None else stack(cast(Tensor, entry.tokens)[:, begin:end], layers, carry)
                 if normed is None:
-                    normed = self._normed(*self._through(entry, begin, end, run, layers, first, last), run)
+                    normed = self._normed(*self._through(entry, begin, end, run, layers, first, last, carry), run)
                 if wants_loss and entry.tokens is not None:
                     stop_at = min(end, entry.length - 1)
                     targets = entry.tokens[:, begin + 1 : stop_at + 1]
@@ -252,16 +252,14 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         return self._with_state(out, entry, state, layers, return_state)
 
     def _through(
-        self, entry: "_Entry", begin: int, end: int, run: Run, layers: list[Any], first: int, last: int
+        self, entry: "_Entry", begin: int, end: int, run: Run, layers: list[Any], first: int, last: int, carry: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream ``B L M`` after the blocks, of columns [begin, end), but for what the last one adds to it
-        (None: that is in it); ``layers`` gets the new states."""
+        (None: that is in it); ``layers`` gets the new states, all of them with ``carry``."""
         resid = entry.resid if entry.tokens is None else self.hooked_embed(entry.tokens[:, begin:end], run)
         if run.quiet:
             return through(self, resid, layers, run, first, last)
-        for i in range(first, last):
-            resid, layers[i] = self._block(i, resid, run, layers[i])
-        return resid, None
+        return self.graphs.stretches.run(self, resid, layers, run, (first, last), carry), None
 
     def _normed(self, resid: Tensor, out: Tensor | None, run: Run) -> Tensor:
         """The final norm of the residual stream, ``out`` added to it."""
@@ -276,7 +274,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         """Token embeddings ``B L M``, passed through ``hook_embed``."""
         return run.emit(self.hook_embed, self.embed(tokens))
 
-    def _block(self, layer: int, resid: Tensor, run: Run, state: MambaState | None) -> tuple[Tensor, MambaState]:
+    def run_block(self, layer: int, resid: Tensor, run: Run, state: MambaState | None) -> tuple[Tensor, MambaState]:
         block = cast(Block, self.blocks[layer])
         resid = resid.to(block.residual_dtype)
         if run.recorder is not None:

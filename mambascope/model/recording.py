@@ -1,11 +1,12 @@
 """Work recorded as a CUDA graph: what a function launches, to be launched again without it."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
 import torch
 
-__all__ = ["Recorded", "follow", "new_pool", "record"]
+__all__ = ["Recorded", "follow", "new_pool", "notice", "record"]
 
 T = TypeVar("T")
 
@@ -42,3 +43,13 @@ def follow(device: torch.device, last: Any) -> Any:
     if last is not None and last != now:
         now.wait_stream(last)
     return now
+
+
+def notice(what: str, error: Exception) -> str:
+    """Warn that ``what`` runs without a recording; gives the reason."""
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    warnings.warn(
+        f"{what} cannot be recorded as a CUDA graph and runs without, within the same tolerances ({reason})",
+        stacklevel=3,
+    )
+    return reason

@@ -22,7 +22,10 @@ from mambascope.model.norm import RMSNorm
 if TYPE_CHECKING:
     from mambascope.model.language_model import HookedMamba
 
-__all__ = ["Watch"]
+__all__ = ["HOOKED", "Watch"]
+
+HOOKED = "a hook sits in the model"
+"""The last thing that is looked for: where this is the answer, nothing else stands in the way."""
 
 _PLAIN = (Block, MambaMixer, RMSNorm, SitePoint, StatePoint, nn.Linear, nn.Conv1d, nn.Embedding, nn.ModuleList)
 _SLOTS: dict[type, dict[str, type]] = {
@@ -62,9 +65,14 @@ class Watch:
         count = RemovableHandle.next_id
         if count != self._hooks_at:
             if any(map(_hooked, self._spaces)):
-                return "a hook sits in the model"
+                return HOOKED
             self._hooks_at = count
         return ""
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The model's modules, the same list for as long as they are the same."""
+        return self._modules
 
     def _walk(self, model: "HookedMamba") -> None:
         self._why = "is being looked at"  # for other threads

@@ -1,0 +1,129 @@
+"""Hooks in some blocks: the others run straight or from recordings, to the same bits."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from mambascope.model import HookedMamba
+from tests.conftest import make_model
+from tests.model.test_graphs import Again, forms, frozen, ids, played  # noqa: F401  (recordings without a GPU)
+
+EDITS = {
+    "hook_resid_pre[3]": lambda v, hook: v * 2,
+    "hook_mixer_in": lambda v, hook: v + 1,
+    "mixer.hook_h[4]": lambda h, hook: h * 0,
+    "mixer.hook_delta": lambda v, hook: v * 1.5,
+    "hook_resid_post[-1]": lambda v, hook: v * 2,
+}
+
+
+def hooked(model: HookedMamba, layers: tuple[int, ...], site: str, fn: Any, seed: int = 0, **options: Any) -> Any:
+    hooks = [(f"blocks.{i}.{site}", fn) for i in layers]
+    return model.run_with_hooks(ids(seed=seed), fwd_hooks=hooks, **options)
+
+
+def block_by_block(model: HookedMamba, *args: Any, **options: Any) -> Any:
+    """The same pass with every block walked through: a hook that reads sits in each."""
+    for block in model.blocks:
+        block.hook_mixer_out.add_hook(lambda v, hook: None)
+    try:
+        return hooked(model, *args, **options)
+    finally:
+        model.reset_hooks()
+
+
+@pytest.mark.parametrize("site", EDITS)
+def test_one_set_of_recordings_serves_hooks_in_any_block(site: str) -> None:
+    model = frozen(n_layers=4)
+    fn = EDITS[site]
+    for turn, layers in enumerate(((1,), (1,), (0,), (3,), (1, 2), (0, 3), (2,))):
+        want = block_by_block(model, layers, site, fn, seed=turn)
+        got = hooked(model, layers, site, fn, seed=turn)
+        assert torch.equal(got, want), layers
+        quiet = {p.form for i, p in enumerate(model.explain_path()) if i not in layers}
+        assert quiet == ({"graph"} if turn else {"fused"})
+        assert "graph" not in {model.explain_path()[i].form for i in layers}
+        assert Again.made == (4 if turn else 0)
+    plain = model(ids())
+    assert torch.equal(plain, hooked(model, (2,), site, lambda v, hook: None))
+    assert torch.equal(hooked(model, (0, 1, 2, 3), site, lambda v, hook: None), plain)
+
+
+def test_states_and_later_layers_and_losses(backend: str) -> None:
+    model = make_model(backend=backend, n_layers=4).requires_grad_(False)
+    fn = EDITS["mixer.hook_h[4]"]
+    with torch.no_grad():
+        for options in ({"return_state": True}, {"return_type": "loss"}, {"stop_at_layer": 3}, {"logits_to_keep": 2}):
+            want = block_by_block(model, (1,), "mixer.hook_h[4]", fn, **options)
+            for _ in range(3):
+                got = hooked(model, (1,), "mixer.hook_h[4]", fn, **options)
+            if "return_state" in options:
+                assert torch.equal(got[1].ssm, want[1].ssm)
+                assert torch.equal(got[1].conv, want[1].conv)
+                got, want = got[0], want[0]
+            assert torch.equal(got, want), options
+        resid = model(ids(), stop_at_layer=1)
+        hooks = [("blocks.2.mixer.hook_h[4]", fn)]
+        want = model.run_with_hooks(ids(), fwd_hooks=hooks)
+        for _ in range(3):
+            assert torch.equal(model.run_with_hooks(resid, start_at_layer=1, fwd_hooks=hooks), want)
+
+
+def test_a_hook_may_run_the_model_and_even_the_same_pass_again() -> None:
+    model, site = frozen(n_layers=4), "hook_resid_pre[3]"
+    want, plain = hooked(model, (2,), site, EDITS[site]), model(ids(seed=5))
+    inside: list[torch.Tensor] = []
+
+    def nested(v: torch.Tensor, hook: Any) -> torch.Tensor:
+        if len(inside) < 2:
+            inside.append(torch.zeros(()))
+            inside[0] = model(ids(seed=5))
+            inside.append(model.run_with_hooks(ids(), fwd_hooks=[(f"blocks.1.{site}", EDITS[site])]))
+        return v * 2
+
+    for _ in range(3):
+        inside.clear()
+        got = hooked(model, (2,), site, nested)
+        assert torch.equal(got, want)
+    assert forms(model) >= {"graph"}
+    del plain
+
+
+def test_what_moves_breaks_or_fails_is_seen() -> None:
+    model, site = frozen(n_layers=4), "mixer.hook_h[4]"
+    fn = EDITS[site]
+    for _ in range(2):
+        before = hooked(model, (1,), site, fn)
+    assert "graph" in forms(model)
+    with torch.no_grad():
+        model.blocks[3].mixer.out_proj.weight.mul_(2)  # in place: seen by the next replay
+    after = hooked(model, (1,), site, fn)
+    assert not torch.equal(before, after)
+    assert torch.equal(after, block_by_block(model, (1,), site, fn))
+    with pytest.raises(ZeroDivisionError):
+        hooked(model, (1,), site, lambda h, hook: 1 / 0)
+    assert torch.equal(hooked(model, (1,), site, fn), after)
+    assert "graph" in forms(model)  # and was given free
+    made = Again.made
+    model.blocks[3].mixer.out_proj.weight.data = model.blocks[3].mixer.out_proj.weight.data.clone()  # moved
+    for _ in range(2):
+        assert torch.equal(hooked(model, (1,), site, fn), after)
+    assert Again.made == made + 4
+    Again.failure = RuntimeError("no memory")
+    model.run_with_hooks(ids(length=9), fwd_hooks=[(f"blocks.1.{site}", fn)])
+    with pytest.warns(UserWarning, match="cannot be recorded as a CUDA graph"):
+        model.run_with_hooks(ids(length=9), fwd_hooks=[(f"blocks.1.{site}", fn)])
+    assert "graph" not in forms(model)
+
+
+def test_gradients_and_caches_walk_through_every_block() -> None:
+    model, site = make_model(backend="torch", n_layers=4), "mixer.hook_h[4]"
+    for _ in range(3):
+        hooked(model, (1,), site, EDITS[site], return_type="loss").backward()
+    assert Again.made == 0
+    with torch.no_grad(), model.hooks(fwd_hooks=[(f"blocks.1.{site}", EDITS[site])]):
+        for _ in range(3):
+            _, cache = model.run_with_cache(ids())
+    assert Again.made == 0
+    assert cache["h", 1][:, 4].abs().max() == 0

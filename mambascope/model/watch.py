@@ -49,11 +49,15 @@ class Watch:
         self._spaces: list[dict[str, Any]] = []  # the modules' __dict__
         self._owners: list[Any] = []  # the _parameters of modules that own some
         self._constants: list[Any] = []  # modules with numbers of their own
-        self._why = "was not looked at yet"
+        self._why = self.answer = "was not looked at yet"
         self._hooks_at = -1  # torch's count of hooks when there were none in the model
 
     def why_not(self, model: "HookedMamba") -> str:
-        """What stands in the way of running the weights alone; empty if nothing does."""
+        """What stands in the way of running the weights alone; empty if nothing does. ``answer`` keeps it."""
+        self.answer = self._look(model)
+        return self.answer
+
+    def _look(self, model: "HookedMamba") -> str:
         if list(chain.from_iterable(map(dict.values, self._children))) != self._modules or not self._modules:
             self._walk(model)
         if self._why:

@@ -28,8 +28,8 @@ __all__ = [
     "index_from_json",
     "index_to_json",
     "kind",
+    "missed",
     "sites_of",
-    "unfired",
 ]
 
 Edit = Callable[[Tensor, Any], Tensor | None]
@@ -213,7 +213,8 @@ class Bound:
         self.beneath = bool(getattr(edit, "beneath", False))
         self.reads = bool(getattr(edit, "reads", False))  # it only takes notes for another of its hooks
         self.edits = not self.reads
-        self.fired = 0
+        self.fired, self.grew = 0, False
+        self._seen: set[tuple[int, int]] = set()
         spec = spec_of(site.name)
         axes = spec.shape.split()[2:]
         self._channels = self._axis(made_by.channels, "channels", [a for a in axes if a in "DMR"], spec.shape, model)
@@ -249,16 +250,40 @@ class Bound:
             return None
         with torch.no_grad():
             self._check_overlap(hook)
-        self.fired += 1
         new = self.edit(value, hook)
         if new is None:
             return None
+        self.fired += 1
+        self._mark(hook)
         if new is value:
             new = value.clone()
         if self.within is not None:
             new = torch.where(self.within.to(value.device), new, value)
         self._report(value, new, hook)
         return new
+
+    def _mark(self, hook: Any) -> None:
+        """In a growing text: which of the positions of their own the rows have come to."""
+        if not hook.clock.absolute or not isinstance(self.site.index, PerRow):
+            return
+        pos = torch.as_tensor(hook.pos).cpu().reshape(hook.clock.batch, -1)
+        on = torch.ones_like(pos, dtype=torch.bool) if hook.rows is None else hook.rows.cpu().reshape(pos.shape)
+        self._seen |= {(b, int(pos[b, k])) for b, k in on.nonzero().tolist()}
+        self.grew = True
+
+    def missed(self) -> str:
+        """What it was to edit and did not; empty if it did all."""
+        if self.reads:
+            return ""
+        if not self.fired:
+            return f"{self.site}"
+        index = self.site.index
+        if not self.grew or not isinstance(index, PerRow):
+            return ""
+        where = index.positions.reshape(index.positions.shape[0], -1)
+        on = torch.ones_like(where, dtype=torch.bool) if index.rows is None else index.rows.reshape(where.shape)
+        left = sorted({(b, int(where[b, k])) for b, k in on.nonzero().tolist()} - self._seen)
+        return f"position {left[0][1]} of row {left[0][0]}" if left else ""
 
     def _report(self, value: Tensor, new: Tensor, hook: Any) -> None:
         """Note what was done; the size of the change stays on the device until somebody looks."""
@@ -324,6 +349,7 @@ def expand(hooks: Iterable[Any], model: Target) -> list[tuple[Any, Any]]:
     return pairs
 
 
-def unfired(pairs: Iterable[tuple[Any, Any]]) -> list[Bound]:
-    """The interventions among ``pairs`` that were never called."""
-    return [fn for _, fn in pairs if isinstance(fn, Bound) and not fn.reads and not fn.fired]
+def missed(pairs: Iterable[tuple[Any, Any]]) -> list[tuple[Bound, str]]:
+    """The interventions among ``pairs`` that did not do all they were to do, and what they missed."""
+    found = [(fn, fn.missed()) for _, fn in pairs if isinstance(fn, Bound)]
+    return [(fn, what) for fn, what in found if what]

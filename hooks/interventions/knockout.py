@@ -105,6 +105,7 @@ class _Carried:
     h_last: Tensor  # the run's state, by which the next call is recognised
     h: Tensor  # the second scan's
     x: Tensor | None  # what the conv still holds of the sources, B D K-1
+    begun: bool  # whether a source was read
 
 
 class _Cut:
@@ -125,7 +126,8 @@ class _Cut:
         if not self.conv:
             return [(Site(self.name), _Y(self))]
         conv = [(Site(f"{mixer}hook_x"), _Note(self.note_x)), (Site(f"{mixer}hook_conv"), _Note(self.note_conv))]
-        return [*conv, (Site(f"{mixer}hook_u_skip"), self.edit_skip), (Site(self.name), _Y(self))]
+        skip = [] if self.iv.dims is not None else [(Site(f"{mixer}hook_u_skip"), self.edit_skip)]  # no dims there
+        return [*conv, *skip, (Site(self.name), _Y(self))]
 
     def masks(self, clock: Any) -> tuple[Tensor, Tensor]:
         """S and T as columns, ``1|B L`` bool; HookError where they cannot be cut."""
@@ -149,6 +151,8 @@ class _Cut:
 
     def note_conv(self, value: Tensor, hook: Any) -> None:
         assert self.x is not None
+        if not self.continues(hook.clock):
+            self.carried = None
         clock, conv = hook.clock, self.model.blocks[self.layer].mixer.conv1d
         S, _ = self.masks(clock)
         before = self.carried.x if self.carried is not None and self.continues(clock) else None
@@ -167,24 +171,36 @@ class _Cut:
         out = ops.causal_conv(padding.align(x), weight, None, state=state, lengths=padding.lengths)
         return padding.unalign(out.y), out.state
 
-    def edit_skip(self, value: Tensor, hook: Any) -> Tensor:
+    def edit_skip(self, value: Tensor, hook: Any) -> Tensor | None:
         assert self.written is not None
-        if self.iv.dims is not None:  # the skip passes by the state
-            return value
-        _, T = self.masks(hook.clock)
+        S, T = self.masks(hook.clock)
+        if not self._cuts(S, T):
+            return None
         return torch.where(T[..., None].to(value.device), value - self.written.to(value.dtype), value)
 
     # ---- the second scan
 
-    def cut(self, value: Tensor, hook: Any, alone: bool) -> Tensor:
-        """y with T's part exchanged. ``alone``: nobody changed y before, so that it may be overwritten at T."""
+    def _cuts(self, S: Tensor, T: Tensor) -> bool:
+        """Whether something is cut in this call: a growing text may not have come to the sources or targets yet."""
+        seen = self.initial or (self.carried is not None and self.carried.begun)
+        return bool(T.any()) and (seen or bool(S.any()))
+
+    def cut(self, value: Tensor, hook: Any, alone: bool) -> Tensor | None:
+        """y with T's part exchanged, or None where nothing is cut.
+
+        ``alone``: nobody changed y before, so that it may be overwritten at T.
+        """
         below, clock = hook.beneath, hook.clock
         if below.form in ("split", "exposed"):
             raise HookError(
                 f"knockout in blocks.{self.layer}: hook_h, A_bar, B_bar or write is edited in this layer as well, so "
                 "alpha does not say what flows; put the two into runs of their own"
             )
-        S, T = (mask.to(value.device) for mask in self.masks(clock))
+        masks = self.masks(clock)
+        if not self.continues(clock):
+            self.carried = None
+        cuts, begun = self._cuts(*masks), bool(masks[0].any()) or (self.carried is not None and self.carried.begun)
+        S, T = (mask.to(value.device, non_blocking=True) for mask in masks)
         if clock.absolute and _begun(clock) and not (self.continues(clock) and self._same(below.inputs.h0)):
             raise HookError(
                 f"knockout in blocks.{self.layer}: the text began before this knockout was there, so what the sources "
@@ -195,8 +211,10 @@ class _Cut:
         subtract = not alone or self.iv.dims is not None
         other = value.index_select(-1, chosen) if chosen is not None else value
         new = torch.where(T[..., None], other - out.y if subtract else out.y, other)
-        self.carried = _Carried(below.h_last, out.h_last, self.conv_state)
+        self.carried = _Carried(below.h_last, out.h_last, self.conv_state, begun)
         self.written = self.conv_state = None
+        if not cuts:
+            return None
         return new if chosen is None else value.index_copy(-1, chosen, new.to(value.dtype))
 
     def _same(self, h0: Tensor) -> bool:
@@ -252,7 +270,7 @@ class _Y:
     def __init__(self, cut: _Cut) -> None:
         self._cut = cut
 
-    def __call__(self, value: Tensor, hook: Any) -> Tensor:
+    def __call__(self, value: Tensor, hook: Any) -> Tensor | None:
         first = next(p.handle.user_hook for p in hook.here() if p.dir == "fwd")
         self._refuse_twice(hook)
         return self._cut.cut(value, hook, alone=getattr(first, "edit", None) is self)

@@ -9,7 +9,7 @@ from transformer_lens import HookedRootModule
 
 from mambascope.errors import HookError, InputError
 from mambascope.hooks.cache import CacheRecorder, MambaCache, select_names
-from mambascope.hooks.interventions.base import Intervention, expand, unfired
+from mambascope.hooks.interventions.base import Intervention, expand, missed
 from mambascope.hooks.model_protocol import Scope
 from mambascope.hooks.occupancy import Occupancy
 from mambascope.hooks.points import hook_names, resolve_name
@@ -236,9 +236,9 @@ class HookMethods(HookedRootModule):
 
 
 def _check_reached(pairs: list[Any]) -> None:
-    """HookError for an intervention that was never called."""
-    for bound in unfired(pairs):
+    """HookError for an intervention that did not come to what it was to edit."""
+    for bound, what in missed(pairs):
         raise HookError(
-            f"{bound.made_by} was never reached at {bound.site}, so it did nothing: its positions lie outside of what "
+            f"{bound.made_by} was never reached at {what}, so it did nothing there: the position lies outside of what "
             "was read, or the run left the site out (start_at_layer, stop_at_layer)"
         )

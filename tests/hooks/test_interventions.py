@@ -367,6 +367,12 @@ def test_sites_that_are_not_there(model: HookedMamba, batch: torch.Tensor) -> No
                 model.generate(batch, max_new_tokens=4)
         with pytest.raises(HookError, match="was never reached"):
             model.run_with(batch, iv.zero(f"{H}[3]"), stop_at_layer=1)
+        for name in ("blocks.1.hook_resid_pre", H):
+            late = iv.scale(ms.at(name, [3, 60, 41]), 2.0)
+            with pytest.raises(HookError, match="never reached at position 60 of row 1"), model.intervene(late):
+                model.generate(batch, max_new_tokens=4, stop_tokens=[])
+            with model.intervene(iv.scale(ms.at(name, [3, 42, 41]), 2.0)):
+                model.generate(batch, max_new_tokens=4, stop_tokens=[])
         with pytest.raises(HookError, match="needs a site"):
             iv.zero([])
         with pytest.raises(HookError, match="has no dims"):

@@ -214,6 +214,9 @@ def test_in_generate_it_goes_on_with_the_text(model: HookedMamba, batch: torch.T
         assert torch.equal(whole[:, 9:-1].argmax(-1), text[:, 10:])
         assert error(torch.stack(logits, 1), whole) < 1e-5
         assert error(whole, model(text)) > 1e-4
+        for never in (iv.knockout(1, 60, slice(61, None), through=through), iv.knockout(1, [60], slice(8, None))):
+            with pytest.raises(HookError, match="never reached"), model.intervene(never):
+                model.generate(prompt, max_new_tokens=3, stop_tokens=[])
         _, state = model(prompt, return_state=True)
         with pytest.raises(HookError, match="began before this knockout"), model.intervene(edit):
             model.step(batch[:, 10], state)

@@ -109,24 +109,26 @@ class HookMethods(HookedRootModule):
     ) -> Iterator["HookMethods"]:
         """Hooks ``[(site, fn), …]`` for as long as the context lasts; interventions may stand among them."""
         pairs = expand(fwd_hooks, cast(Any, self))
-        self.context_level += 1
-        level = self.context_level
-        try:
-            with self.occupancy.hooking() if pairs or bwd_hooks else nullcontext():
+        with self.occupancy.hooking() if pairs or bwd_hooks else nullcontext():
+            self.context_level += 1
+            try:
                 for site, hook in pairs:
                     self._enable_hook(site, hook, "fwd")
                 for site, hook in bwd_hooks:
                     self._enable_hook(site, hook, "bwd")
                 yield self
-        finally:
-            points = self._at_level.pop(level, [])
-            if reset_hooks_end:
-                for point in points:  # not all of the model's: there are 28 a block
-                    point.remove_hooks("both", including_permanent=False, level=level)
-                if clear_contexts:
-                    self.clear_contexts()
-                self.is_caching = False
-            self.context_level -= 1
+            finally:
+                self._leave(reset_hooks_end, clear_contexts)
+
+    def _leave(self, reset: bool, clear_contexts: bool) -> None:
+        """End a context: its hooks go, from the points that have some (there are 28 points a block)."""
+        for point in self._at_level.pop(self.context_level, []) if reset else []:
+            point.remove_hooks("both", including_permanent=False, level=self.context_level)
+        if reset:
+            if clear_contexts:
+                self.clear_contexts()
+            self.is_caching = False
+        self.context_level -= 1
 
     @contextmanager
     def intervene(self, interventions: "Intervention | list[Any]") -> Iterator["HookMethods"]:

@@ -435,3 +435,37 @@ def test_prompts_of_unequal_length_are_named_and_can_be_padded(model: HookedMamb
     with torch.no_grad():
         wanted = model(a)
         assert error(model(padded.clean, attention_mask=padded.clean_mask)[:, :6], wanted) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype, batch: torch.Tensor, others: torch.Tensor) -> None:
+    model = make_model(backend="torch", dtype=dtype)
+    donor, plain = cache_of(model, others), cache_of(model, batch)
+    with torch.no_grad():
+        logits = model(batch)
+        for spec in PLAIN:
+            put = iv.patch(f"{full(spec)}[3:9]", plain)
+            near = "norm" in spec.name or spec.name in ("mixer.hook_u_skip", "mixer.hook_u_write")  # forms of their own
+            bar = (2e-2 if dtype == torch.bfloat16 else 1e-14) if near or "ln_final" in spec.name else 1e-30
+            assert error(model.run_with(batch, put), logits) < bar, spec.name
+        edits = [
+            iv.mean(f"{H}[4]", donor),
+            iv.mean("blocks.0.mixer.hook_B", donor, dims=[1]),
+            iv.freeze(donor, ("delta", "silu", "gate"), 2),
+            iv.steer("blocks.1.hook_resid_pre[8]", torch.ones(24), 0.5),
+            iv.knockout(0, [1, 2], slice(5, None), through="conv"),
+            *iv.path_patch(model, batch, others, "blocks.0", ["blocks.2.delta", "final"]),
+        ]
+        for edit in edits[:-2]:
+            assert torch.isfinite(model.run_with(batch, edit)).all()
+            assert not torch.equal(model.run_with(batch, edit), logits)
+        assert model.run_with(batch, edits[-2:]).dtype == logits.dtype
+
+
+def test_falcon_mamba(batch: torch.Tensor, others: torch.Tensor) -> None:
+    model = make_model(backend="torch", mixer_norm_eps=1e-6)
+    donor = cache_of(model, others)
+    got = edited_cache(model, batch, iv.freeze(donor, ("delta", "B", "C", "silu", "gate"), 1))
+    for name in ("delta", "B", "C", "gate_in"):
+        assert torch.equal(got[name, 1], donor[name, 1])
+    assert error(edited_cache(model, batch, iv.erase(1, 3))["h", 1][:, 3] + 1, torch.ones(3, 48, 5)) == 0

@@ -30,11 +30,20 @@ class Watch:
         self.backend = "auto"
 
     def begin(
-        self, tokens: Tensor | None, padding: Padding | None, bos: bool | None, backend: str, shape: tuple[int, int]
+        self,
+        tokens: Tensor | None,
+        padding: Padding | None,
+        bos: bool | None,
+        backend: str,
+        shape: tuple[int, int],
+        plain: bool = False,
     ) -> None:
         self.backend = backend
 
-    def begin_block(self, layer: int, resid: Tensor, state: Any) -> None:
+    def only_inputs(self) -> bool:
+        return False
+
+    def begin_block(self, layer: int, resid: Tensor, state: Any, plain: bool = False) -> None:
         if self._keep_resid:
             self.resid[layer] = resid.detach()
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mambascope.config import MambaConfig
     from mambascope.errors import MambascopeError
+    from mambascope.hooks.attribution import attribute
     from mambascope.hooks.cache import MambaCache
     from mambascope.hooks.cache_file import load_cache
     from mambascope.hooks.metrics import KL, LogitDifference, LogProbability, Loss, Probability, Rank
@@ -57,6 +58,7 @@ _HOME = {
     "Tokenizer": "mambascope.loading.tokenizer",
     "accelerate": "mambascope.loading.accelerate",
     "at": "mambascope.hooks.positions",
+    "attribute": "mambascope.hooks.attribution",
     "list_models": "mambascope.loading",
     "load": "mambascope.loading",
     "load_cache": "mambascope.hooks.cache_file",
@@ -86,6 +88,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "at",
+    "attribute",
     "list_models",
     "load",
     "load_cache",

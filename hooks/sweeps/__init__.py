@@ -75,6 +75,7 @@ def sweep(
         raise InputError(
             "hooks are in force on this model, which a file cannot tell apart: remove them, or leave file="
         )
+    # past no_grad's wrapper: the caller
     warn_if_tiny(engine.clean, engine.corrupted, engine.bound.spec, engine.spread)
     tokens = pairs.labels(model, grid.positions)
     kept = None
@@ -130,7 +131,7 @@ def _run(engine: Engine, kept: SweepFile | None, progress: bool | None) -> tuple
     return values, done, computed
 
 
-def warn_if_tiny(clean: float, corrupted: float, spec: dict[str, Any], spread: float) -> None:
+def warn_if_tiny(clean: float, corrupted: float, spec: dict[str, Any], spread: float, level: int = 4) -> None:
     """Warn where a score would divide by next to nothing."""
     scale = abs(clean - corrupted)
     logits = spec["metric"] == "LogitDifference"
@@ -140,7 +141,7 @@ def warn_if_tiny(clean: float, corrupted: float, spec: dict[str, Any], spread: f
     unit = " logits" if logits else ""
     warnings.warn(
         f"clean and corrupted differ by {scale:.2g}{unit}, {about}: the score divides by this and is mostly noise",
-        stacklevel=4,  # past no_grad's wrapper
+        stacklevel=level,
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambascope.errors import HookError, InputError, UnknownNameError, nearest
+from mambascope.errors import HookError, InputError, nearest
 from mambascope.hooks.model_protocol import Runnable
 from mambascope.hooks.points import LAZY, resolve_name, spec_of
 from mambascope.hooks.sweeps.texts import Pairs
@@ -84,10 +84,7 @@ def block_site(model: Runnable, site: str) -> str:
         )
     if site in ("embed", "hook_embed"):
         raise HookError("'embed' is the stream that enters block 0: sweep 'resid_pre' with layers=[0]")
-    try:
-        full = resolve_name(f"blocks.0.{site}", list(model.hook_dict))
-    except UnknownNameError:
-        full = resolve_name(f"blocks.0.hook_{site}", list(model.hook_dict))
+    full = resolve_name(f"blocks.0.{site if 'hook_' in site else f'hook_{site}'}", model.hook_dict)
     tail = full.split(".", 2)[2]
     if tail in LAZY and tail != STATE:
         raise HookError(

@@ -10,12 +10,14 @@ from mambascope.ops.elementwise import gate, silu, softplus
 from mambascope.ops.maps import KernelRow, kernel_column, kernel_map, kernel_row, over_channels
 from mambascope.ops.norm import AddNormOutput, NormOutput, add_norm, rms_norm
 from mambascope.ops.scan import ScanOutput, linear_scan, selective_scan, state_window, window_dot
+from mambascope.ops.scan.adjoint import Course, state_contraction
 
 __all__ = [
     "BACKENDS",
     "AddNormOutput",
     "Backend",
     "ConvOutput",
+    "Course",
     "KernelRow",
     "NormOutput",
     "ScanOutput",
@@ -33,6 +35,7 @@ __all__ = [
     "selective_scan_fn",
     "silu",
     "softplus",
+    "state_contraction",
     "state_window",
     "window_dot",
 ]

@@ -41,6 +41,13 @@ class KernelModule(Protocol):
         """h after each of W steps, ``B W D N``; delta after softplus."""
         ...
 
+    def state_contraction(
+        self, dy: Tensor, delta: Tensor, C: Tensor, A: Tensor, u1: Tensor, delta1: Tensor, B1: Tensor, h1: Tensor,
+        u2: Tensor, delta2: Tensor, B2: Tensor, h2: Tensor, /, *, boundaries: int,
+    ) -> Tensor:  # fmt: skip
+        """Σ_n G·(h2 − h1) ``B L D``, float32; h1 and h2 are states every ``boundaries`` ≤ 64 steps."""
+        ...
+
     def conv_forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, lengths: Tensor | None, /, *,
         silu: bool,

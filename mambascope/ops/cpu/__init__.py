@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from mambascope.ops.cpu.adjoint import state_contraction
     from mambascope.ops.cpu.backward import scan_backward
     from mambascope.ops.cpu.conv import conv_backward, conv_forward
     from mambascope.ops.cpu.elementwise import gate_forward, silu_forward, softplus_forward
@@ -27,6 +28,7 @@ __all__ = [
     "scan_forward",
     "silu_forward",
     "softplus_forward",
+    "state_contraction",
     "state_window",
     "supports",
 ]
@@ -40,6 +42,7 @@ _HOME = {
     "scan_forward": "scan",
     "silu_forward": "elementwise",
     "softplus_forward": "elementwise",
+    "state_contraction": "adjoint",
     "state_window": "scan",
 }
 

@@ -32,7 +32,7 @@ from mambascope.ops.scan.chunked_blocks import (
 from mambascope.ops.scan.recurrence import open_scan
 from mambascope.ops.scan.reference import mask_delta
 
-__all__ = ["Finish", "scan", "scan_backward", "scan_forward", "scan_with_grad", "supports"]
+__all__ = ["Finish", "scan", "scan_backward", "scan_forward", "scan_keeping_starts", "scan_with_grad", "supports"]
 
 
 def _forward_block(
@@ -169,13 +169,13 @@ def scan_backward(
 ) -> dict[str, Tensor | None]:
     """The kernel interface; replays all chunks' entering states, whatever the boundaries' spacing."""
     wide = compute_dtype(u, delta, A, B, C, h0)
-    starts = _scan_keeping_starts(u, delta, A, B, C, h0, lengths, None, wide)[1]
+    starts = scan_keeping_starts(u, delta, A, B, C, h0, lengths, None, wide)[1]
     grads = backward([u, delta, A, B, C, h0], lengths, boundaries, starts, dy, dh_last, dh_boundary)
     found = dict(zip(("du", "ddelta", "dA", "dB", "dC", "dh0"), grads, strict=True))
     return {**found, "dD": None, "dz": None, "ddt_bias": None}
 
 
-def _scan_keeping_starts(
+def scan_keeping_starts(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -212,7 +212,7 @@ class _Scan(torch.autograd.Function):
         boundaries: int | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = compute_dtype(u, delta, A, B, C, h0)
-        (y, h_last, h_boundary), starts = _scan_keeping_starts(u, delta, A, B, C, h0, lengths, boundaries, wide)
+        (y, h_last, h_boundary), starts = scan_keeping_starts(u, delta, A, B, C, h0, lengths, boundaries, wide)
         ctx.save_for_backward(u, delta, A, B, C, h0, lengths, starts)
         ctx.boundaries = boundaries
         ctx.set_materialize_grads(False)

@@ -13,7 +13,7 @@ from torch import Tensor
 from mambascope.ops.scan.chunked_blocks import Block, Marks, cut, make_block, plan, rows_of, step_decays, super_blocks
 from mambascope.ops.scan.reference import mask_delta
 
-__all__ = ["backward"]
+__all__ = ["Pull", "backward", "states_of"]
 
 
 def backward(
@@ -48,8 +48,8 @@ def backward(
             block_dy = torch.zeros_like(block_u) if dy is None else dy[rows, span].to(wide)
             marks = Marks(span.start, size, None if dentering is None else boundaries)
             into = None if dentering is None else dentering[rows]
-            pull = _Pull(block, A_T, decays, cut(block_dy, at.steps), marks, into)
-            dwrite, dexponent, block_dB, block_dC, g = pull.run(_states(block, decays, h, states), g, dA_T)
+            pull = Pull(block, A_T, decays, cut(block_dy, at.steps), marks, into)
+            dwrite, dexponent, block_dB, block_dC, g = pull.run(states_of(block, decays, h, states), g, dA_T)
             dwrite = dwrite[:, :size]
             du[rows, span] = dwrite * block_delta
             ddelta[rows, span] = mask_delta(dwrite * block_u + dexponent[:, :size], rows_of(lengths, rows), span.start)
@@ -59,7 +59,7 @@ def backward(
     return du, ddelta, dA_T.t().to(A.dtype), dB, dC, dh0
 
 
-def _states(block: Block, decays: list[Tensor], h: Tensor, kept: list[Tensor]) -> list[Tensor]:
+def states_of(block: Block, decays: list[Tensor], h: Tensor, kept: list[Tensor]) -> list[Tensor]:
     """States before each step and after the last, T + 1 tensors ``B n N D``, replayed from the entering ones."""
     if not kept or kept[0].shape != h.shape:
         kept[:] = [torch.empty_like(decays[0]) for _ in range(len(decays) + 1)]
@@ -70,7 +70,7 @@ def _states(block: Block, decays: list[Tensor], h: Tensor, kept: list[Tensor]) -
     return kept
 
 
-class _Pull(NamedTuple):
+class Pull(NamedTuple):
     """The adjoint recurrence of one super-block: g[t] = C[t] dy[t] + A_bar[t+1] g[t+1], g = dLoss/dh."""
 
     block: Block
@@ -80,21 +80,21 @@ class _Pull(NamedTuple):
     marks: Marks
     dentering: Tensor | None  # B boundaries N D
 
-    def _step(self, i: int, g: Tensor) -> None:
+    def step(self, i: int, g: Tensor) -> None:
         """From the gradient of the state after step i, without y's share, to that of the state before it."""
         g.mul_(self.decays[i])
         mark = self.marks.at(i, len(self.decays))
         if mark is not None and self.dentering is not None:
             g[:, mark[1]] += self.dentering[:, mark[0]]
 
-    def _leaving(self, g: Tensor) -> Tensor:
+    def leaving(self, g: Tensor) -> Tensor:
         """The gradient of each chunk's end state, ``B n N D``, from that of the last one, ``B N D``."""
         if self.block.delta.shape[1] == 1:
             return g[:, None].clone()
         start = torch.zeros_like(self.decays[0])
         for i in reversed(range(len(self.decays))):
             start.addcmul_(self.dy[:, :, i, None], self.block.at(i)[3])
-            self._step(i, start)
+            self.step(i, start)
         total = torch.exp(self.block.delta.sum(2)[:, :, None] * self.A_T)
         ends = torch.empty_like(start)
         for c in reversed(range(ends.shape[1])):
@@ -105,7 +105,7 @@ class _Pull(NamedTuple):
     def run(self, states: list[Tensor], g: Tensor, dA_T: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Gradients of delta·u, of delta in the exponent, of B, C (``B nT …``) and of the entering state; adds dA."""
         block = self.block
-        g = self._leaving(g)
+        g = self.leaving(g)
         dwrite, dexponent = torch.empty_like(block.delta), torch.empty_like(block.delta)
         dB, dC = torch.empty_like(block.B), torch.empty_like(block.C)
         product, dA = torch.empty_like(g), torch.zeros_like(g)
@@ -119,6 +119,6 @@ class _Pull(NamedTuple):
             torch.mul(g, self.decays[i], out=product).mul_(states[i])
             dA.addcmul_(product, delta)
             dexponent[:, :, i] = product.mul_(self.A_T).sum(2)
-            self._step(i, g)
+            self.step(i, g)
         dA_T += dA.sum((0, 1))
         return dwrite.flatten(1, 2), dexponent.flatten(1, 2), dB.flatten(1, 2), dC.flatten(1, 2), g[:, 0]

@@ -15,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from mambascope.ops.scan.triton_adjoint import contraction_kernel
 from mambascope.ops.scan.triton_backward import adjoint_kernel, backward_kernel, sum_kernel
 from mambascope.ops.scan.triton_conv import conv_backward, conv_forward
 from mambascope.ops.scan.triton_forward import forward_kernel
@@ -382,3 +383,45 @@ def _backward_rows(
     counts = (size, blocks, entries, channels, batch * plan.n_chunks)
     own = {"HAS_D": x.D is not None, "HAS_BIAS": x.dt_bias is not None, "ADD": add, "BLOCK": _BLOCK}
     launch(sum_kernel, programs, x.u.device, *added, *counts, **own, num_warps=4, enable_fp_fusion=False)
+
+
+def state_contraction(
+    dy: Tensor,
+    delta: Tensor,
+    C: Tensor,
+    A: Tensor,
+    u1: Tensor,
+    delta1: Tensor,
+    B1: Tensor,
+    h1: Tensor,
+    u2: Tensor,
+    delta2: Tensor,
+    B2: Tensor,
+    h2: Tensor,
+    *,
+    boundaries: int,
+    plan: BackwardPlan | None = None,
+) -> Tensor:
+    """``Σ_n G (h2 − h1)``, ``B L D`` float32; see ``ops.scan.adjoint``. ``boundaries`` at most 64 steps."""
+    x = _Operands.of(u1, delta, A, B1, C, None, None, None, None, None)
+    batch, length, channels, states = x.sizes
+    out = x.new(batch, length, channels)
+    plan = plan or backward_plan_of(u1, A, boundaries)
+    flags = x.flags(plan.block, False)
+    gradient, delta1, u2, delta2, B2 = (dense(v) for v in (dy, delta1, u2, delta2, B2))
+    h1, h2 = (v.to(torch.float32).contiguous() for v in (h1, h2))
+    ends, sums = _chunk_scratch(x, plan.n_chunks)
+    programs = batch * -(-channels // plan.block) * plan.n_chunks
+    if plan.n_chunks > 1:
+        pointers = (x.delta, x.A, x.C, None, None, None, gradient, None, ends, sums)
+        sizes = (length, channels, plan.chunk, plan.n_chunks, boundaries, boundaries, plan.n_segments, plan.n_segments)
+        some = programs // plan.n_chunks * (plan.n_chunks - 1)
+        lines = strides(x.delta, x.C, None, gradient)
+        launch(adjoint_kernel, some, out.device, *pointers, *lines, *sizes, **flags, HAS_Z=False, HAS_DBOUND=False)
+    scratch = x.new(programs, 2 * -(-boundaries // 4), plan.block * padded(states))
+    pointers = (gradient, x.delta, x.C, x.A, x.u, delta1, x.B, h1, u2, delta2, B2, h2, ends, sums, out, scratch)
+    lines = strides(gradient, x.delta, x.C, x.u, delta1, x.B, u2, delta2, B2)
+    sizes = (length, channels, plan.chunk, plan.n_chunks, boundaries, plan.n_segments, batch)
+    own = {key: flags[key] for key in ("num_warps", "enable_fp_fusion", "N", "NP", "BD")}
+    launch(contraction_kernel, programs, out.device, *pointers, *lines, *sizes, **own, FOLD=plan.n_chunks > 1)
+    return out

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mambascope import ops
-from mambascope.errors import InputError
+from mambascope.errors import HookError, InputError
 from mambascope.hooks.metrics import Bound, Given, Metric, bind
 from mambascope.hooks.model_protocol import Runnable
 from mambascope.hooks.sweeps import warn_if_tiny
@@ -191,6 +191,7 @@ class _Attribution:
 
         def keep(value: Tensor, hook: Any) -> None:
             seen[hook.name] = value
+            value.retain_grad()  # so the block goes on with this very value, in its graph
 
         options = {"start_at_layer": layer, "stop_at_layer": layer + 1}
         with torch.enable_grad():
@@ -202,7 +203,7 @@ class _Attribution:
         ready.g = grads[0]
         if not wanted:
             return []
-        by_name = dict(zip(names, grads[1:], strict=True))
+        by_name = {n: _reached(n, grad) for n, grad in zip(names, grads[1:], strict=True)}
         with torch.no_grad():
             values = {n: v.detach() for n, v in seen.items()}
             seen.clear()
@@ -231,14 +232,13 @@ class _Attribution:
         length, other = group.corrupted.shape[1], group.clean.shape[1]
         return [p % length for p in self.grid.positions], [p % other for p in self.grid.positions]
 
-    def _product(self, ready: _Ready, grad: Tensor | None, base: Tensor, clean: Tensor) -> Tensor:
+    def _product(self, ready: _Ready, grad: Tensor, base: Tensor, clean: Tensor) -> Tensor:
         """Gradient × difference at the positions, summed over pairs: ``positions width``."""
         here, there = self._columns(ready.group)
-        apart = clean[:, there].to(torch.float32) - base[:, here].to(torch.float32)  # B P F
-        if grad is None:
-            return apart.sum(0) * 0
+        wide = torch.promote_types(base.dtype, torch.float32)
+        apart = clean[:, there].to(wide) - base[:, here].to(wide)  # B P F
         g = grad.unflatten(0, (self.steps, -1)).mean(0)[:, here]
-        return (g.to(torch.promote_types(g.dtype, torch.float32)) * apart).sum(0)
+        return (g.to(wide) * apart).sum(0)
 
     def _summed(self, site: str, product: Tensor) -> Tensor:
         """``positions width`` -> ``positions groups``."""
@@ -249,7 +249,7 @@ class _Attribution:
         self,
         ready: _Ready,
         layer: int,
-        grads: dict[str, Tensor | None],
+        grads: dict[str, Tensor],
         values: dict[str, Tensor],
         base: Watch,
         clean: Watch,
@@ -258,8 +258,6 @@ class _Attribution:
         dy = grads[f"blocks.{layer}.mixer.hook_y"]
         here, _ = self._columns(ready.group)
         A = self.model.decay(layer)
-        if dy is None:
-            return A.new_zeros(len(here), A.shape[0])
         delta, C = values[f"blocks.{layer}.mixer.hook_delta"], values[f"blocks.{layer}.mixer.hook_C"]
         a = self._course(base, layer, A)
         b = self._shifted(ready.group, self._course(clean, layer, A), C, A, base.backend)
@@ -299,3 +297,9 @@ class _Attribution:
         out = ops.selective_scan(u, delta, A, B, B, h0=h0, boundaries=_INTERVAL, backend=way)
         assert out.h_boundary is not None
         return ops.Course(u, delta, B, out.h_boundary)
+
+
+def _reached(name: str, grad: Tensor | None) -> Tensor:
+    if grad is None:
+        raise HookError(f"no gradient arrives at {name}: a module or hook of its block cuts it (detach, no_grad)")
+    return grad

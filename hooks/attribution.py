@@ -260,12 +260,15 @@ class _Attribution:
         A = self.model.decay(layer)
         delta, C = values[f"blocks.{layer}.mixer.hook_delta"], values[f"blocks.{layer}.mixer.hook_C"]
         a = self._course(base, layer, A)
-        b = self._shifted(ready.group, self._course(clean, layer, A), C, A, base.backend)
+        b = self._shifted(ready.group, self._course(clean, layer, A), A, base.backend)
         batch = len(ready.group.rows)
         total = torch.zeros((), device=A.device)
-        for part in zip(*(x.split(batch) for x in (dy, delta, C)), strict=True):
-            backend: Any = base.backend
-            found = ops.state_contraction(*part, A, a, b, boundaries=_INTERVAL, backend=backend)  # B L D
+        way: Any = base.backend
+        for step in range(self.steps):
+            cut = slice(step * batch, (step + 1) * batch)
+            found = ops.state_contraction(
+                dy[cut], delta[cut], C[cut], A, a, b, boundaries=_INTERVAL, backend=way
+            )  # B L D
             total = total + found[:, here].sum(0) / self.steps
         return total
 
@@ -279,7 +282,7 @@ class _Attribution:
         # hooks cut the scan elsewhere; the states there are still the run's own
         return ops.Course(u, delta, B, watch.entering(self.model, layer, wanted))
 
-    def _shifted(self, group: Group, run: ops.Course, C: Tensor, A: Tensor, backend: str) -> ops.Course:
+    def _shifted(self, group: Group, run: ops.Course, A: Tensor, backend: str) -> ops.Course:
         """The clean run laid beside the corrupted one, token for token; where it has none, it stands still."""
         length, other = group.corrupted.shape[1], group.clean.shape[1]
         if length == other:
@@ -293,7 +296,7 @@ class _Attribution:
         cut = [x[:, max(0, offset) : max(0, offset) + length] for x in run[:3]]
         left = max(0, -offset)
         right = length - left - cut[0].shape[1]
-        u, delta, B = (torch.nn.functional.pad(x, (0, 0, left, right)) for x in cut)
+        u, delta, B = [torch.nn.functional.pad(x, (0, 0, left, right)) for x in cut]
         out = ops.selective_scan(u, delta, A, B, B, h0=h0, boundaries=_INTERVAL, backend=way)
         assert out.h_boundary is not None
         return ops.Course(u, delta, B, out.h_boundary)

@@ -140,7 +140,7 @@ class _Attribution:
     def _forward(self, entry: Tensor, **options: Any) -> tuple[dict[int, Tensor], Tensor, Tensor]:
         """What enters each block, the last logits, and what leaves the last block."""
         last = f"blocks.{self.model.cfg.n_layers - 1}.hook_resid_post"
-        watch = Watch({last}, None)
+        watch = Watch(set(), None, end=last)
         logits = self.model(entry, recorder=watch, logits_to_keep=self.keep, **options)
         return watch.resid, logits, watch.values[last]
 

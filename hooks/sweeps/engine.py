@@ -97,13 +97,11 @@ class Engine:
     def _read(self, group: Group, interval: int) -> Ready:
         n, length = self.model.cfg.n_layers, group.corrupted.shape[1]
         layers = range(min(self.grid.layers), n)
-        names = {f"blocks.{n - 1}.hook_resid_post"}
-        if interval < length:
-            names |= {f"blocks.{i}.mixer.hook_x" for i in layers}
+        names = {f"blocks.{i}.mixer.hook_x" for i in layers} if interval < length else set()
         tails = {tail for site in self.grid.sites for tail in (WINDOW if site == STATE else (site,))}
         wanted = {f"blocks.{i}.{tail}" for i in self.grid.layers for tail in tails}
         self._check_memory(group, interval, len(tails))
-        base = Watch(names, interval if interval < length else None)
+        base = Watch(names, interval if interval < length else None, end=f"blocks.{n - 1}.hook_resid_post")
         clean = Watch(wanted, min(max(interval, 16), 64) if STATE in self.grid.sites else None, resid=False)
         options = {"logits_to_keep": self._keep}
         base_logits = self.model(group.corrupted, recorder=base, **options)

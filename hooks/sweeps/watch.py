@@ -20,9 +20,11 @@ WINDOW = ("mixer.hook_u_write", "mixer.hook_delta", "mixer.hook_B")
 class Watch:
     """Keeps, of one forward pass: ``names``, the stream entering every block, and h every ``interval`` tokens."""
 
-    def __init__(self, names: set[str], interval: int | None, resid: bool = True) -> None:
+    def __init__(self, names: set[str], interval: int | None, resid: bool = True, end: str = "") -> None:
+        """``end``: one more name, the stream that leaves the last block, which a pass has at hand anyway."""
         self.boundaries = interval
-        self._names = names
+        self._few = not names
+        self._names = names | {end}
         self._keep_resid = resid
         self.values: dict[str, Tensor] = {}
         self.resid: dict[int, Tensor] = {}  # B L M
@@ -41,7 +43,7 @@ class Watch:
         self.backend = backend
 
     def only_inputs(self) -> bool:
-        return False
+        return self._few
 
     def begin_block(self, layer: int, resid: Tensor, state: Any, plain: bool = False) -> None:
         if self._keep_resid:

@@ -159,7 +159,12 @@ class _Attribution:
         leaves, logits = [], []
         with torch.enable_grad():
             for ready in self.ready:
-                leaf = (ready.final if n is None else ready.final[:, -n:]).detach().clone().requires_grad_()
+                leaf = (
+                    (ready.final if n is None else ready.final[:, -n:])
+                    .detach()
+                    .clone(memory_format=torch.contiguous_format)
+                    .requires_grad_()
+                )
                 leaves.append(leaf)
                 normed = self.model.ln_final(leaf)
                 out = self.model.unembed(normed.reshape(-1, normed.shape[-1])).view(*normed.shape[:-1], -1)

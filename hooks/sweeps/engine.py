@@ -197,7 +197,7 @@ class Engine:
             for ready, rows in zip(self.ready, walked, strict=True):
                 final = rows[a : a + size]  # E B S M
                 keep = self._keep if self._keep is not None else final.shape[2]
-                short = final[:, :, -keep:]
+                short = final[:, :, -keep:].contiguous()
                 normed = self.model.ln_final(short)
                 logits = self.model.unembed(normed.reshape(-1, normed.shape[-1])).view(*normed.shape[:-1], -1)
                 missing = (self._keep or ready.group.corrupted.shape[1]) - logits.shape[2]

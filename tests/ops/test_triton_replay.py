@@ -257,3 +257,21 @@ def test_replays_repeat_the_launches_with_new_addresses(found: dict[str, Any]) -
 
 def test_what_cannot_be_repeated_faithfully_takes_the_ordinary_way(found: dict[str, Any]) -> None:
     assert [name for name, held in found["left"].items() if not held] == []
+
+
+def test_calls_that_cannot_be_repeated_are_not_offered_as_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a function wants all of its arguments again; who asks for something ready passes the tensors alone."""
+    import torch
+
+    from mambascope.ops.scan import triton_replay
+
+    def changes(x: torch.Tensor, eps: float, *, expose: bool) -> torch.Tensor:
+        return x.clone() + eps  # an operation on tensors besides launches
+
+    monkeypatch.setattr(triton_replay, "_on_gpu", lambda x: True)
+    function, x = triton_replay.Replayed(changes, 1), torch.ones(3)
+    for _ in range(3):
+        assert torch.equal(function(x, 0.5, expose=False), x + 0.5)
+    kind = triton_replay.kind_of((x,))
+    assert function.known[(kind, (0.5,), ("expose", False))] is changes
+    assert function.ready(kind, ("expose", False), rest=(0.5,)) is None

@@ -74,8 +74,9 @@ class Replayed:
 
     def ready(self, kind: Any, *options: Any, rest: tuple[Any, ...] = ()) -> Callable[..., Any] | None:
         """What repeats calls of a kind with these further arguments and options (name and value of each, in the order
-        in which they are passed); None before there is anything."""
-        return self.known.get((kind, rest, *options))
+        in which they are passed); None before there is anything, and for calls that can only be made again."""
+        found = self.known.get((kind, rest, *options))
+        return None if found is self.function else found
 
     def forget(self) -> None:
         """After a change of what host code decides, by hand."""

@@ -51,7 +51,7 @@ class ResidualMethods:
         Components: the embedding, then every earlier block's ``hook_mixer_out``, ``C B L M``; they add up to
         the stream. ``apply_ln`` gives their share of the norm's output, the norm's scale held.
         """
-        from transformer_lens.utilities import Slice
+        from transformer_lens.utilities.slice import Slice
 
         if mlp_input or mode not in ("all", "attn"):
             raise CacheError("a Mamba block has no MLP: use mode='all' and mlp_input=False")
@@ -100,7 +100,7 @@ class ResidualMethods:
     def _channels(
         self, layer: int, mlp_input: bool, apply_ln: bool, pos_slice: Any, return_labels: bool, onto: Tensor | None
     ) -> Any:
-        from transformer_lens.utilities import Slice
+        from transformer_lens.utilities.slice import Slice
 
         cut = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
         embed = cut.apply(self["hook_embed"], dim=-2)  # (B) L M
@@ -109,19 +109,19 @@ class ResidualMethods:
         need = 4 * layer * cfg.d_inner * rows * width
         way_out = "give project_output_onto=, fewer positions (pos_slice=), or expand_neurons=False"
         require_bytes(need, embed.device, f"{layer * cfg.d_inner:,} channel outputs", way_out, CacheError)
-        weight = self.model.norm_weight(layer).float()
+        weight = self.model.norm_weight(layer).to(embed.device).float()
         target = torch.eye(cfg.d_model, device=embed.device) if onto is None else onto.float().reshape(cfg.d_model, -1)
         if apply_ln:
             target = target * weight[:, None]
         parts, labels = [], []
         for i in range(layer):
             gated = cut.apply(self["gated", i], dim=-2).float()  # (B) L D
-            through = self.model.blocks[i].mixer.out_proj.weight.float().T @ target  # D O
+            through = self.model.blocks[i].mixer.out_proj.weight.to(target).T @ target  # D O
             each = gated[..., None] * through  # (B) L D O
             parts.append(each.movedim(-2, 0))
             labels += [f"{i}c{d}" for d in range(cfg.d_inner)]
         parts.append((embed.float() @ target)[None])
-        bias = self.model.accumulated_bias(layer).float() @ target
+        bias = self.model.accumulated_bias(layer).to(target) @ target
         parts.append(bias.expand_as(parts[-1]))
         stack = torch.cat(parts)
         if apply_ln:
@@ -151,7 +151,7 @@ class ResidualMethods:
         The scale is the cached one of the whole stream (so contributions add up); with ``recompute_ln`` each
         component is normalised by itself (the logit lens).
         """
-        from transformer_lens.utilities import Slice
+        from transformer_lens.utilities.slice import Slice
 
         if mlp_input:
             raise CacheError("a Mamba block has no MLP: leave mlp_input out")
@@ -160,7 +160,7 @@ class ResidualMethods:
         rows = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
         if has_batch_dim:
             residual_stack = rows.apply(residual_stack, dim=1)
-        weight = self.model.norm_weight(layer).to(residual_stack.dtype)
+        weight = self.model.norm_weight(layer).to(residual_stack)  # a cache may lie elsewhere than the model
         if recompute_ln:
             x = residual_stack.float()
             eps = self.model.cfg.norm_eps

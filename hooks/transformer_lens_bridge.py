@@ -53,8 +53,8 @@ class LensMethods:
         weight = self.model.blocks[layer].mixer.out_proj.weight.T  # D M
         acts = _as_slice(pos_slice).apply(self["gated", layer], dim=-2)
         channels = _as_slice(neuron_slice)
-        acts, weight = channels.apply(acts, dim=-1), channels.apply(weight, dim=0)
-        through = weight if project_output_onto is None else weight @ project_output_onto.to(weight.dtype)
+        acts, weight = channels.apply(acts, dim=-1), channels.apply(weight, dim=0).to(acts.device)
+        through = weight if project_output_onto is None else weight @ project_output_onto.to(weight)
         if project_output_onto is not None and project_output_onto.ndim == 1:
             return acts * through
         need = acts.numel() * through.shape[-1] * acts.element_size()
@@ -86,10 +86,10 @@ class LensMethods:
         target = None if project_output_onto is None else project_output_onto.reshape(self.model.cfg.d_model, -1)
         stream = pos.apply(self["resid_pre", layer] if layer < self._layer(None) else self["resid_post", layer - 1], -2)
         if apply_ln:  # the norm's scale is the whole stream's, so its weight can go through the projection
-            weight = self.model.norm_weight(layer).to(stream.dtype)
+            weight = self.model.norm_weight(layer).to(stream)
             target = weight[:, None] * (torch.eye(len(weight)).to(weight) if target is None else target.to(weight))
         parts = [self.get_neuron_results(i, channels, pos, target).movedim(-2, 0) for i in range(layer)]
-        whole = stream if target is None else stream @ target.to(stream.dtype)
+        whole = stream if target is None else stream @ target.to(stream)
         stack = torch.cat(parts) if parts else whole.new_zeros(0, *whole.shape)
         numbers = channels.apply(torch.arange(self.model.cfg.d_inner), dim=0).tolist()
         labels = [f"L{i}N{d}" for i in range(layer) for d in numbers]

@@ -214,6 +214,26 @@ def test_interventions_of_ours_act_beside_a_trace(lm: TracedMamba) -> None:
     assert delta.shape == (1, 10, 48)
 
 
+def test_interventions_are_in_force_in_a_trace(lm: TracedMamba) -> None:
+    iv, seen = ms.interventions, []
+    edits = [iv.scale("blocks.0.mixer.hook_delta", 0.5), iv.erase(1, 4), iv.knockout([0], [0, 1], [6, 7])]
+    with torch.no_grad():
+        hooks = [*edits, ("h1[6]", lambda h, hook: seen.append(h.clone())), ("h1[8]", lambda h, hook: h * 2)]
+        wanted = inner(lm).run_with_hooks(TEXT, fwd_hooks=hooks)
+        with lm.intervene(edits):
+            with lm.trace(TEXT):
+                state = lm.site("h1[6]").output.save()
+                lm.site("h1[8]").output *= 2
+                y = lm.hooks["y1"].output.save()
+                logits = lm.output.save()
+        assert torch.equal(logits, wanted)
+        assert torch.equal(state, seen[0])
+        assert [done.layer for done in inner(lm).edits_done()] == [0, 0, 1]
+        plain, cache = inner(lm).run_with_cache(TEXT)
+        assert error(logits, plain) > 1e-4
+        assert error(y, cache["y", 1]) > 1e-4
+
+
 # ---- several prompts
 
 

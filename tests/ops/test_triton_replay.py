@@ -170,7 +170,12 @@ for full in (True, False):
         x, weight, *rest = conv_inputs(full)
         return [x, weight[:, 0].clone(), *rest, torch.randn(2, 40, 32), torch.randn(2, 32, 3) if full else None]
     compare("conv backward", triton_conv.conv_backward, make, silu=full)
-    compare("norm", triton_layers.norm_forward, lambda: [torch.randn(3, 40), torch.randn(40), 1e-5], expose=full)
+    for shape in ((3, 40), (2, 3, 40)):
+        for dtype in (torch.float32, torch.bfloat16):
+            norm = lambda: [torch.randn(shape), torch.nn.Parameter(torch.randn(40).to(dtype)), 1e-5]
+            compare("norm", triton_layers.norm_forward, norm, expose=full)
+            added = lambda: [torch.randn(shape).to(dtype), *norm()]
+            compare("add_norm", triton_layers.add_norm_forward, added, expose=full)
 compare("window", scan.state_window, lambda: [*scan_inputs(full=False)[:4], torch.randn(2, 32, 16)])
 compare("silu", triton_layers.silu_forward, lambda: [torch.randn(2, 3, 40)])
 compare("gate", triton_layers.gate_forward, lambda: [torch.randn(2, 3, 40), torch.randn(2, 3, 80)[..., :40]])

@@ -25,7 +25,7 @@ from mambascope.ops.ready import kind_of
 __all__ = ["Replayed", "note", "replayed"]
 
 _MOST = 2048  # kinds that are remembered, of one function
-_ALLOCATE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_HARMLESS = {"promote_types", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 _watching = threading.local()  # .launches: of the call that this thread watches
 
 
@@ -96,7 +96,7 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         returns = func._schema.returns
         view = returns and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-        if not view and func._schema.name.split("::")[1] not in _ALLOCATE:
+        if not view and func._schema.name.split("::")[1] not in _HARMLESS:
             self.faithful = False
         return func(*args, **(kwargs or {}))
 

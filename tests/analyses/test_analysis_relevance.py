@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mambascope.analyses import logit_contributions, read, repeated_tokens, token_relevance
+from mambascope.analyses.tasks.induction import InductionHeads
 from mambascope.errors import CacheError, InputError
+from mambascope.loading import load
 from mambascope.model import HookedMamba
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
@@ -149,6 +151,39 @@ def test_recall_is_traced_to_its_source_and_chance_is_chance(recall, rule: Any) 
     assert hits(recall, rows, rule, shuffle=True) == 0.0
     untrained = [hits(random_model(seed, d_vocab=20), rows, rule) for seed in range(4)]
     assert sum(untrained) / 4 < 0.25  # 1 in 12 by chance
+
+
+def offsets(model: HookedMamba, scores: Callable[[Tensor, int], Tensor]) -> list[int]:
+    """Of twelve rows of the induction heads task: where the largest score lies, counted from the target."""
+    sample = InductionHeads().sample(3, 12, 64)
+    found = []
+    for row, answer in zip(sample.tokens, sample.targets[:, -1].tolist(), strict=True):
+        target = int((row == 15).nonzero()[0]) + 1  # what followed the special token
+        found.append(int(scores(row, answer)[:-1].argmax()) - target)
+    return found
+
+
+def test_what_a_trained_model_recalls_is_traced_to_the_token_itself() -> None:
+    """The scan reads its induction layer two steps after the target, where the conv put it; relevance goes further."""
+    trained = load("induction-2l", device="cpu")
+
+    def direct(row: Tensor, answer: int) -> Tensor:
+        return logit_contributions(model, row, answer=answer).by_token
+
+    def half(row: Tensor, answer: int) -> Tensor:
+        return token_relevance(model, row, answer=answer).tokens
+
+    def frozen(row: Tensor, answer: int) -> Tensor:
+        return token_relevance(model, row, answer=answer, rule="frozen").tokens
+
+    model = trained
+    assert offsets(model, direct) == [2] * 12
+    assert offsets(model, half) == [0] * 12
+    assert set(offsets(model, frozen)) == {-1, 0}  # the special token before it, or itself
+    torch.manual_seed(0)
+    model = HookedMamba(trained.cfg)
+    for scores in (direct, half, frozen):
+        assert sum(abs(o) <= 2 for o in offsets(model, scores)) <= 4  # 12 · 5/62 = 1 expected
 
 
 def test_one_layer_is_direct(recall) -> None:

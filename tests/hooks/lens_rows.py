@@ -16,8 +16,6 @@ import pytest
 import torch
 from torch import Tensor
 from transformer_lens import ActivationCache, HookedRootModule, patching
-from transformer_lens.tools import analysis
-from transformer_lens.tools.analysis import attribution_patching
 
 from mambascope.errors import CacheError, UnknownNameError
 from mambascope.hooks.cache import MambaCache
@@ -507,25 +505,31 @@ for _name, _index in (
     row(P, _name, "made for attention patterns", works=False)(_pattern_setter(_name, _index))
 
 
-# ---- a few of transformer_lens.tools.analysis
+# ---- a few of transformer_lens.tools.analysis; imported late, for it brings Triton in before tests choose how it runs
 
 T = "tools.analysis"
 
 
 @row(T, "logit_lens")
 def _(case: Case) -> None:
+    from transformer_lens.tools import analysis
+
     lens = analysis.logit_lens(case.model, case.clean, positions=None)
     assert error(lens.values[-1], case.logits) < 1e-5
 
 
 @row(T, "logit_readout")
 def _(case: Case) -> None:
+    from transformer_lens.tools import analysis
+
     read = analysis.logit_readout(case.model, case.cache["resid_post", -1], top_k=3)
     assert torch.equal(read.top_ids, case.logits.topk(3).indices)
 
 
 @row(T, "attribution_patching.cache_activation_and_gradient", "name the points: its default names heads")
 def _(case: Case) -> None:
+    from transformer_lens.tools.analysis import attribution_patching
+
     with torch.enable_grad():
         found = attribution_patching.cache_activation_and_gradient(
             case.model, case.corrupted, case.metric, ["blocks.1.mixer.hook_delta", "blocks.1.hook_mixer_out"]
@@ -539,6 +543,8 @@ def _(case: Case) -> None:
 
 @row(T, "attribution_patching.attribution_patch", "its nodes are heads and MLPs", works=False)
 def _(case: Case) -> None:
+    from transformer_lens.tools.analysis import attribution_patching
+
     with torch.enable_grad(), refused(ValueError, "."):
         attribution_patching.attribution_patch(case.model, case.clean, case.corrupted, case.metric)
 

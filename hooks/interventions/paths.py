@@ -11,7 +11,7 @@ added; several receivers then add up. At inner receivers (delta, B, C, u, z, ski
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -87,6 +87,9 @@ def path_patch(
     own = {tail_of(s.name)[0] for s in senders}
     frozen = [i for i in range(count) if i not in middle and i not in own]
     outs = [f"blocks.{i}.hook_mixer_out" for i in frozen]
+    # A sender inside a block: the block runs, but hears no other sender, unless paths may go through it.
+    deaf = {tail_of(s.name)[0] for s in senders if tail_of(s.name)[1].startswith(("mixer.", "norm."))} - middle
+    outs += [f"blocks.{i}.hook_mixer_in" for i in sorted(cast(set[int], deaf))]
     with torch.no_grad():
         _, donor = _run(model, prompts.clean, prompts.clean_mask, sorted({s.name for s in senders}))
         _, plain = _run(model, prompts.corrupted, prompts.corrupted_mask, [*names, *outs])

@@ -175,6 +175,22 @@ def test_by_way_of_chosen_blocks(model: HookedMamba, batch: torch.Tensor, others
     assert error(both["resid_pre", 2], base["resid_pre", 2]) > 1e-5
 
 
+def test_senders_do_not_hear_one_another(model: HookedMamba, batch: torch.Tensor, others: torch.Tensor) -> None:
+    base, donor, senders = (
+        cache_of(model, batch),
+        cache_of(model, others),
+        ["blocks.1.mixer.hook_delta", "blocks.2.mixer.hook_C"],
+    )
+    last = "blocks.2.hook_resid_post"
+    together = cache_of(model, batch, paths(model, batch, others, senders, "final"))[last] - base[last]
+    alone = [cache_of(model, batch, paths(model, batch, others, s, "final"))[last] - base[last] for s in senders]
+    assert error(together, alone[0] + alone[1]) < 1e-5
+    heard = cache_of(model, batch, paths(model, batch, others, senders, "final", through=2))[last] - base[last]
+    assert error(heard, alone[0] + alone[1]) > 1e-3
+    both = cache_of(model, batch, [iv.patch(senders, donor)])[last] - base[last]
+    assert error(heard, both) < 1e-5
+
+
 def test_paths_that_are_none(model: HookedMamba, batch: torch.Tensor, others: torch.Tensor) -> None:
     for args, kind, text in (
         (("blocks.1", "blocks.0"), HookError, "lies before sender"),

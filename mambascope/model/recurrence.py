@@ -132,7 +132,7 @@ def read_out(h: Tensor, C: Tensor) -> Tensor:
     return (h * C[:, None, :].to(h.dtype)).sum(-1)
 
 
-def _split(inputs: Inputs, point: StatePoint, plan: Plan, run: Run) -> tuple[Tensor, Tensor, Anchors, bool]:
+def _split(inputs: Inputs, point: StatePoint, plan: Plan, run: Run) -> tuple[Tensor, Tensor, Anchors | None, bool]:
     length, interval = inputs.u.shape[1], run.boundaries or BOUNDARY
     # A backward hook needs h inside the graph, so its steps are split even if nobody edits.
     first, edited_h, out, done = plan.steps[0], None, None, -1
@@ -142,9 +142,9 @@ def _split(inputs: Inputs, point: StatePoint, plan: Plan, run: Run) -> tuple[Ten
         first, edited_h = _read(inputs, out.h_boundary, interval, point, plan, run)
         if edited_h is None:
             return out.y, out.h_last, anchors_of(out, interval, length), False
-    pieces = _Pieces(inputs, run, interval)
+    pieces = _Pieces(inputs, run)
     if out is not None and edited_h is not None:
-        pieces.adopt(out, first, interval)
+        pieces.adopt(out, first)
         pieces.put(first, edited_h)
         done = first
     for t in plan.later(done):
@@ -214,28 +214,35 @@ def _states_at(now: Inputs, h_boundary: Tensor, step: Tensor, interval: int, run
 
 
 class _Pieces:
-    """The scan taken apart: pieces of y so far, the state after them, and the states worth keeping."""
+    """The scan taken apart: pieces of y so far, the state after them, and the states that a recorder wants."""
 
-    def __init__(self, inputs: Inputs, run: Run, interval: int) -> None:
-        self.inputs, self.run, self.interval = inputs, run, interval
+    def __init__(self, inputs: Inputs, run: Run) -> None:
+        self.inputs, self.run, self.interval = inputs, run, run.boundaries
         self.y: list[Tensor] = []
         self.h = inputs.h0
         self.done = 0  # columns computed
         self._columns: list[int] = [-1]
         self._states: list[Tensor] = [inputs.h0]
 
-    def adopt(self, out: ops.ScanOutput, stop: int, interval: int) -> None:
+    def adopt(self, out: ops.ScanOutput, stop: int) -> None:
         """Take over columns [0, stop) of a scan that has run."""
-        assert out.h_boundary is not None
+        self._keep_chunks(out, stop)
         self.y.append(out.y[:, :stop])
         self.done = stop
-        for chunk in range(1, out.h_boundary.shape[1]):
-            if chunk * interval - 1 < stop:
-                self._keep(chunk * interval - 1, out.h_boundary[:, chunk])
 
     def _keep(self, column: int, h: Tensor) -> None:
-        self._columns.append(column)
-        self._states.append(h.detach())
+        if self.interval is not None:
+            self._columns.append(column)
+            self._states.append(h.detach())
+
+    def _keep_chunks(self, out: ops.ScanOutput, stop: int) -> None:
+        """The states that a scan from ``done`` on left at its boundaries, before column ``stop``."""
+        if self.interval is None or out.h_boundary is None:
+            return
+        for chunk in range(1, out.h_boundary.shape[1]):
+            column = self.done + chunk * self.interval - 1
+            if column < stop:
+                self._keep(column, out.h_boundary[:, chunk])
 
     def scan_to(self, t: int) -> Tensor:
         """Scan up to and including column t; its y is left to :meth:`put`, its state is returned."""
@@ -245,9 +252,7 @@ class _Pieces:
         return out.h_last
 
     def _take(self, out: ops.ScanOutput, stop: int) -> None:
-        assert out.h_boundary is not None
-        for chunk in range(1, out.h_boundary.shape[1]):
-            self._keep(self.done + chunk * self.interval - 1, out.h_boundary[:, chunk])
+        self._keep_chunks(out, stop)
         self.y.append(out.y[:, : stop - self.done])
         self.done = stop
 
@@ -264,7 +269,9 @@ class _Pieces:
             self.h = out.h_last
             self._keep(length - 1, out.h_last)
 
-    def anchors(self) -> Anchors:
+    def anchors(self) -> Anchors | None:
+        if self.interval is None:
+            return None
         return Anchors(self._columns, torch.stack([s.detach() for s in self._states], 1))
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from mambascope.errors import InputError, LoadError
+from mambascope.training.bar import training_bar
 from mambascope.training.checkpoint import latest_checkpoint, load_checkpoint
 from mambascope.training.floor import Floor
 from mambascope.training.head import answer_loss
@@ -177,6 +178,21 @@ def test_progress_and_floor_are_told(tiny, tmp_path):
     newest = latest_checkpoint(tmp_path)
     assert newest is not None
     assert json.loads((newest / "progress.json").read_text())["floor"]["products"] == 1e-9
+
+
+def test_a_bar_on_a_terminal_and_plain_lines_elsewhere(monkeypatch, capsys):
+    with training_bar(3) as (report, progress):
+        report("step 1/3")
+        assert progress is None
+    assert capsys.readouterr().out == "step 1/3\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    with training_bar(3) as (report, progress):
+        report("[b] step 2/3")
+        assert progress is not None
+        progress(2)
+    out = capsys.readouterr().out
+    assert "[b] step 2/3" in out, "never markup"
+    assert "2/3" in out.replace("[b] step 2/3", "")
 
 
 def test_who_may_write(tiny, tmp_path):

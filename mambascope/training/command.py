@@ -39,6 +39,7 @@ def _parsed(changes: Sequence[str]) -> dict[str, Any]:
 
 def _list(_: argparse.Namespace) -> None:
     from mambascope.loading import list_models
+    from mambascope.training.sweep import sweep_names
 
     shipped = {info.name: info for info in list_models() if info.embedded}
     for name in sorted({*zoo.names(), *shipped}):
@@ -49,6 +50,7 @@ def _list(_: argparse.Namespace) -> None:
             else "not shipped; made by: python -m mambascope.zoo train " + name
         )
         print(f"{name:<16}{text}")
+    print(f"sweeps (python -m mambascope.zoo sweep NAME): {', '.join(sweep_names())}")
 
 
 def _prepare(arguments: argparse.Namespace) -> None:

@@ -191,6 +191,7 @@ def test_command_line_errors(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "lm-mini" in out
     assert "induction-2l" in out
+    assert "markov-width" in out
     for arguments, message in (
         (["train", "lm-mimi", "--out", str(tmp_path)], "did you mean 'lm-mini'"),
         (["train", "lm-mini", "--out", str(tmp_path / "x")], "'wikitext-2/train.txt.xz' was not found"),

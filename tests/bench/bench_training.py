@@ -1,6 +1,6 @@
 """Training throughput of a recipe on this machine, as a share of its floor (matrix products + scans at measured rates).
 
-    python -m tests.bench.bench_training [--model lm-mini-v2] [--steps N] [--device cuda] [--profile] [--set KEY=VALUE]
+    python -m tests.bench.bench_training [--model lm-mini-v2] [--steps N] [--profile] [--csv FILE] [--limit SECONDS] [--set KEY=VALUE]
 
 Random tokens stand for the text: no data is needed, and the arithmetic is the same. Rows: the step as it is launched
 from Python, and as one recorded CUDA graph; each with the chunked head, the eager one also with whole logits. First
@@ -8,9 +8,11 @@ the gate: both heads give the same loss and gradients.
 """
 
 import argparse
+import csv
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +26,20 @@ from mambascope.training.loop import _Run
 from mambascope.training.machine import machine
 from mambascope.training.recipe import Recipe, TrainSettings
 from mambascope.training.sampler import Batch
+from tests.bench.bench_scan_gpu import commit
 
 
 def whole_logits(model: nn.Module, batch: Batch) -> Tensor:
     """The loss by the shortest way: all logits at once."""
     logits = model(batch.tokens, return_type="logits")  # B L V
     return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED)
+
+
+WAYS: tuple[tuple[str, bool, Callable[..., Tensor]], ...] = (
+    ("graph, chunked head", True, answer_loss),
+    ("eager, chunked head", False, answer_loss),
+    ("eager, whole logits", False, whole_logits),
+)
 
 
 def gate(recipe: Recipe, device: str, source: Callable[[int], Batch]) -> float:
@@ -82,10 +92,12 @@ def main() -> None:
     parser.add_argument("--model", default="lm-mini-v2")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rows", nargs="+", default=["graph", "eager"], choices=["graph", "eager"])
     parser.add_argument("--profile", action="store_true", help="kernels of a step, by time")
+    parser.add_argument("--limit", type=float, default=1e9, metavar="SECONDS", help="start no row after this time")
+    parser.add_argument("--csv", help="write the rows here")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     args = parser.parse_args()
+    started = time.perf_counter()
     recipe = recipe_for(args.model, args.set)
     train, on_gpu = recipe.train, args.device.startswith("cuda")
 
@@ -97,17 +109,18 @@ def main() -> None:
     about = machine(args.device)
     count = sum(p.numel() for p in build_model(recipe).parameters())
     print(f"{recipe.name}: {count:,} parameters, {train.batch} x {train.length} tokens a step, {about}")
-    print(f"gate: largest relative difference of a gradient between the heads {gate(recipe, args.device, source):.1e}")
+    difference = gate(recipe, args.device, source)
+    print(f"gate: largest relative difference of a gradient between the heads {difference:.1e}", flush=True)
     dtype = torch.bfloat16 if on_gpu and train.precision == "bf16" else torch.float32
     floor: Floor = measure_floor(build_model(recipe, args.device), train.batch, train.length, dtype=dtype)
     print(floor, flush=True)
     print(f"{'step':<24} {'ms':>9} {'tokens/s':>12} {'of the floor':>13} {'peak GB':>8}")
-    for name, graph, loss in (
-        ("graph, chunked head", True, answer_loss),
-        ("eager, chunked head", False, answer_loss),
-        ("eager, whole logits", False, whole_logits),
-    ):
-        if (graph and not on_gpu) or name.split(",")[0] not in args.rows + (["eager"] if not on_gpu else []):
+    rows: list[dict[str, Any]] = []
+    for name, graph, loss in WAYS:
+        if graph and not on_gpu:
+            continue
+        if time.perf_counter() - started > args.limit:
+            print(f"{name:<24} left out: --limit {args.limit:g} seconds are over")
             continue
         settings = dataclasses.replace(train, cuda_graph=graph)
         if on_gpu:
@@ -116,10 +129,20 @@ def main() -> None:
         peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0
         rate, share = 1e3 * floor.tokens / ms, 1e3 * floor.seconds / ms
         print(f"{name:<24} {ms:>9.2f} {rate:>12,.0f} {share:>13.1%} {peak:>8.1f}", flush=True)
+        rows.append({"step": name, "ms": round(ms, 3), "tokens_per_second": round(rate), "share_of_floor": round(share, 4),
+                     "peak_gb": round(peak, 2)})  # fmt: skip
         if args.profile and graph:
             profile(trainer)
         trainer.feed.close()
         del trainer
+    if args.csv:
+        about |= {"model": recipe.name, "parameters": count, "batch": train.batch, "length": train.length}
+        about |= {"gate": f"{difference:.1e}", "commit": commit()}
+        about |= {"floor_products_ms": round(1e3 * floor.products, 3), "floor_scans_ms": round(1e3 * floor.scans, 3)}
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, [*about, *rows[0]], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(about | row for row in rows)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from mambascope.hooks.effective_path import (
     read_layer,
     tensor_of,
 )
+from mambascope.hooks.sites import Padding
 from mambascope.memory import require_bytes
 from mambascope.ops.maps import Reduction, check_reduction, window
 
@@ -273,17 +274,30 @@ class AttentionView:
         require_bytes(need, cache.device, what, way_out, InputError)
         found = self._read(wanted.stop)
         padding = found.padding
-        if padding is not None and padding.any_left:  # columns of the cache are not columns of the kernel
-            whole = self._map(found, range(length), range(length))
-            out = padding.unalign(padding.unalign(whole).transpose(1, 2)).transpose(1, 2)
-            out = out[:, wanted.start : wanted.stop, sources.start : sources.stop]
-        else:
-            out = self._map(found, wanted, sources)
         if padding is None:
-            return out
+            return self._map(found, wanted, sources)
         mask = padding.mask
         real = mask[:, wanted.start : wanted.stop, None] & mask[:, None, sources.start : sources.stop]
-        return out * real
+        return self._shifted(found, padding, wanted, sources) * real
+
+    def _shifted(self, found: Layer, padding: Padding, rows: range, cols: range) -> Tensor:
+        """The window where a row's columns of the cache are its columns of the kernel plus its left padding."""
+        left, length = padding.left.tolist(), self._cache.recording.shape[1]
+
+        def reached(asked: range) -> range:
+            start = max(0, asked.start - max(left))
+            return range(start, max(start + 1, min(length, asked.stop - min(left))))
+
+        tall, wide = reached(rows), reached(cols)
+        value = self._map(found, tall, wide)
+        for axis, asked, there in ((1, rows, tall), (2, cols, wide)):
+            places = torch.arange(asked.start, asked.stop, device=value.device) - padding.left[:, None]  # B T
+            places = (places - there.start).clamp(0, len(there) - 1)
+            shape = list(value.shape)
+            shape[axis] = len(asked)
+            places = places[:, :, None] if axis == 1 else places[:, None]
+            value = value.gather(axis, places.expand(shape))
+        return value
 
     def _read(self, stop: int) -> Layer:
         if self._found is None:

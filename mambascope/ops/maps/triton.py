@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mambascope.ops.maps import tiled
 from mambascope.ops.maps.problem import REDUCTIONS, Problem, Reduction
 from mambascope.ops.maps.triton_kernels import (
     between_kernel,
@@ -22,6 +23,9 @@ from mambascope.ops.maps.triton_kernels import (
 from mambascope.ops.scan.triton_launch import dense, launch, processor_count, strides
 
 __all__ = ["Plan", "kernel_map", "line"]
+
+MAX_STATES = 64
+"""Beyond it the factors of a tile do not fit on a multiprocessor, and the torch tiles are taken."""
 
 _BLOCK = 16
 _LOG2E = 1.4426950408889634
@@ -43,8 +47,8 @@ class Plan(NamedTuple):
 def plan_of(p: Problem, rows: range, cols: range) -> Plan:
     """Enough programs to fill the GPU, in as few shares as do it: each costs one more map of scratch memory."""
     batch, length, channels = p.delta.shape
-    wide = p.A.shape[1] > 32
-    tile = 64 if wide or length <= 512 else 128
+    states = p.A.shape[1]
+    tile = 32 if states > 32 else 64 if states > 16 or length <= 512 else 128
     processors = processor_count(p.delta.device)
     pairs = batch * max(1, len(rows) // tile) * max(1, len(cols) // tile) // 2 + 1
     bytes_each = 4 * batch * len(rows) * len(cols)
@@ -61,6 +65,8 @@ def _padded(N: int) -> int:
 
 def kernel_map(p: Problem, reduce: Reduction, rows: range, cols: range, plan: Plan | None = None) -> Tensor:
     """alpha reduced over channels for queries in ``rows`` and sources in ``cols``, ``B T S``."""
+    if p.A.shape[1] > MAX_STATES:
+        return tiled.kernel_map(p, reduce, rows, cols)
     batch, _, channels = p.delta.shape
     plan = plan_of(p, rows, cols) if plan is None else plan
     T, reach = plan.tile, p.reach

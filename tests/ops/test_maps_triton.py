@@ -76,7 +76,9 @@ def test_rows_maps_and_columns_are_the_formula(
     assert close(column.cpu(), torch.stack([exact[0, :, at], exact[1, :, 0]]))
 
 
-@pytest.mark.parametrize("plan", [Plan(32, 4, "ieee", 1, 1), Plan(64, 4, "tf32x3", 3, 2, 4), Plan(16, 4, "ieee", 2, 3)])
+@pytest.mark.parametrize(
+    "plan", [Plan(32, 4, "ieee", 1, 1), Plan(64, 4, "tf32x3", 3, 2, 4), Plan(32, 4, "ieee", 2, 3, 32, 16)]
+)
 def test_a_map_does_not_depend_on_its_plan(plan: Plan) -> None:
     x = given(("taps", "read") if plan.tile == 32 else (), 70, 2, D=7, scale=0.02)
     exact = reduced(truth(x), "rms")

@@ -3,6 +3,7 @@
 Under ``TRITON_INTERPRET=1`` the same kernels run on CPU tensors.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -33,8 +34,8 @@ _SCRATCH = 96 << 20  # bytes that the shares of a map may take beyond the first
 
 
 class Plan(NamedTuple):
-    """How a map is cut: steps a tile, warps, precision of the products, shares of the channels far from the diagonal
-    and near it, channels a step of the diagonal kernel."""
+    """How a map is cut: queries a tile, warps, precision of the products, shares of the channels far from the diagonal
+    and near it, channels a step of the diagonal kernel, sources a tile (None: as many as queries)."""
 
     tile: int
     warps: int
@@ -42,6 +43,7 @@ class Plan(NamedTuple):
     far: int
     near: int
     lanes: int = 32
+    across: int | None = None
 
 
 def plan_of(p: Problem, rows: range, cols: range) -> Plan:
@@ -55,7 +57,7 @@ def plan_of(p: Problem, rows: range, cols: range) -> Plan:
     most = max(1, min(channels // 32, _SCRATCH // max(bytes_each, 1)))
     far = max(1, min(most, -(-4 * processors // pairs)))
     tiles = batch * -(-min(len(rows), len(cols)) // tile)
-    near = max(1, min(channels // 32, -(-8 * processors // max(tiles, 1))))
+    near = max(1, min(channels // 32, -(-3 * processors // max(tiles, 1))))
     return Plan(tile, 8 if tile == 128 else 4, "tf32x3", far, near)
 
 
@@ -70,30 +72,23 @@ def kernel_map(p: Problem, reduce: Reduction, rows: range, cols: range, plan: Pl
     batch, _, channels = p.delta.shape
     plan = plan_of(p, rows, cols) if plan is None else plan
     T, reach = plan.tile, p.reach
+    across = plan.across or T
     out = p.delta.new_empty(batch, len(rows), len(cols))
     call = _Call(p, reduce, plan)
-    pairs = _far_pairs(rows, cols, T, reach, out.device)
+    pairs = _far_pairs(rows, cols, T, across, reach, out.device)
     window = (rows.start, rows.stop, cols.start, cols.stop)
     far = p.delta.new_empty(plan.far if len(pairs) else 0, *out.shape)
     if len(pairs):
         between = p.delta.new_empty(batch, len(pairs), channels)
-        call.sums(T)
+        since = call.sums(T)
+        if across != T:
+            since = since.clone()
+            call.sums(across)
         programs = len(pairs) * -(-channels // 128) * batch
-        launch(
-            between_kernel,
-            programs,
-            out.device,
-            call.total,
-            pairs,
-            between,
-            channels,
-            call.tiles(T),
-            len(pairs),
-            BD=128,
-        )
-        call.pairs(
-            T, pairs, between, far, plan.far, window, (far.stride(0), far.stride(1), len(cols), 0), 0, plan.warps
-        )
+        sizes = (channels, call.tiles(across), len(pairs))
+        launch(between_kernel, programs, out.device, call.total, pairs, between, *sizes, RATIO=T // across, BD=128)
+        place = (far.stride(0), far.stride(1), len(cols), 0)
+        call.pairs((T, across), since, pairs, between, far, plan.far, window, place, 0, plan.warps)
     first = max(cols.start // T, (rows.start - reach) // T, 0)
     last = min((cols.stop - 1) // T, (rows.stop - 1) // T)
     near = p.delta.new_empty(plan.near, batch, max(0, last - first + 1), T + reach, T)
@@ -130,8 +125,8 @@ class _Call:
     def tiles(self, T: int) -> int:
         return -(-self.p.delta.shape[1] // T)
 
-    def sums(self, T: int) -> None:
-        """Sums of delta within tiles of T steps."""
+    def sums(self, T: int) -> Tensor:
+        """Sums of delta within tiles of T steps; ``since``, until the next call."""
         batch, length, channels = self.p.delta.shape
         lanes = 32 if T > 32 else 64
         programs = self.tiles(T) * -(-channels // lanes) * batch
@@ -139,10 +134,12 @@ class _Call:
         outputs = (self.since, self.until, self.total)
         own = {"T": T, "REACH": self.p.reach, "BD": lanes, "num_warps": 4}
         launch(sums_kernel, programs, self.delta.device, self.delta, *outputs, *strides(self.delta), *sizes, **own)
+        return self.since
 
     def pairs(
         self,
-        T: int,
+        tile: tuple[int, int],
+        since: Tensor,
         pairs: Tensor,
         between: Tensor | None,
         out: Tensor,
@@ -156,31 +153,27 @@ class _Call:
         batch, length, channels = p.delta.shape
         share = -(-channels // shares)
         programs = len(pairs) * -(-channels // share) * batch
-        tensors = (
-            self.since,
-            self.until,
-            self.write,
-            self.read,
-            self.A2,
-            self.B,
-            self.C,
-            self.taps,
-            between,
-            pairs,
-            out,
-        )
-        sizes = (length, channels, self.tiles(T), len(pairs), share, *window, *place)
-        own = {"N": N, "NP": _padded(N), "T": T, "REACH": p.reach, "REDUCE": self.reduce}
+        tensors = (since, self.until, self.write, self.read, self.A2, self.B, self.C, self.taps, between, pairs, out)
+        sizes = (length, channels, *(self.tiles(T) for T in tile), len(pairs), share, *window, *place)
+        own = {"N": N, "NP": _padded(N), "TI": tile[0], "TJ": tile[1], "REACH": p.reach, "REDUCE": self.reduce}
         own |= {"HAS_READ": self.read is not None, "PRECISION": self.plan.precision, "WHOLE": whole, "num_warps": warps}
         launch(pair_kernel, programs, out.device, *tensors, *strides(self.B, self.C), *sizes, **own)
 
 
-def _far_pairs(rows: range, cols: range, T: int, reach: int, device: torch.device) -> Tensor:
-    """The pairs (tile of queries, earlier tile of sources) that a window touches, ``pairs 2`` int32."""
+@lru_cache(maxsize=64)
+def _far_pairs(rows: range, cols: range, T: int, across: int, reach: int, device: torch.device) -> Tensor:
+    """The pairs (tile of T queries, earlier tile of ``across`` sources) that a window touches, ``pairs 2`` int32."""
     i = torch.arange(max(0, (rows.start - reach) // T), (rows.stop - 1 - reach) // T + 1, device=device)
-    j = torch.arange(cols.start // T, (cols.stop - 1) // T + 1, device=device)
+    j = torch.arange(cols.start // across, (cols.stop - 1) // across + 1, device=device)
     both = torch.cartesian_prod(i, j).view(-1, 2)
-    return both[both[:, 0] > both[:, 1]].int().contiguous()
+    return both[both[:, 0] * (T // across) > both[:, 1]].int().contiguous()
+
+
+@lru_cache(maxsize=64)
+def _near_pairs(begin: int, end: int, size: int, tiles: int, device: torch.device) -> Tensor:
+    """The pairs (2k+1, 2k) of tiles of ``size`` steps between two steps, as far as there are ``tiles``."""
+    k = torch.arange(begin // (2 * size), min(-(-end // (2 * size)), tiles // 2), device=device, dtype=torch.int32)
+    return torch.stack([2 * k + 1, 2 * k], 1)
 
 
 def _fill_near(call: _Call, near: Tensor, first: int) -> None:
@@ -204,14 +197,11 @@ def _fill_near(call: _Call, near: Tensor, first: int) -> None:
         own = {"N": own.pop("N"), "REACH": p.reach} | own | {"BD": plan.lanes}
         launch(diagonal_kernel, programs, near.device, *tensors, *rows, *sizes, **own)
     for size in call.sizes()[:-1]:
-        low, high = begin // (2 * size), -(-end // (2 * size))
-        half = torch.arange(low, min(high, call.tiles(size) // 2), device=near.device, dtype=torch.int32)
-        if not len(half):
-            continue
-        pairs = torch.stack([2 * half + 1, 2 * half], 1)
-        call.sums(size)
-        place = (near.stride(0), near.stride(1), 0, first)
-        call.pairs(size, pairs, None, near, shares, (0, 0, 0, 0), place, T, 4 if size > 32 else 2)
+        pairs = _near_pairs(begin, end, size, call.tiles(size), near.device)
+        if len(pairs):
+            since, place = call.sums(size), (near.stride(0), near.stride(1), 0, first)
+            warps = 4 if size > 32 else 2
+            call.pairs((size, size), since, pairs, None, near, shares, (0, 0, 0, 0), place, T, warps)
 
 
 _CHUNK = 64

@@ -123,8 +123,9 @@ def sums_kernel(
 
 
 @triton.jit(do_not_specialize=["D", "n_tiles", "n_pairs"])
-def between_kernel(total, pairs, between, D, n_tiles, n_pairs, BD: tl.constexpr):
-    """delta summed over the tiles between those of each pair, ``B pairs D``, added up afresh."""
+def between_kernel(total, pairs, between, D, n_tiles, n_pairs, RATIO: tl.constexpr, BD: tl.constexpr):
+    """delta summed over the tiles of sources between each pair, ``B pairs D``, added up afresh; a tile of queries is
+    ``RATIO`` of them long."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(D, BD)
     pair = pid % n_pairs
@@ -134,21 +135,23 @@ def between_kernel(total, pairs, between, D, n_tiles, n_pairs, BD: tl.constexpr)
     i = tl.load(pairs + 2 * pair)
     j = tl.load(pairs + 2 * pair + 1)
     acc = tl.zeros([BD], tl.float32)
-    for tile in steps(j + 1, i):
+    for tile in steps(j + 1, i * RATIO):
         acc += tl.load(total + (row * n_tiles + tile) * D + d, mask=d < D, other=0.0)
     tl.store(between + (row * n_pairs + pair) * D + d, acc, mask=d < D)
 
 
 @triton.jit(do_not_specialize=[
-    "L", "D", "n_tiles", "n_pairs", "share", "row0", "row1", "col0", "col1", "out_split", "out_row", "tile0",
+    "L", "D", "i_tiles", "j_tiles", "n_pairs", "share", "row0", "row1", "col0", "col1", "out_split", "out_batch",
+    "out_row", "tile0",
 ])  # fmt: skip
 def pair_kernel(
     since, until, write, read, A2, B, C, taps, between, pairs, out,
-    B_b, B_l, C_b, C_l, L, D, n_tiles, n_pairs, share, row0, row1, col0, col1, out_split, out_batch, out_row, tile0,
-    N: tl.constexpr, NP: tl.constexpr, T: tl.constexpr, REACH: tl.constexpr, REDUCE: tl.constexpr,
+    B_b, B_l, C_b, C_l, L, D, i_tiles, j_tiles, n_pairs, share, row0, row1, col0, col1, out_split, out_batch, out_row,
+    tile0,
+    N: tl.constexpr, NP: tl.constexpr, TI: tl.constexpr, TJ: tl.constexpr, REACH: tl.constexpr, REDUCE: tl.constexpr,
     HAS_READ: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One pair of tiles over ``share`` channels. Grid: pairs × shares × rows.
+    """One pair of tiles, TI queries and TJ sources, over ``share`` channels. Grid: pairs × shares × rows.
 
     ``WHOLE`` 0: out is ``shares B rows cols``. Else: near the diagonal, out is ``shares B tiles WHOLE+REACH WHOLE``.
     """
@@ -159,10 +162,11 @@ def pair_kernel(
     row = (pid // (n_pairs * shares)).to(tl.int64)
     i = tl.load(pairs + 2 * pair)
     j = tl.load(pairs + 2 * pair + 1)
-    k = tl.arange(0, T)
+    k = tl.arange(0, TI)
+    m = tl.arange(0, TJ)
     n = tl.arange(0, NP)
-    t = i * T + REACH + k
-    s = j * T + k
+    t = i * TI + REACH + k
+    s = j * TJ + m
     n_in = (n < N)[None, :]
     c = tl.load(C + row * C_b + t.to(tl.int64)[:, None] * C_l + n[None, :], mask=(t < L)[:, None] & n_in, other=0.0)
     c = c.to(tl.float32)
@@ -172,23 +176,23 @@ def pair_kernel(
         there = (at < L)[:, None] & n_in
         value = tl.load(B + row * B_b + at.to(tl.int64)[:, None] * B_l + n[None, :], mask=there, other=0.0)
         b = b + (value.to(tl.float32),)
-    acc = tl.zeros([T, T], tl.float32)
+    acc = tl.zeros([TI, TJ], tl.float32)
     first = part * share
     last = tl.minimum(first + share, D)
     for d in steps(first, last):
-        line = (row * D + d) * n_tiles
+        line = row * D + d
         a = tl.load(A2 + d * N + n, mask=n < N, other=0.0)[None, :]
         if WHOLE == 0:
             gone = tl.load(between + (row * n_pairs + pair) * D + d)
         else:
             gone = 0.0
-        x = tl.load(since + (line + i) * T + k)
+        x = tl.load(since + (line * i_tiles + i) * TI + k)
         P = c * tl.exp2(x[:, None] * a)
         if HAS_READ:
-            P = P * tl.load(read + (row * D + d) * L + t, mask=t < L, other=0.0)[:, None]
+            P = P * tl.load(read + line * L + t, mask=t < L, other=0.0)[:, None]
         for tap in tl.static_range(REACH + 1):
-            r = tl.load(until + (line + j) * (T + REACH) + k + tap) + gone
-            w = tl.load(write + (row * D + d) * L + s + tap, mask=s + tap < L, other=0.0)
+            r = tl.load(until + (line * j_tiles + j) * (TJ + REACH) + m + tap) + gone
+            w = tl.load(write + line * L + s + tap, mask=s + tap < L, other=0.0)
             if REACH > 0:
                 w = w * tl.load(taps + d * (REACH + 1) + REACH - tap)
             grown = b[tap] * (tl.exp2(r[:, None] * a) * w[:, None])
@@ -199,16 +203,16 @@ def pair_kernel(
         if REDUCE == SIGNED:
             acc = product(P, Q, acc, PRECISION)
         else:
-            acc = joined(acc, product(P, Q, tl.zeros([T, T], tl.float32), PRECISION), REDUCE)
+            acc = joined(acc, product(P, Q, tl.zeros([TI, TJ], tl.float32), PRECISION), REDUCE)
     if WHOLE == 0:
         base = out + part * out_split + row * out_batch
         cell = base + (t - row0).to(tl.int64)[:, None] * out_row + (s - col0)[None, :]
         wanted = ((t >= row0) & (t < row1))[:, None] & ((s >= col0) & (s < col1))[None, :]
     else:
-        m = (j * T) // WHOLE
-        base = out + part * out_split + row * out_batch + (m - tile0).to(tl.int64) * ((WHOLE + REACH) * WHOLE)
-        cell = base + (t - m * WHOLE)[:, None] * WHOLE + (s - m * WHOLE)[None, :]
-        wanted = (k >= 0)[:, None] & (k >= 0)[None, :]
+        tile = (j * TJ) // WHOLE
+        base = out + part * out_split + row * out_batch + (tile - tile0).to(tl.int64) * ((WHOLE + REACH) * WHOLE)
+        cell = base + (t - tile * WHOLE)[:, None] * WHOLE + (s - tile * WHOLE)[None, :]
+        wanted = (k >= 0)[:, None] & (m >= 0)[None, :]
     tl.store(cell, acc, mask=wanted)
 
 
@@ -237,24 +241,28 @@ def block_kernel(
         b = tl.load(B + row * B_b + cells * B_l + n, mask=inside, other=0.0).to(tl.float32)
         both = both + (tl.where(kept, c[:, None] * b[None, :], 0.0),)
     between = ()  # all ones where step j lies in (s, t]
+    lines = ()
     for j in tl.static_range(1, BLOCK):
+        lines = lines + (delta + row * delta_b + tl.minimum(start + j, L - 1).to(tl.int64) * delta_l,)
         between = between + (tl.where((k[None, :] < j) & (k[:, None] >= j), -1, 0).to(tl.int32),)
     acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     first = part * share
     last = tl.minimum(first + share, D)
-    for d in steps(first, last):
-        S = tl.zeros([BLOCK, BLOCK], tl.float32)
-        for j in tl.static_range(1, BLOCK):
-            at = tl.minimum(start + j, L - 1).to(tl.int64)
-            step = tl.load(delta + row * delta_b + at * delta_l + d)
-            S += (step.to(tl.int32, bitcast=True) & between[j - 1]).to(tl.float32, bitcast=True)
-        value = tl.zeros([BLOCK, BLOCK], tl.float32)
-        for n in tl.static_range(N):
-            value = tl.fma(tl.exp2(tl.load(A2 + d * N + n) * S), both[n], value)
-        value = value * tl.load(write + (row * D + d) * L + t, mask=inside, other=0.0)[None, :]
-        if HAS_READ:
-            value = value * tl.load(read + (row * D + d) * L + t, mask=inside, other=0.0)[:, None]
-        acc = joined(acc, value, REDUCE)
+    for two in steps(0, tl.cdiv(last - first, 2)):
+        for one in tl.static_range(2):
+            d = first + 2 * two + one
+            there = d < last
+            S = tl.zeros([BLOCK, BLOCK], tl.float32)
+            for j in tl.static_range(1, BLOCK):
+                step = tl.load(lines[j - 1] + d, mask=there, other=0.0)
+                S += (step.to(tl.int32, bitcast=True) & between[j - 1]).to(tl.float32, bitcast=True)
+            value = tl.zeros([BLOCK, BLOCK], tl.float32)
+            for n in tl.static_range(N):
+                value = tl.fma(tl.exp2(tl.load(A2 + d * N + n, mask=there, other=0.0) * S), both[n], value)
+            value = value * tl.load(write + (row * D + d) * L + t, mask=inside & there, other=0.0)[None, :]
+            if HAS_READ:
+                value = value * tl.load(read + (row * D + d) * L + t, mask=inside & there, other=0.0)[:, None]
+            acc = joined(acc, value, REDUCE)
     m = start // WHOLE
     base = out + part * out_split + row * out_batch + (m - tile0).to(tl.int64) * (WHOLE * WHOLE)
     tl.store(base + (t - m * WHOLE)[:, None] * WHOLE + (t - m * WHOLE)[None, :], acc)
@@ -364,6 +372,11 @@ def finish_kernel(
     cell = (t - row0).to(tl.int64) * width + (s - col0)
     spot = (m - tile0).to(tl.int64) * ((WHOLE + REACH) * WHOLE) + (t - m * WHOLE) * WHOLE + (s - m * WHOLE)
     acc = tl.zeros([BT, BS], tl.float32)
+    top = row0 + u * BT  # of this tile, to leave out what it does not need
+    left = col0 + v * BS
+    far_shares = tl.where(top + BT - 1 - REACH >= (left // WHOLE + 1) * WHOLE, far_shares, 0)
+    near_top = (left + BS - 1) // WHOLE * WHOLE + WHOLE
+    near_shares = tl.where((top - REACH < near_top) & (top + BT > left), near_shares, 0)
     for share in steps(0, far_shares):
         at = far + share * far_split + row * height * width + cell
         acc = _both(acc, tl.load(at, mask=wanted & is_far, other=0.0), REDUCE)

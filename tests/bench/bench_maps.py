@@ -25,11 +25,15 @@ import torch
 from torch import Tensor
 
 from mambascope import ops
-from mambascope.config import MambaConfig
-from mambascope.model import HookedMamba
 
 D, N, R, K = 1536, 16, 48, 4
 BAR = 1e-5
+PLANS = {  # tile, warps, products, shares far and near, lanes, sources a tile: other cuts of the map, for comparison
+    "128 joined": (128, 8, "joined", 4, 24),
+    "64 joined": (64, 4, "joined", 4, 24),
+    "128 x 64": (128, 4, "tf32x3", 4, 24, 32, 64),
+    "64": (64, 4, "tf32x3", 4, 24),
+}
 Tensors = dict[str, Tensor]
 
 
@@ -181,14 +185,29 @@ def cells(device: str) -> dict[str, tuple[int, Callable[[], Callable[[], Any]]]]
         "row": (usual, lambda: row_of(usual)),
         "column": (usual, lambda: column_of(usual)),
     }
+    if cuda:
+        for label, plan in PLANS.items():
+            found[f"map, plan {label}"] = (usual, lambda plan=plan: planned(layer(usual, device), plan))
     for reduce in ("signed", "rms", "max"):
         found[f"map, {reduce}"] = (usual, lambda reduce=reduce: map_of(usual, reduce))
     return found
 
 
+def planned(x: Any, plan: tuple[Any, ...]) -> Callable[[], Any]:
+    """A map cut in another way than the default."""
+    from mambascope.ops.maps import triton
+    from mambascope.ops.maps.problem import problem
+
+    p, whole = problem(**x, gain=None, taps=None, read=None), range(x["delta"].shape[1])
+    return lambda: triton.kernel_map(p, "mean_abs", whole, whole, triton.Plan(*plan))
+
+
 @torch.no_grad()
 def whole_cache(device: str, length: int) -> list[dict[str, Any]]:
     """From the cache of a model: the first map of a layer recomputes its block, the second has it."""
+    from mambascope.config import MambaConfig
+    from mambascope.model import HookedMamba
+
     torch.manual_seed(0)
     cfg = MambaConfig(d_model=768, n_layers=3, d_vocab=1000)
     model = HookedMamba(cfg, device=device)
@@ -211,6 +230,9 @@ def compiled_side_by_side(names: list[str]) -> None:
     """One process a kind of call, so that the compiler's work is on disk before anything is timed."""
     command = [sys.executable, "-m", "tests.bench.bench_maps", "--warm"]
     running = {name: subprocess.Popen([*command, name], stdout=subprocess.DEVNULL) for name in names}
+    torch.zeros(1, device="cuda")  # meanwhile: what this process will need
+    import transformer_lens.model_bridge.generalized_components.ssm_mixer  # noqa: F401
+
     for name, process in running.items():
         if process.wait() != 0:
             raise SystemExit(f"the call {name!r} failed; run: {' '.join(command)} {name!r}")
@@ -237,14 +259,30 @@ def main() -> int:
         todo[args.warm][1]()()
         return 0
     if cuda:
-        compiled_side_by_side(["map", "row", "column", "map through the convolution"])
+        kinds = ["map", "row", "column", "map through the convolution", *(n for n in todo if "plan" in n)]
+        compiled_side_by_side(kinds)
     errors = gate(args.device)
     worst, passed = max(errors, key=lambda k: errors[k]), sum(e <= BAR for e in errors.values())
     print(f"gate: {passed} of {len(errors)} within {BAR:g}; worst {worst} {errors[worst]:.1e}", flush=True)
     if passed < len(errors):
         print({k: f"{e:.1e}" for k, e in errors.items() if not e <= BAR})
         return 1
-    rows, left = [], []
+    where = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {args.threads} threads"
+    about = {"gate": f"{passed}/{len(errors)}", "device": where, "versions": f"torch {torch.__version__}"}
+    about["commit"] = commit()
+    print(", ".join(about.values()), flush=True)
+    rows: list[dict[str, Any]] = []
+    left: list[str] = []
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append({**row, **about})
+        show(row)
+        if args.csv:  # after every cell: whoever stops this keeps what there is
+            with open(args.csv, "w", newline="") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+
     for name, (length, make) in todo.items():
         if time.perf_counter() - began > args.limit:
             left.append(name)
@@ -252,28 +290,16 @@ def main() -> int:
         call = make()
         slow = "torch" in name or "Transformer" in name or length > 4096
         mb = above(args.device, call) if cuda else memory_of(length, "auto") if name == "map" else None
-        rows.append(
-            {"what": name, "length": length, "ms": clock(args.device, call, 3 if slow else args.repeats), "MB": mb}
-        )
-        show(rows[-1])
+        ms = clock(args.device, call, 3 if slow else args.repeats)
+        keep({"what": name, "length": length, "ms": round(ms, 4), "MB": mb})
         del call
     if time.perf_counter() - began > args.limit:
         left.append("cache.hidden_attention")
     else:
         for row in whole_cache(args.device, 2048 if cuda else 512):
-            rows.append(row)
-            show(row)
+            keep(row)
     if left:
         print(f"left out, past {args.limit:g} s: {', '.join(left)}")
-    where = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, {args.threads} threads"
-    versions = f"torch {torch.__version__}"
-    about = {"gate": f"{passed}/{len(errors)}", "device": where, "versions": versions, "commit": commit()}
-    print(", ".join(about.values()))
-    if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, ["what", "length", "ms", "MB", *about])
-            writer.writeheader()
-            writer.writerows({**row, **about} for row in rows)
     return 0
 
 

@@ -4,6 +4,7 @@ Only this file speaks ``B D L``. In the errors and comments here D is the number
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -63,8 +64,10 @@ def selective_scan_fn(
     if isinstance(u, Tensor) and u.device.type == "cuda":
         from mambascope.ops import packed
 
-        if packed.takes(backend, inputs):
-            out, last_state = packed.scan(*inputs, delta_softplus=delta_softplus)
+        key, again = packed.ready.find(inputs, bool(delta_softplus), backend)
+        if again is not None or packed.takes(backend, inputs):
+            scan = partial(packed.scan, delta_softplus=delta_softplus, key=key) if again is None else again
+            out, last_state = scan(*inputs)
             return (out, last_state) if return_last_state else out
     groups = _check(*inputs)
     y, last_state = _scan(*inputs, delta_softplus=bool(delta_softplus), groups=groups, backend=backend)

@@ -34,7 +34,8 @@ class KernelModule(Protocol):
         dt_bias: Tensor | None, h0: Tensor | None, lengths: Tensor | None, h_boundary: Tensor, dy: Tensor,
         dh_last: Tensor | None, dh_boundary: Tensor | None, /, *, dt_softplus: bool, boundaries: int,
     ) -> Any:  # fmt: skip
-        """Mapping with du, ddelta, dA, dB, dC, dD, dz, ddt_bias, dh0; None for what was not given, dh0 always."""
+        """Mapping with du, ddelta, dA, dB, dC, dD, dz, ddt_bias, dh0; None for what was not given, but for dh0, which
+        may be there without h0 too."""
         ...
 
     def state_window(self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, h_start: Tensor, /) -> Tensor:

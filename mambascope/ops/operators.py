@@ -22,14 +22,24 @@ from mambascope.ops.checks import compute_dtype
 from mambascope.ops.dispatch import KERNEL_BACKENDS, scan_module
 from mambascope.ops.ready import plain, unwatched
 
-__all__ = ["call", "direct", "function", "kept_interval", "registered", "scan", "scan_again"]
+__all__ = [
+    "SCAN_GRADS",
+    "arriving_at_scan",
+    "call",
+    "direct",
+    "function",
+    "kept_interval",
+    "registered",
+    "scan",
+    "scan_gradients",
+]
 
 REPLAY_INTERVAL = 64
 """Steps between the states that are kept for the backward pass, unless the kernels name their own."""
 
 _SCAN = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? h0, "
 _CONV = "Tensor x, Tensor weight, Tensor? bias, Tensor? state, Tensor? lengths, "
-_SCAN_GRADS = ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "ddt_bias", "dh0")
+SCAN_GRADS = ("du", "ddelta", "dA", "dB", "dC", "dD", "dz", "ddt_bias", "dh0")
 _CONV_GRADS = ("dx", "dweight", "dbias", "dstate")
 SCHEMAS = {
     "selective_scan": f"({_SCAN}Tensor? lengths, bool dt_softplus, int boundaries) -> (Tensor, Tensor, Tensor)",
@@ -118,16 +128,6 @@ def _asked_for(found: Any, interval: int, boundaries: int | None) -> tuple[Tenso
     return y, h_last, h_boundary if interval == boundaries else h_boundary[:, :: boundaries // interval]
 
 
-def scan_again(backend: str, dt_softplus: bool, boundaries: int | None, interval: int) -> Callable[[Any], Any]:
-    """From what repeats a forward kernel: what repeats `scan` with gradients."""
-    apply = function("selective_scan", backend).apply
-
-    def wrap(replay: Any) -> Callable[..., Any]:
-        return lambda *inputs: _asked_for(apply(replay, *inputs, dt_softplus, interval), interval, boundaries)
-
-    return wrap
-
-
 def _filled(x: Tensor | None, like: Tensor) -> Tensor:
     """x, or an empty tensor where there is none."""
     return like.new_empty(0) if x is None else x.contiguous()
@@ -164,7 +164,7 @@ class _Kernels:
             *inputs, h_boundary, dy, dh_last, dh_boundary, dt_softplus=dt_softplus, boundaries=boundaries
         )
         likes = (u, delta, A, B, C, D, z, dt_bias, h0)
-        return tuple(_as(found[name], like, u) for name, like in zip(_SCAN_GRADS, likes, strict=True))
+        return tuple(_as(found[name], like, u) for name, like in zip(SCAN_GRADS, likes, strict=True))
 
     def state_window(self, *args: Tensor) -> Tensor:
         return self.module.state_window(*args).contiguous()
@@ -269,6 +269,22 @@ def _gradients(
     return _given(registered(operator, backend, *args, *options.values()), likes)
 
 
+def scan_gradients(backend: str, args: Sequence[Any], options: dict[str, Any]) -> list[Tensor | None]:
+    """Of u, delta, A, B, C, D, z, dt_bias, h0; ``args``: the ten inputs, boundary states, `arriving_at_scan`."""
+    return _gradients(backend, "selective_scan_backward", SCAN_GRADS, args, options)
+
+
+def arriving_at_scan(
+    inputs: Sequence[Any], dy: Tensor | None, dh_last: Tensor | None, dh_boundary: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients at the scan's outputs as the kernels take them."""
+    u, z = inputs[0], inputs[6]
+    if dy is None:
+        dy = torch.zeros(u.shape, dtype=compute_dtype(*inputs[:9]) if z is None else u.dtype, device=u.device)
+    dh_last = None if dh_last is None else dh_last.contiguous()
+    return dy.contiguous(), dh_last, None if dh_boundary is None else dh_boundary.contiguous()
+
+
 def _scan_autograd(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     def setup(ctx: Any, inputs: Any, output: Any) -> None:
         *tensors, ctx.dt_softplus, ctx.boundaries = inputs
@@ -282,15 +298,9 @@ def _scan_autograd(backend: str) -> tuple[Callable[..., Any], Callable[..., Any]
                 f"selective_scan_{backend} was called without boundary states, so it has no gradient; "
                 "call mambascope.ops.selective_scan, or give boundaries ≥ 1"
             )
-        if dy is None:
-            u, z = inputs[0], inputs[6]
-            dy = u.new_zeros(u.shape, dtype=compute_dtype(*inputs[:9]) if z is None else u.dtype)
-        dh_last = None if dh_last is None else dh_last.contiguous()
-        dh_boundary = None if dh_boundary is None else dh_boundary.contiguous()
-        args = (*inputs, h_boundary, dy.contiguous(), dh_last, dh_boundary)
+        args = (*inputs, h_boundary, *arriving_at_scan(inputs, dy, dh_last, dh_boundary))
         options = {"dt_softplus": ctx.dt_softplus, "boundaries": ctx.boundaries}
-        grads = _gradients(backend, "selective_scan_backward", _SCAN_GRADS, args, options)
-        return *grads, None, None, None
+        return *scan_gradients(backend, args, options), None, None, None
 
     return setup, backward
 

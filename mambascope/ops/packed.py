@@ -1,9 +1,6 @@
-"""``selective_scan_fn`` on a GPU without a walk through five copies: one launch packs u, delta, z, B and C.
+"""``selective_scan_fn`` on a GPU without a walk through five copies: what may go that way, and its gradients."""
 
-The packed tensor is ``B L W``, its columns u, delta, z, B, C: the scan takes them as strided views. One launch turns
-the result back; the backward pass turns its gradient in one and all gradients out in another.
-"""
-
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,13 +9,15 @@ from torch import Tensor
 from mambascope.errors import BackendError
 from mambascope.ops import layout
 from mambascope.ops.dispatch import Backend, choose, kernels
+from mambascope.ops.ready import Ready
 
-__all__ = ["scan", "takes"]
+__all__ = ["ready", "scan", "takes"]
+
+ready = Ready()
+"""Of `scan`, by kind."""
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 """u, delta, A, B, C, D, z, delta_bias as `selective_scan_fn` takes them, B and C ``B N L``."""
-
-_ALIGN = 8  # columns start at multiples of 16 bytes, for wide loads
 
 
 def takes(backend: Backend, inputs: Inputs) -> bool:
@@ -47,45 +46,16 @@ def takes(backend: Backend, inputs: Inputs) -> bool:
     return choose(backend, *inputs, d_state=states) == "triton"
 
 
-def _pack(u: Tensor, delta: Tensor, B: Tensor, C: Tensor, z: Tensor | None) -> list[Tensor]:
-    """u, delta, B, C, z as views of one ``B L W``; one launch."""
-    from mambascope.ops.scan.triton_turn import turn_all
-
-    batch, channels, length = u.shape
-    states = B.shape[1]
-    wide = [u, delta] if z is None else [u, delta, z]
-    sizes = [channels] * len(wide) + [states, states]
-    padded = [-(-size // _ALIGN) * _ALIGN for size in sizes]
-    out = torch.empty((batch, length, sum(padded)), dtype=u.dtype, device=u.device).split(padded, -1)
-    if padded != sizes:
-        out = [x[..., :size] for x, size in zip(out, sizes, strict=True)]
-    turn_all([*wide, B, C], out, len(wide))
-    return [out[0], out[1], out[-2], out[-1], *out[2:-2]]
-
-
-def _scan(inputs: Inputs, softplus: bool, interval: int | None) -> tuple[list[Tensor], Any, Tensor, Tensor, Any]:
-    """The packed u, delta, B, C, z; the bias; out ``B D L``; the last state; states every ``interval`` steps."""
-    from mambascope.ops.scan.triton_turn import turn
-
-    u, delta, A, B, C, D, z, bias = inputs
-    packed = _pack(u, delta, B, C, z)
-    u_, delta_, B_, C_, *z_ = packed
-    if bias is not None and not softplus:  # our kernels add it only before a softplus
-        delta_ = packed[1] = delta_.float() + bias.float()
-        bias = None
-    operands = (u_, delta_, A, B_, C_, D, z_[0] if z_ else None, bias, None, None)
-    y, h_last, bound = kernels("triton").scan_forward(*operands, dt_softplus=softplus, boundaries=interval)
-    return packed, bias, turn(y, u.dtype), h_last, bound
-
-
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, softplus: bool, *inputs: Any) -> Any:
-        u, _, A, _, _, D, _, bias = inputs
-        ctx.interval = kernels("triton").preferred_interval(u.device, u.dtype, A.shape[1])  # type: ignore[attr-defined]
-        packed, used_bias, out, h_last, bound = _scan(inputs, softplus, ctx.interval)
-        ctx.save_for_backward(A, D, used_bias, bound, *packed)
-        ctx.softplus, ctx.bias_dtype = softplus, None if bias is None else bias.dtype
+    def forward(ctx: Any, own: Callable[..., Any] | None, softplus: bool, interval: int, *inputs: Any) -> Any:
+        from mambascope.ops.scan import triton_packed
+
+        _, _, A, _, _, D, _, bias = inputs
+        options = {"softplus": softplus, "interval": interval}
+        out, h_last, bound, u, delta, B, C, z, used_bias = (own or triton_packed.forward)(*inputs, **options)
+        ctx.save_for_backward(u, delta, A, B, C, D, z, used_bias, bound)
+        ctx.options, ctx.bias_dtype = options, None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
         return out, h_last
 
@@ -96,30 +66,15 @@ class _Scan(torch.autograd.Function):
                 "selective_scan_fn on backend 'triton' has no second derivative, and create_graph=True asks for one; "
                 "use backend='torch' or 'reference'"
             )
-        return None, *_gradients(ctx, *arriving)
+        from mambascope.ops.scan import triton_packed
 
-
-def _gradients(ctx: Any, dout: Tensor | None, dh_last: Tensor | None) -> list[Tensor | None]:
-    """Of u, delta, A, B, C, D, z, delta_bias; those ``B L *`` turned back in one launch."""
-    from mambascope.ops.scan.triton_turn import turn, turn_all
-
-    A, D, bias, bound, u, delta, B, C, *rest = ctx.saved_tensors
-    z = rest[0] if rest else None
-    kind = torch.float32 if z is None else u.dtype  # of y
-    dy = torch.zeros(u.shape, dtype=kind, device=u.device) if dout is None else turn(dout, kind)
-    operands = (u, delta, A, B, C, D, z, bias, None, None)
-    steps = {"dt_softplus": ctx.softplus, "boundaries": ctx.interval}
-    found = kernels("triton").scan_backward(*operands, bound, dy, dh_last, None, **steps)
-    names = ("du", "ddelta", "dB", "dC") if z is None else ("du", "ddelta", "dz", "dB", "dC")
-    ours = [found[name] for name in names]
-    targets = [x.new_empty((x.shape[0], x.shape[2], x.shape[1]), dtype=u.dtype) for x in ours]
-    turn_all(ours, targets, len(names) - 2)
-    du, ddelta, *dz, dB, dC = targets
-    dbias = found["ddt_bias"]
-    if dbias is None and ctx.bias_dtype is not None:
-        dbias = found["ddelta"].sum((0, 1))
-    dA, dD = found["dA"].to(A.dtype), None if D is None else found["dD"].to(D.dtype)
-    return [du, ddelta, dA, dB, dC, dD, dz[0] if dz else None, None if dbias is None else dbias.to(ctx.bias_dtype)]
+        tensors = ctx.saved_tensors
+        *grads, dbias, ddelta = triton_packed.backward(*tensors, *arriving, **ctx.options)
+        if dbias is None and ctx.bias_dtype is not None:
+            dbias = ddelta.sum((0, 1))
+        grads[2] = grads[2].to(tensors[2].dtype)
+        grads[5] = None if grads[5] is None else grads[5].to(tensors[5].dtype)
+        return None, None, None, *grads, None if dbias is None else dbias.to(ctx.bias_dtype)
 
 
 def scan(
@@ -133,10 +88,24 @@ def scan(
     delta_bias: Tensor | None,
     *,
     delta_softplus: bool,
+    key: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """``out B D L`` and ``last_state B D N``; what `takes` has accepted."""
-    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    """``out B D L`` and ``last_state B D N``; what `takes` has accepted. ``key``: of `ready`, to be learned."""
+    from mambascope.ops.scan import triton_packed
+
+    inputs, softplus = (u, delta, A, B, C, D, z, delta_bias), bool(delta_softplus)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return _Scan.apply(bool(delta_softplus), *inputs)  # type: ignore[return-value]
-    _, _, out, h_last, _ = _scan(inputs, bool(delta_softplus), None)
-    return out, h_last
+        interval = kernels("triton").preferred_interval(u.device, u.dtype, A.shape[1])  # type: ignore[attr-defined]
+        found: Any = _Scan.apply(None, softplus, interval, *inputs)
+
+        def wrap(replay: Any) -> Callable[..., Any]:
+            return lambda *inputs: _Scan.apply(replay, softplus, interval, *inputs)
+    else:
+        interval = None
+        found = triton_packed.forward(*inputs, softplus=softplus, interval=None)[:2]
+
+        def wrap(replay: Any) -> Callable[..., Any]:
+            return lambda *inputs: replay(*inputs)[:2]
+
+    ready.learn(key, triton_packed.forward, ("softplus", softplus), ("interval", interval), wrap=wrap)
+    return found

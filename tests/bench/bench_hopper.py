@@ -1,10 +1,12 @@
 """The Hopper scan kernels on a GPU of compute capability 9.x: gate, times beside the portable ones, a sweep of plans.
 
-    python tests/bench/bench_hopper.py [--csv FILE] [--only gate|times|sweep] [--workers N] [--limit SECONDS]
+    python tests/bench/bench_hopper.py [--csv FILE] [--anchor DIR] [--only gate|times|host|sweep] [--limit S]
 
 The gate compares every plan that the table can choose with the float64 recurrence, and bits: of two runs, of the fused
-form and its steps apart, of h under different plans and cuts of the text. Times are medians by CUDA events; ratios are
-to mamba_ssm 2.3.2's times on an H100 as recorded in bench_scan_gpu. The sweep times plans beside the table's own.
+form and its steps apart, of h under different plans and cuts of the text. Times are medians by CUDA events, eager calls
+through the public function beside mamba_ssm's (``--anchor``, or an importable one) and ours in a CUDA graph; without an
+anchor there is no verdict, and ratios are to mamba_ssm 2.3.2's times on an H100 as recorded in bench_scan_gpu. The
+sweep times plans beside the table's own.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from functools import partial
 from math import exp, log
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -31,11 +34,15 @@ from tests.bench.bench_scan_gpu import (
     CHANNELS,
     DEVICE,
     DTYPES,
+    PLAIN,
     RECORDED,
+    RED,
     SHAPES,
     STATES,
+    anchor_calls,
     commit,
     compare,
+    find_anchor,
     graphed,
     kernels,
     our_calls,
@@ -50,7 +57,7 @@ BACK_WIDE, BACK_NARROW = table._BACKWARD_WIDE, table._BACKWARD_NARROW
 
 
 def plans(parts: int, wide: bool) -> tuple[Any, Any]:
-    return (replace(WIDE if wide else NARROW, parts=parts), replace(BACK_WIDE if wide else BACK_NARROW, parts=parts))
+    return (WIDE if wide else NARROW, replace(BACK_WIDE if wide else BACK_NARROW, parts=parts))
 
 
 def cut_time(x: list[Tensor | None], begin: int, end: int) -> list[Tensor | None]:
@@ -58,46 +65,44 @@ def cut_time(x: list[Tensor | None], begin: int, end: int) -> list[Tensor | None
     return [t[:, begin:end] if t is not None and i in timed_ones else t for i, t in enumerate(x)]
 
 
-def check_bits() -> list[str]:
+BITS = [(1, 1000, "bf16"), (48, 65, "bf16"), (1, 1024, "fp32"), (48, 64, "fp32"), (3, 40, "fp16"), (1, 512, "bf16")]
+
+
+def check_bits(batch: int, length: int, dtype: str) -> list[str]:
     """Fused = apart; h whatever the plan; split and resume; boundary states do not change y."""
     from mambascope.ops.scan import gluon
 
     k, bad = kernels(), []
-    for batch, length, dtype in (
-        (1, 1000, "bf16"),
-        (48, 65, "bf16"),
-        (1, 1000, "fp32"),
-        (48, 65, "fp32"),
-        (3, 40, "fp16"),
-    ):
-        what = f"{batch} x {length} {dtype}"
-        x = problem(batch, length, CHANNELS, STATES, DTYPES[dtype], padded=False)
-        u, raw, A, B, C, D, z, bias, h0, lengths = x
-        assert u is not None and raw is not None and D is not None
-        y, h, bound = k.scan_forward(*x, dt_softplus=True, boundaries=64)
-        delta = k.softplus_forward(raw.float() + bias)
-        apart, h2, _ = k.scan_forward(
-            u, delta, A, B, C, None, None, None, h0, lengths, dt_softplus=False, boundaries=None
-        )
-        if not same(h, h2):
-            bad.append(f"{what}: h of fused and apart differ in bits")
-        gated = k.gate_forward(apart + D * u.float(), z)
-        if not same(y, gated):
-            bad.append(f"{what}: fused and apart differ in bits in {int((y != gated).sum())} of {y.numel()} places")
-        if not same(y, k.scan_forward(*x, dt_softplus=True, boundaries=None)[0]):
-            bad.append(f"{what}: y changes with boundaries")
-        for wide in (False, True):
-            for parts in (1, 2, 3, 4):
-                other = gluon.scan_forward(*x, dt_softplus=True, boundaries=64, plan=plans(parts, wide)[0])
-                if not same(h, other[1]) or not same(bound, other[2]):
-                    bad.append(f"{what}: h differs in bits in {parts} parts, wide {wide}")
-        for at in (1, 16, 33):
-            y1, h1, _ = k.scan_forward(*cut_time(x, 0, at), dt_softplus=True, boundaries=None)
-            rest = cut_time(x, at, length)
-            rest[8] = h1
-            y2, h2, _ = k.scan_forward(*rest, dt_softplus=True, boundaries=None)
-            if not same(h2, h) or not same(torch.cat((y1, y2), 1), y):
-                bad.append(f"{what}: cut at {at}, other bits")
+    x = problem(batch, length, CHANNELS, STATES, DTYPES[dtype], padded=False)
+    u, raw, A, B, C, D, z, bias, h0, lengths = x
+    assert u is not None and raw is not None and D is not None
+    y, h, bound = k.scan_forward(*x, dt_softplus=True, boundaries=64)
+    delta = k.softplus_forward(raw.float() + bias)
+    apart, h2, _ = k.scan_forward(u, delta, A, B, C, None, None, None, h0, lengths, dt_softplus=False, boundaries=None)
+    if not same(h, h2):
+        bad.append("h of fused and apart differ in bits")
+    gated = k.gate_forward(apart + D * u.float(), z)
+    if not same(y, gated):
+        bad.append(f"fused and apart differ in bits in {int((y != gated).sum())} of {y.numel()} places")
+    if not same(y, k.scan_forward(*x, dt_softplus=True, boundaries=None)[0]):
+        bad.append("y changes with boundaries")
+    for wide in (False, True):
+        other = gluon.scan_forward(*x, dt_softplus=True, boundaries=64, plan=plans(1, wide)[0])
+        if not same(h, other[1]) or not same(bound, other[2]):
+            bad.append(f"h differs in bits, wide {wide}")
+    for at in (1, 16, 33):
+        y1, h1, _ = k.scan_forward(*cut_time(x, 0, at), dt_softplus=True, boundaries=None)
+        rest = cut_time(x, at, length)
+        rest[8] = h1
+        y2, h2, _ = k.scan_forward(*rest, dt_softplus=True, boundaries=None)
+        if not same(h2, h) or not same(torch.cat((y1, y2), 1), y):
+            bad.append(f"cut at {at}, other bits")
+    first, start = x[8], torch.zeros_like(h) if h0 is None else h0
+    assert first is None
+    window = k.state_window(u[:, :64], delta[:, :64], A, B[:, :64], start)  # type: ignore[index]
+    short = k.scan_forward(*cut_time(x, 0, min(64, length)), dt_softplus=True, boundaries=None)[1]
+    if not same(window[:, -1], short):
+        bad.append("states replayed by the portable kernel have other bits")
     return bad
 
 
@@ -127,7 +132,7 @@ def check_repeats() -> list[str]:
 
 def check_replays() -> list[str]:
     """Replayed calls give the bits of ordinary ones, on inputs that no replay has seen."""
-    from mambascope.ops.scan import triton_replay
+    from mambascope.ops.scan import triton_packed, triton_replay
 
     k, bad = kernels(), []
 
@@ -159,6 +164,19 @@ def check_replays() -> list[str]:
 
                 if interval:
                     compare(f"backward {shape}", k.scan_backward, arriving, dt_softplus=True, boundaries=interval)
+
+        def turned(dtype: Any = dtype) -> list[Any]:
+            x = problem(2, 100, 520, STATES, dtype, padded=False)[:8]
+            return [t.transpose(1, 2).contiguous() if i in (0, 1, 3, 4, 6) else t for i, t in enumerate(x)]  # type: ignore[union-attr]
+
+        def packed(turned: Any = turned) -> list[Any]:
+            x = turned()
+            out, _, bound, u, delta, B, C, z, bias = triton_packed.forward.function(*x, softplus=True, interval=16)
+            return [u, delta, x[2], B, C, x[5], z, bias, bound, torch.randn_like(out), None]
+
+        for interval in (None, 16):
+            compare("packed", triton_packed.forward, turned, softplus=True, interval=interval)
+        compare("packed backward", triton_packed.backward, packed, softplus=True, interval=16)
 
         def conv() -> list[Any]:
             x = torch.randn(3, 100, 2 * CHANNELS, device=DEVICE).to(dtype)[..., :CHANNELS]
@@ -204,7 +222,7 @@ def cases() -> list[Case]:
         name = f"{batch} x {length}, D {channels}, N {states}, {dtype}, every {interval} {' '.join(kind)}"
         found.append((name, compare, (batch, length, channels, states, dtype, interval), kind))
     found.append(("1 x 300, D 1536, fp32, portable", compare, (1, 300, 1536, 16, "fp32", 32), {"portable": True}))
-    found.append(("bits", check_bits, (), {}))
+    found += [(f"bits, {b} x {n} {dtype}", check_bits, (b, n, dtype), {}) for b, n, dtype in BITS]
     found.append(("repeats", check_repeats, (), {}))
     found.append(("replays", check_replays, (), {}))
     return found
@@ -253,28 +271,18 @@ def gate(workers: int, limit: float) -> bool:
 
 
 def forward_plans(batch: int) -> dict[str, Any]:
-    lean = {"producer_registers": 56, "finisher_registers": 48, "registers": 56}
-    found = {}
+    found = {"n": NARROW, "w": WIDE}
     if batch == 1:
-        for parts in (1, 2, 3, 4):
-            found[f"n{parts}"] = replace(NARROW, parts=parts)
-        found["n2 lean"] = replace(NARROW, parts=2, **lean)
-        found["n3 lean"] = replace(NARROW, parts=3, **lean)
-        found["n2 no prefetch"] = replace(NARROW, parts=2, ahead=0)
-        found["n2 T16"] = replace(NARROW, parts=2, tile=16)
-        found["w2"] = replace(WIDE, parts=2)
-        found["w4"] = replace(WIDE, parts=4)
-        found["32/8 1"] = replace(NARROW, block=32, parts=1)
-        found["32/8 2"] = replace(NARROW, block=32, parts=2)
+        found["n no prefetch"] = replace(NARROW, ahead=0)
+        found["n T16"] = replace(NARROW, tile=16, groups=4)
+        found["n groups of 4"] = replace(NARROW, groups=4)
+        found["n lean"] = replace(NARROW, producer_registers=56, finisher_registers=56, registers=80)
     else:
-        found["w"] = WIDE
         found["w no prefetch"] = replace(WIDE, ahead=0)
         found["w 64"] = replace(WIDE, producer_registers=64, finisher_registers=56, registers=64)
-        found["w 80"] = replace(WIDE, producer_registers=72, finisher_registers=64, registers=80)
         found["w T32"] = replace(WIDE, tile=32)
         found["w 56/40"] = replace(WIDE, finisher_registers=40)
-        found["w stages 3"] = replace(WIDE, stages=3)
-        found["n lean"] = replace(NARROW, **lean)
+        found["w 2 slots"] = replace(WIDE, slots=2)
     return found
 
 
@@ -412,7 +420,7 @@ def host_cost() -> None:
         print(f"  host cost at 1x512, {what}: {best:.1f} us", flush=True)
 
 
-def portable_times(batch: int, length: int, dtype: torch.dtype) -> tuple[float, float]:
+def portable_calls(batch: int, length: int, dtype: torch.dtype) -> tuple[Callable[[int], Any], Callable[[int], Any]]:
     k = kernels()
     x = problem(batch, length, CHANNELS, STATES, dtype, padded=False)
     dy = torch.randn(batch, length, CHANNELS, device=DEVICE).to(dtype)
@@ -425,59 +433,154 @@ def portable_times(batch: int, length: int, dtype: torch.dtype) -> tuple[float, 
         bound = k.scan_forward(*x, dt_softplus=True, boundaries=32, plan=f)[2]
         return k.scan_backward(*x, bound, dy, None, None, dt_softplus=True, boundaries=32, plan=b)
 
-    measure = graphed if batch * length <= 20000 else timed
-    return measure(forward), measure(both)
+    return forward, both
 
 
-def times(started: float, limit: float) -> list[dict[str, Any]]:
+def warm_one(job: tuple[int, int, str, str]) -> str:
+    """Compile what one cell's timings will launch, into Triton's cache on disk."""
+    batch, length, name, which = job
+    try:
+        if which == "portable":
+            portable_calls(batch, length, DTYPES[name])[0](0)
+            portable_calls(batch, length, DTYPES[name])[1](0)
+        else:
+            our_calls(batch, length, DTYPES[name])[which](0)
+        torch.cuda.synchronize()
+    except Exception as fault:
+        return f"{job}: {type(fault).__name__}: {str(fault)[:200]}"
+    return ""
+
+
+def warm_up(workers: int, portable: bool) -> None:
+    start = time.time()
+    shapes = [(1, 512), (1, 2048), (8, 2048)]  # the others take the same kernels
+    which = ("fwd", "fwd+states", "f+b", *(("portable",) if portable else ()))
+    jobs = [(b, n, name, w) for w in reversed(which) for b, n in shapes for name in ("bf16", "fp32")]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for complaint in pool.map(warm_one, jobs):
+            if complaint:
+                print(f"  does not run: {complaint}", flush=True)
+    print(f"compiled in {time.time() - start:.0f} s", flush=True)
+
+
+BARS = {("fwd", "bf16"): 2.1, ("fwd", "fp32"): 3.3, ("f+b", "bf16"): 2.1, ("f+b", "fp32"): 2.1}
+"""Geometric means over the shapes of anchor / ours, both eager, through the public calls."""
+LEAST = 1.4  # in any cell
+
+
+def one_row(batch: int, length: int, name: str, anchor: Any) -> dict[str, Any]:
+    """Microseconds of one shape and dtype; eager calls of ours and of the anchor take turns."""
+    row: dict[str, Any] = {"B": batch, "L": length, "dtype": name}
+    calls = our_calls(batch, length, DTYPES[name])
+    theirs = {} if anchor is None else anchor_calls(anchor, batch, length, DTYPES[name])
+    for what in ("fwd", "f+b"):
+        ours, others = [], []
+        for _ in range(3):
+            ours.append(timed(calls[f"public {what}"], budget=0.3))
+            if theirs:
+                others.append(timed(theirs[what], budget=0.3))
+        row[f"public {what}"] = median(ours)
+        if others:
+            row[f"anchor {what}"] = median(others)
+    small = batch * length <= 20000
+    measure = graphed if small else timed
+    for what in ("fwd", "f+b"):
+        row[f"{what} graph"] = measure(calls[what])
+    row["fwd+states"] = measure(calls["fwd+states"])
+    if theirs and small:
+        try:
+            row["anchor fwd graph"] = graphed(theirs["fwd"])
+        except Exception as fault:  # whether it can be captured is its own affair
+            print(f"  the anchor in a graph: {type(fault).__name__}: {str(fault)[:200]}", flush=True)
+    row["recorded fwd"], row["recorded f+b"] = RECORDED[batch, length][name]
+    return row
+
+
+def ratios(row: dict[str, Any], anchor: Any) -> None:
+    source = "recorded" if anchor is None else "anchor"
+    for what in ("fwd", "f+b"):
+        for key, column in ((f"public {what}", ""), (f"{what} graph", " graph"), (f"portable {what}", " portable")):
+            if key in row:
+                row[f"x {what}{column}"] = row[f"{source} {what}"] / row[key]
+
+
+def times(started: float, limit: float, anchor: Any, portable: bool) -> list[dict[str, Any]]:
+    """Every cell, then the portable kernels in all of them."""
     rows = []
-    keys = ("fwd graph", "fwd+states", "public fwd", "f+b graph", "public f+b", "portable fwd", "portable f+b")
-    print("  " + " ".join(f"{h:>12}" for h in ("shape", "type", *keys, "x fwd", "x f+b", "x graph")), flush=True)
-    for batch, length in SHAPES:
-        for name in ("bf16", "fp32"):
-            if time.time() - started > limit:
-                print(f"  out of time before {batch} x {length} {name}", flush=True)
-                return rows
-            row: dict[str, Any] = {"B": batch, "L": length, "dtype": name}
-            try:
-                calls = our_calls(batch, length, DTYPES[name])
-                row["fwd+states"] = timed(calls["fwd+states"])
-                row["public fwd"], row["public f+b"] = timed(calls["public fwd"]), timed(calls["public f+b"])
-                small = batch * length <= 20000
-                for what in ("fwd", "f+b"):
-                    row[f"{what} graph"] = graphed(calls[what]) if small else timed(calls[what])
-                del calls
-                torch.cuda.empty_cache()
-                if time.time() - started < limit - 20:
-                    row["portable fwd"], row["portable f+b"] = portable_times(batch, length, DTYPES[name])
-            except Exception as fault:
-                print(f"  {batch} x {length} {name}: {type(fault).__name__}: {str(fault)[:300]}", flush=True)
-                torch.cuda.empty_cache()
-                continue
-            forward, both = RECORDED[batch, length][name]
-            row["recorded fwd"], row["recorded f+b"] = forward, both
-            ratios = (forward / row["public fwd"], both / row["public f+b"])
-            graph = (forward / row["fwd graph"], both / row["f+b graph"])
-            row["x fwd"], row["x f+b"], row["x fwd graph"], row["x f+b graph"] = *ratios, *graph
-            cells = [f"{batch}x{length}", name, *(f"{row[k]:.1f}" if k in row else "-" for k in keys)]
-            cells += [f"{ratios[0]:.2f}", f"{ratios[1]:.2f}", f"{graph[0]:.2f},{graph[1]:.2f}"]
-            print("  " + " ".join(f"{c:>12}" for c in cells), flush=True)
-            rows.append(row)
+    keys = ("public fwd", "anchor fwd", "fwd graph", "anchor fwd graph", "fwd+states", "public f+b", "anchor f+b")
+    keys += ("f+b graph",)
+    print("  " + " ".join(f"{h:>11}" for h in ("shape", "type", *keys, "x fwd", "x f+b", "x graph")), flush=True)
+    cells = [(b, n, name) for b, n in SHAPES for name in ("bf16", "fp32")]
+    for batch, length, name in cells:
+        if time.time() - started > limit:
+            print(f"  {RED}out of time before {batch} x {length} {name}{PLAIN}", flush=True)
+            break
+        try:
+            row = one_row(batch, length, name, anchor)
+        except Exception as fault:
+            print(f"  {batch} x {length} {name}: {type(fault).__name__}: {str(fault)[:300]}", flush=True)
             torch.cuda.empty_cache()
-    for name in ("bf16", "fp32"):
-        mine = [r for r in rows if r["dtype"] == name]
-        means = {
-            k: exp(sum(log(r[k]) for r in mine) / len(mine)) for k in ("x fwd", "x f+b", "x fwd graph", "x f+b graph")
-        }
-        print(f"  {name}: geometric means " + ", ".join(f"{k} {v:.2f}" for k, v in means.items()), flush=True)
+            continue
+        ratios(row, anchor)
+        shown = [f"{batch}x{length}", name, *(f"{row[k]:.1f}" if k in row else "-" for k in keys)]
+        shown += [f"{row['x fwd']:.2f}", f"{row['x f+b']:.2f}", f"{row['x fwd graph']:.2f},{row['x f+b graph']:.2f}"]
+        print("  " + " ".join(f"{c:>11}" for c in shown), flush=True)
+        rows.append(row)
+        torch.cuda.empty_cache()
+    for row in rows if portable else ():
+        if time.time() - started > limit:
+            print(f"  {RED}out of time before portable {row['B']} x {row['L']} {row['dtype']}{PLAIN}", flush=True)
+            break
+        forward, both = portable_calls(row["B"], row["L"], DTYPES[row["dtype"]])
+        row["portable fwd"], row["portable f+b"] = timed(forward, budget=0.3), timed(both, budget=0.3)
+        del forward, both
+        torch.cuda.empty_cache()
+        ratios(row, anchor)
+        cell = f"{row['B']}x{row['L']} {row['dtype']}"
+        print(f"  portable, eager: {cell}: {row['portable fwd']:.1f}, {row['portable f+b']:.1f}", flush=True)
     return rows
+
+
+def verdict(rows: list[dict[str, Any]], anchor: Any) -> bool | None:
+    """Geometric means and the smallest cell against the bars; None without an anchor or with cells missing."""
+    for name in ("bf16", "fp32"):
+        for what in ("fwd", "f+b"):
+            mine = [r for r in rows if r["dtype"] == name]
+            for column in (f"x {what}", f"x {what} graph", f"x {what} portable"):
+                found = [r[column] for r in mine if column in r]
+                if found:
+                    mean = exp(sum(map(log, found)) / len(found))
+                    print(f"  {name}: {column}: geometric mean {mean:.2f}, least {min(found):.2f}", flush=True)
+    if anchor is None:
+        print(f"{RED}no anchor, no verdict: ratios above are to times recorded elsewhere{PLAIN}")
+        return None
+    if len(rows) < 2 * len(SHAPES):
+        print(f"{RED}no verdict: {2 * len(SHAPES) - len(rows)} cells are missing{PLAIN}")
+        return None
+    passed = True
+    for (what, name), bar in BARS.items():
+        found = [r[f"x {what}"] for r in rows if r["dtype"] == name]
+        mean, least = exp(sum(map(log, found)) / len(found)), min(found)
+        good = mean >= bar and least >= LEAST
+        passed &= good
+        text = f"{what} {name}: geometric mean {mean:.2f} (bar {bar}), least cell {least:.2f} (bar {LEAST})"
+        print(f"  {'pass' if good else RED + 'FAIL' + PLAIN}  {text}", flush=True)
+    slowest = min((r[f"x {w} portable"] for r in rows for w in ("fwd", "f+b") if f"x {w} portable" in r), default=None)
+    if slowest is not None:
+        good = slowest >= 1 / 1.3
+        passed &= good
+        print(f"  {'pass' if good else RED + 'FAIL' + PLAIN}  portable: least cell {slowest:.2f} (bar {1 / 1.3:.2f})")
+    return passed
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", default=os.path.join(os.environ.get("OUT", "."), "bench_hopper.csv"))
-    parser.add_argument("--only", choices=("gate", "times", "sweep"))
-    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
+    parser.add_argument("--anchor", help="folder of a built mamba_ssm (build_anchor.py)")
+    parser.add_argument("--only", choices=("gate", "times", "host", "sweep"))
+    parser.add_argument("--no-portable", action="store_true", help="leave the portable kernels' times out")
+    parser.add_argument("--gate-limit", type=float, default=150.0, help="seconds for the gate")
+    parser.add_argument("--workers", type=int, default=min(15, os.cpu_count() or 1))
     parser.add_argument("--limit", type=float, default=225.0, help="seconds after which no further shape is timed")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
@@ -485,15 +588,16 @@ def main() -> int:
         return 2
     started = time.time()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {commit()}", flush=True)
-    passed = gate(arguments.workers, 100.0) if arguments.only in (None, "gate") else None
+    passed = gate(arguments.workers, arguments.gate_limit) if arguments.only in (None, "gate") else None
     rows: list[dict[str, Any]] = []
     if arguments.only in (None, "times"):
-        try:
-            host_cost()
-        except Exception as fault:
-            print(f"  host cost: {type(fault).__name__}: {str(fault)[:300]}", flush=True)
-        rows = times(started, arguments.limit - 60)
+        warm_up(arguments.workers, not arguments.no_portable)
+        anchor = find_anchor(arguments.anchor)
+        rows = times(started, arguments.limit, anchor, not arguments.no_portable)
+        verdict(rows, anchor)
         write(arguments.csv, rows, passed)
+    if arguments.only in (None, "host"):
+        host_cost()
     if arguments.only in (None, "sweep"):
         compile_all(arguments.workers)
         write(arguments.csv.removesuffix(".csv") + "_sweep.csv", sweep(started, arguments.limit), passed)

@@ -384,19 +384,23 @@ def gate(workers: int) -> bool:
 
 
 def timed(call: Callable[[int], Any], rounds: int = 25, budget: float = 0.6) -> float:
-    """Median microseconds of one call, by events; ``call`` gets the number of the input set."""
-    for i in range(3):
-        call(i)
-    torch.cuda.synchronize()
-    times, start = [], time.time()
-    while len(times) < 5 or (len(times) < rounds and time.time() - start < budget):
+    """Median microseconds of one call, by events around runs of calls that keep the queue filled (4 of them, more if
+    they are short); ``call`` gets the number of the input set."""
+
+    def run(calls: int) -> float:
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         before.record()
-        for i in range(4):
+        for i in range(calls):
             call(i)
         after.record()
         after.synchronize()
-        times.append(before.elapsed_time(after) * 250)
+        return before.elapsed_time(after) * 1000 / calls
+
+    run(3)
+    calls = max(4, min(64, int(3000 / run(4))))
+    times, start = [], time.time()
+    while len(times) < 5 or (len(times) < rounds and time.time() - start < budget):
+        times.append(run(calls))
     return median(times)
 
 
@@ -465,20 +469,23 @@ def our_calls(batch: int, length: int, dtype: torch.dtype) -> dict[str, Callable
 
 
 def anchor_calls(anchor: Any, batch: int, length: int, dtype: torch.dtype) -> dict[str, Callable[[int], Any]]:
-    """mamba_ssm's selective_scan_fn on its own layout, B D L."""
-    x = problem(batch, length, CHANNELS, STATES, dtype)
-    u, raw, A, B, C, D, z, bias, _, _ = x
-    turned = [t.transpose(1, 2).contiguous() for t in (u, raw, B, C, z)]  # type: ignore[union-attr]
-    order = (turned[0], turned[1], A, turned[2], turned[3], D, turned[4], bias)
-    leaves = [t.detach().requires_grad_() for t in order]  # type: ignore[union-attr]
-    dy = torch.randn_like(turned[0])
+    """mamba_ssm's selective_scan_fn on its own layout, B D L, on as many input sets as `our_calls`."""
+    inputs, leaves, grads = [], [], []
+    for _ in range(1 if batch * length > 65536 else 3):
+        u, raw, A, B, C, D, z, bias, _, _ = problem(batch, length, CHANNELS, STATES, dtype, padded=False)
+        turned = [t.transpose(1, 2).contiguous() for t in (u, raw, B, C, z)]  # type: ignore[union-attr]
+        order = (turned[0], turned[1], A, turned[2], turned[3], D, turned[4], bias)
+        inputs.append(order)
+        leaves.append([t.detach().requires_grad_() for t in order])  # type: ignore[union-attr]
+        grads.append(torch.randn_like(turned[0]))
 
-    def forward(_: int) -> Any:
+    def forward(i: int) -> Any:
         with torch.no_grad():
-            return anchor(turned[0], turned[1], A, turned[2], turned[3], D, turned[4], bias, True)
+            return anchor(*inputs[i % len(inputs)], True)
 
-    def both(_: int) -> Any:
-        return torch.autograd.grad(anchor(*leaves, True), leaves, dy)
+    def both(i: int) -> Any:
+        own = leaves[i % len(leaves)]
+        return torch.autograd.grad(anchor(*own, True), own, grads[i % len(grads)])
 
     return {"fwd": forward, "f+b": both}
 
@@ -631,6 +638,26 @@ def layer_times() -> list[dict[str, Any]]:
     return rows
 
 
+def state_times() -> list[dict[str, Any]]:
+    """Forward and backward by the number of states, 4 x 2048, D = 512, bf16: N should cost about N / 16 times what 16
+    cost."""
+    k, rows = kernels(), []
+    for states in (16, 64, 128, 256):
+        with surviving(f"N = {states}"):
+            x = problem(4, 2048, 512, states, torch.bfloat16, padded=False)
+            bound = k.scan_forward(*x, dt_softplus=True, boundaries=64)[2]
+            plan = k.backward_plan_of(x[0], x[2], 64)
+            dy = torch.randn(4, 2048, 512, device=DEVICE).bfloat16()
+            options = {"dt_softplus": True, "boundaries": 64, "plan": plan}
+            own = k.forward_plan_of(x[0], x[2], None)
+            row: dict[str, Any] = {"B": 4, "L": 2048, "dtype": "bf16", "states": states}
+            row["fwd"] = timed(lambda _, x=x: k.scan_forward(*x, dt_softplus=True, boundaries=None, plan=own))
+            row["bwd"] = timed(lambda _, x=x: k.scan_backward(*x, bound, dy, None, None, **options))
+            rows.append(row)
+            print(f"  portable, N = {states}: forward {row['fwd']:.0f}, backward {row['bwd']:.0f} us", flush=True)
+    return rows
+
+
 def commit() -> str:
     if os.environ.get("BENCH_COMMIT"):
         return os.environ["BENCH_COMMIT"]
@@ -680,7 +707,11 @@ def main() -> int:
     if arguments.only != "gate":
         if passed is False:
             print(f"{RED}the gate failed: these times are of unverified kernels{PLAIN}")
-        rows = times(find_anchor(arguments.anchor), arguments.quick, arguments.limit, started) + layer_times()
+        rows = (
+            times(find_anchor(arguments.anchor), arguments.quick, arguments.limit, started)
+            + layer_times()
+            + state_times()
+        )
         write(arguments.csv, rows, passed)
         if arguments.sweep:
             write(arguments.csv.removesuffix(".csv") + "_sweep.csv", sweep(arguments.limit + 150, started), passed)

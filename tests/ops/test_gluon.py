@@ -137,7 +137,9 @@ def test_kernels_compile_for_hopper_without_a_gpu() -> None:
         assert counts["LDS.128"] > 20, f"{name}: the scan's shared loads are not 16 bytes wide: {counts}"
         # The decays of a group of four steps; softplus and gate, where they are fused, come on top.
         assert counts["MUFU.EX2"] >= 32, f"{name}: {counts}"
-        assert shared <= 75_000, f"{name}: {shared} bytes of shared memory leave no room for three programs"
+        # The narrow forward has a multiprocessor to itself: 128 registers a thread.
+        room = 100_000 if name == "forward_kernel" and registers > 56 else 75_000
+        assert shared <= room, f"{name}: {shared} bytes of shared memory leave no room for the programs beside it"
         assert stack <= 384, f"{name}: {registers} registers and {stack} bytes of spilled ones"
         if name == "forward_kernel":
             assert counts["USETMAXREG"] > 0, "the roles of warps do not share registers out"
@@ -145,8 +147,8 @@ def test_kernels_compile_for_hopper_without_a_gpu() -> None:
 
 @pytest.mark.parametrize("tiles", [1, 2, 5, 16, 17, 1024])
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
-@pytest.mark.parametrize("cheap", [0.25, 0.6])
-def test_cuts_are_in_order_and_balance_the_parts(tiles: int, parts: int, cheap: float) -> None:
+def test_cuts_are_in_order_and_balance_the_parts(tiles: int, parts: int) -> None:
+    cheap = 0.25
     found = table.cuts(tiles, parts, cheap)
     edges = [0, *found[: parts - 1], tiles]
     assert edges == sorted(edges)
@@ -159,9 +161,18 @@ def test_cuts_are_in_order_and_balance_the_parts(tiles: int, parts: int, cheap: 
 
 def test_the_table_takes_the_wide_form_where_programs_abound_and_parts_where_they_lack() -> None:
     assert table.forward_plan(64, 2048, 1536, 132).block == 32
-    assert table.forward_plan(8, 2048, 1536, 132).parts == 1
-    assert table.forward_plan(1, 2048, 1536, 132).parts > 1
-    assert table.forward_plan(1, 20, 1536, 132).parts == 1
+    assert table.forward_plan(8, 2048, 1536, 132).block == 32
+    assert table.forward_plan(1, 2048, 1536, 132).block == 16
     assert table.backward_plan(8, 2048, 1536, 132).block == 32
     assert table.backward_plan(1, 2048, 1536, 132).parts > 1
-    assert "parts of time" in str(table.forward_plan(1, 2048, 1536, 132))
+    assert table.backward_plan(1, 20, 1536, 132).parts == 1
+    assert "one pass" in str(table.forward_plan(1, 2048, 1536, 132))
+    assert "parts of time" in str(table.backward_plan(1, 2048, 1536, 132))
+
+
+def test_few_channels_over_a_long_time_are_left_to_the_portable_kernels() -> None:
+    assert table.few(1, 1 << 20, 128)
+    assert table.few(1, 16384, 768)
+    assert not table.few(1, 16384, 1536)
+    assert not table.few(1, 512, 128)
+    assert not table.few(8, 1 << 20, 1536)

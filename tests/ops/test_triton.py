@@ -5,6 +5,7 @@ the comparison there at full shapes before it times anything.
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -21,7 +22,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from mambascope.errors import BackendError
 from mambascope.ops import conv, norm
-from mambascope.ops.scan import reference
+from mambascope.ops.scan import reference, triton_replay
 from mambascope.ops.scan import triton as kernels
 from mambascope.ops.scan.triton_table import BackwardPlan, ForwardPlan, backward_plan, forward_plan
 
@@ -439,3 +440,17 @@ def test_asking_for_states_does_not_change_how_time_is_cut(length: int) -> None:
         for plan in (forward_plan(1, length, 1536, 16, 132, boundaries) for boundaries in (None, 16, 32, 64))
     }
     assert len(cuts) == 1
+
+
+@pytest.mark.skipif(CUDA, reason="on a GPU nothing is interpreted")
+def test_the_interpreter_warns_once_of_large_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_replay, "_MUCH", 100)
+    monkeypatch.setattr(triton_replay, "_warned", [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kernels.silu_forward(torch.zeros(2, 50))
+    with pytest.warns(UserWarning, match=r"silu_forward of a tensor \(2, 51\) runs step by step"):
+        kernels.silu_forward(torch.zeros(2, 51))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kernels.silu_forward(torch.zeros(2, 51))

@@ -55,7 +55,8 @@ class Driver:
 
 driver.set_active(Driver())
 torch.cuda.current_device = lambda: -1
-from mambascope.ops.scan import triton as scan, triton_conv, triton_layers, triton_launch, triton_replay
+from mambascope.ops.scan import triton as scan, triton_conv, triton_layers, triton_launch, triton_packed, triton_replay
+from mambascope.ops.scan import triton_turn
 
 launch_as_it_is = triton_launch.launch
 
@@ -68,7 +69,7 @@ def launch(kernel, programs, device, *arguments, **options):
     launch_as_it_is(kernel, programs, Gpu, *arguments, **options)
 
 
-for module in (scan, triton_conv, triton_layers):
+for module in (scan, triton_conv, triton_layers, triton_turn):
     module.launch = launch
     module.check = lambda *_, **__: None
 scan.processor_count = lambda device: 132
@@ -113,6 +114,13 @@ def compare(name, function, make, **options):
             tensors = len([t for t in fresh if isinstance(t, torch.Tensor) or t is None])
             owner = [new_t for old_t, new_t in zip(args[:tensors], fresh) if old_t is a]
             owner += [new_t for old_t, new_t in zip(ordinary, results) if old_t is not None and old_t is a]
+            views = [  # of a buffer that is shared out among results
+                new_t for old_t, new_t in zip(ordinary, results)
+                if old_t is not None and old_t.untyped_storage().data_ptr() == a.untyped_storage().data_ptr()
+            ]
+            if views and not owner:
+                assert b - views[0].untyped_storage().data_ptr() == a.data_ptr() - a.untyped_storage().data_ptr(), name
+                continue
             if owner:
                 assert b == owner[0].data_ptr(), (name, kernel)
             elif a.numel():
@@ -176,6 +184,24 @@ for full in (True, False):
             compare("norm", triton_layers.norm_forward, norm, expose=full)
             added = lambda: [torch.randn(shape).to(dtype), *norm()]
             compare("add_norm", triton_layers.add_norm_forward, added, expose=full)
+
+
+def packed_inputs():
+    wide, narrow = [torch.randn(2, 32, 40) for _ in range(3)], [torch.randn(2, 16, 40) for _ in range(2)]
+    return [wide[0], wide[1], torch.randn(32, 16), *narrow, torch.randn(32), wide[2], torch.randn(32)]
+
+
+def packed_backward():
+    u, delta, A, B, C, D, z, bias = packed_inputs()
+    wide = torch.randn(2, 40, 128).split([32, 32, 32, 16, 16], -1)
+    arriving = [torch.randn(2, 3, 32, 16), torch.randn(2, 32, 40), None]
+    return [wide[0], wide[1], A, wide[3], wide[4], D, wide[2], bias, *arriving]
+
+
+for interval in (None, 16):
+    options = {"softplus": True, "interval": interval}
+    counts[f"packed {interval}"] = compare("packed", triton_packed.forward, packed_inputs, **options)
+counts["packed back"] = compare("packed back", triton_packed.backward, packed_backward, softplus=True, interval=16)
 compare("window", scan.state_window, lambda: [*scan_inputs(full=False)[:4], torch.randn(2, 32, 16)])
 compare("silu", triton_layers.silu_forward, lambda: [torch.randn(2, 3, 40)])
 compare("gate", triton_layers.gate_forward, lambda: [torch.randn(2, 3, 40), torch.randn(2, 3, 80)[..., :40]])
@@ -221,6 +247,7 @@ def counted(function):
     def call(*args, **kwargs):
         ordinary[0] += 1
         return function(*args, **kwargs)
+    call.__name__ = function.__name__
     return call
 
 
@@ -243,21 +270,130 @@ try:
 except Exception:  # the ordinary way makes the tensors' device the current one, and here there is none
     pass
 left["another current device takes the ordinary way"] = ordinary[0] == 4
+
+# without memory
+Driver.device, torch.cuda.current_device = -1, lambda: -1
+told = []
+
+
+def no_memory(*_, **__):
+    raise torch.OutOfMemoryError("Tried to allocate 7.00 GiB")
+
+
+run(forward, with_(), options)
+replay = [v for v in forward.known.values() if v is not None and v is not forward.function][-1]
+replay.__globals__["empty"] = no_memory
+before, torch.empty = torch.empty, no_memory
+for kind in (with_(), with_(z=lambda x: torch.randn(2, 40, 32))):  # a replay, and a kind that was never seen
+    try:
+        forward(*kind, **options)
+    except torch.OutOfMemoryError as error:
+        told.append(str(error))
+torch.empty = before
+left["out of memory says of what, and how much"] = len(told) == 2 and all(
+    t.startswith("scan_forward of tensors (2, 40, 32), (2, 40, 32), (32, 16)") and t.endswith("7.00 GiB") for t in told
+)
 print("RESULT" + json.dumps({"counts": counts, "left": left}))
+"""
+
+
+PUBLIC = r"""
+from mambascope import ops
+from mambascope.ops import conv, elementwise, norm, packed, ready
+from mambascope.ops import scan as scan_of_all
+
+scan.scan_forward.forget()  # one of its replays has no memory
+ready._on_gpu = lambda x: True
+for module in (conv, elementwise, norm, scan_of_all, packed):
+    module.choose = lambda *_, **__: "triton"
+triton_replay._on_gpu = lambda x: True
+x = dict(zip(("u", "delta", "A", "B", "C", "D", "z", "dt_bias", "h0", "lengths"), scan_inputs()))
+wide, weight, taps = torch.randn(2, 40, 64), torch.nn.Parameter(torch.randn(64)), torch.randn(64, 1, 4)
+half, uneven = torch.nn.Parameter(torch.randn(64).bfloat16()), torch.randn(128)[::2]  # uneven: a copy on the way
+turned = packed_inputs()
+calls = {
+    "scan": lambda **o: ops.selective_scan(**x, dt_softplus=True, **o),
+    "conv": lambda **o: ops.causal_conv(wide, taps, **o),
+    "conv flat": lambda **o: ops.causal_conv(wide, taps[:, 0].contiguous(), weight, **o),
+    "norm": lambda eps=1e-5, **o: ops.rms_norm(wide, weight, eps, **o),
+    "norm flat": lambda eps=1e-5, **o: ops.rms_norm(wide[0], None, eps, **o),
+    "norm uneven": lambda eps=1e-5, **o: ops.rms_norm(wide, uneven, eps, **o),
+    "add norm": lambda eps=1e-5, **o: ops.add_norm(wide.bfloat16(), wide, half, eps, **o),
+    "add norm uneven": lambda eps=1e-5, **o: ops.add_norm(wide, wide.bfloat16(), uneven, eps, **o),
+    "gate": lambda: ops.gate(wide, wide.bfloat16()),
+    "gate uneven": lambda: ops.gate(wide.transpose(1, 2), wide.transpose(1, 2).bfloat16()),
+    "silu": lambda: ops.silu(wide),
+    "silu flat": lambda: ops.silu(wide[0, 0]),
+    "softplus": lambda: ops.softplus(wide.half()),
+    "softplus uneven": lambda: ops.softplus(wide.transpose(1, 2)),
+    "drop-in": lambda delta_softplus=False: packed.scan(
+        *turned, delta_softplus=delta_softplus, key=packed.ready.find(turned, delta_softplus, "auto")[0]
+    ),
+}
+changes = {
+    "scan": [{"boundaries": 16}, {"boundaries": 8}],
+    "conv": [{"activation": "silu"}],
+    "conv flat": [{"activation": "silu"}],
+    "norm": [{"eps": 1e-6}, {"expose": True}, {"eps": 1e-6, "expose": True}],
+    "norm uneven": [{"eps": 1e-6}, {"expose": True}],
+    "add norm": [{"eps": 1e-6}, {"expose": True}],
+    "add norm uneven": [{"eps": 1e-6}, {"expose": True}],
+    "drop-in": [{"delta_softplus": True}],
+}
+
+
+def looks(result):
+    return [None if t is None else (t.shape, t.stride(), t.dtype) for t in flat(result)]
+
+
+def seen(call, options, grads):
+    launched.clear()
+    with torch.set_grad_enabled(grads):
+        result = call(**options)
+        found = looks(tuple(result) if isinstance(result, tuple) else result)
+        first = flat(tuple(result) if isinstance(result, tuple) else result)[0]
+        if first.requires_grad:
+            leaves = [t for t in (*x.values(), weight, half, taps, *turned) if t is not None and t.requires_grad]
+            every = torch.autograd.grad(first.float().sum(), leaves, allow_unused=True)
+            found += looks(tuple(every))
+    arguments = [a for _, _, args in launched for a in args if isinstance(a, float)]
+    return found, [(name, grid) for name, grid, _ in launched], arguments
+
+
+bad = []
+for grads in (False, True):
+    for t in (x["u"], x["A"], x["D"], x["B"], taps, turned[0], turned[2]):
+        t.requires_grad_(grads and t.is_leaf)
+    for name, call in calls.items():
+        for options in ({}, *changes.get(name, []), {}):
+            runs = [seen(call, options, grads) for _ in range(5)]
+            if any(run != runs[0] for run in runs):
+                other = [run for run in runs if run != runs[0]][0]
+                bad.append(f"{name} {options} with gradients {grads}: {other} not {runs[0]}")
+known = {
+    "scan": scan_of_all._ready, "conv": conv._ready, "norm": norm._ready, "add norm": norm._add_ready,
+    "gate": elementwise._gate_ready, "silu": elementwise._silu_ready, "softplus": elementwise._softplus_ready,
+    "drop-in": packed.ready,
+}
+learned = {name: len(ready.known) for name, ready in known.items()}
+print("PUBLIC" + json.dumps({"bad": bad, "learned": learned}))
 """
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", PROGRAM + PUBLIC], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.split("RESULT")[1])
+    replays, public = done.stdout.split("RESULT")[1].split("PUBLIC")
+    return {**json.loads(replays), **json.loads(public)}
 
 
 def test_replays_repeat_the_launches_with_new_addresses(found: dict[str, Any]) -> None:
     assert found["counts"]["forward True None"] >= 1
     assert found["counts"]["backward True"] >= 2
+    assert found["counts"]["packed None"] >= 3
+    assert found["counts"]["packed back"] >= 4
 
 
 def test_what_cannot_be_repeated_faithfully_takes_the_ordinary_way(found: dict[str, Any]) -> None:
@@ -278,5 +414,12 @@ def test_calls_that_cannot_be_repeated_are_not_offered_as_ready(monkeypatch: pyt
     for _ in range(3):
         assert torch.equal(function(x, 0.5, expose=False), x + 0.5)
     kind = triton_replay.kind_of((x,))
-    assert function.known[(kind, (0.5,), ("expose", False))] is changes
+    assert function.known[(kind, (0.5,), ("expose", False))] is function.function
     assert function.ready(kind, ("expose", False), rest=(0.5,)) is None
+
+
+def test_public_calls_do_the_same_the_first_time_and_the_fifth(found: dict[str, Any]) -> None:
+    """Results, gradients and launches; with and without gradients, kinds that can be repeated and others, options
+    changed in between."""
+    assert found["bad"] == []
+    assert all(count >= 1 for count in found["learned"].values()), found["learned"]

@@ -1,5 +1,6 @@
 """The selective scan: public functions, the same on every backend."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from mambascope.ops.checks import check_lengths, check_mask, check_scan, compute
 from mambascope.ops.dispatch import KERNEL_BACKENDS, Backend, choose, kernels
 from mambascope.ops.elementwise import gate_formula, softplus, softplus_formula
 from mambascope.ops.ready import Ready
+from mambascope.ops.repeated import ScanOfKind
 from mambascope.ops.scan import chunked, recurrence, reference
 from mambascope.ops.scan.contraction import window_dot
 from mambascope.ops.scan.windows import state_window
@@ -94,7 +96,7 @@ def selective_scan(
         output = ScanOutput(*operators.scan(name, inputs, dt_softplus, boundaries))
         if key is not None:
             interval = operators.kept_interval(name, inputs, boundaries)
-            again = operators.scan_again(name, dt_softplus, boundaries, interval)
+            again = partial(ScanOfKind, name, dt_softplus, boundaries, interval)
             options = (("dt_softplus", dt_softplus), ("boundaries", interval))
             _ready.learn(key, kernels(name).scan_forward, *options, wrap=again)
         return output

@@ -1,7 +1,8 @@
 """The scan for Hopper-class GPUs (compute capability 9.x), in Triton's Gluon; up to 16 states a channel.
 
 Same interface as the portable kernels, which serve everything else. h has the same bits however a text is split, and
-whatever the table chooses: states are walked in order, with one arithmetic. y's and the gradients' bits depend on the
+whatever the table chooses (few channels over a long time aside, which the portable kernels take in chunks): states are
+walked in order, with one arithmetic. y's and the gradients' bits depend on the
 form of the kernel only through the order of sums over states. Two runs give the same bits; so do the fused form and the
 same steps apart. The sums over time in dA, dD and the bias's gradient depend on how the table cuts time.
 """
@@ -22,13 +23,13 @@ from mambascope.ops.scan.gluon_table import (
     ForwardPlan,
     backward_cuts,
     backward_plan,
-    forward_cuts,
+    few,
     forward_plan,
 )
 from mambascope.ops.scan.triton_backward import sum_kernel
 from mambascope.ops.scan.triton_launch import dense, launch, processor_count, strides, whole
 
-__all__ = ["MAX_STATE", "REPLAY_INTERVAL", "scan_backward", "scan_forward", "supports"]
+__all__ = ["MAX_STATE", "REPLAY_INTERVAL", "few", "scan_backward", "scan_forward", "supports"]
 
 MAX_STATE = 16
 REPLAY_INTERVAL = BACKWARD_TILE
@@ -59,6 +60,14 @@ def _new(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
+def _in_pairs(*tensors: Tensor | None) -> bool:
+    """Whether all are bfloat16 whose neighbours can be read as 32 bits."""
+    given = [x for x in tensors if x is not None]
+    if any(x.dtype != torch.bfloat16 or x.shape[-1] % 2 or x.data_ptr() % 4 for x in given):
+        return False
+    return not any(x.stride(0) % 2 or x.stride(1) % 2 for x in given)
+
+
 def scan_forward(
     u: Tensor,
     delta: Tensor,
@@ -86,18 +95,18 @@ def scan_forward(
     u, delta, B, C, z = dense(u), dense(delta), dense(B), dense(C), dense(z)  # type: ignore[assignment]
     launch(
         forward_kernel,
-        batch * -(-channels // plan.block) * plan.parts,
+        batch * -(-channels // plan.block),
         u.device,
         u, delta, whole(A, torch.float32), B, C, whole(D), z, whole(dt_bias), whole(h0, torch.float32), lengths,
         y, h_last, bound,
         *strides(u, delta, B, C, z),
         length, (boundaries or BACKWARD_TILE) // BACKWARD_TILE, n_bound,
-        *forward_cuts(plan, length),
-        D=channels, N=states, NP=_PADDED, BD=plan.block, NL=plan.lanes, T=plan.tile, NB=plan.stages, NY=plan.sums,
-        KG=plan.groups, KE=plan.per_thread, AHEAD=plan.ahead, PARTS=plan.parts,
+        D=channels, N=states, NP=_PADDED, BD=plan.block, NL=plan.lanes, T=plan.tile, NB=plan.slots,
+        KG=plan.groups, KE=plan.per_thread, AHEAD=plan.ahead,
         PRODUCER_REGISTERS=plan.producer_registers, FINISHER_REGISTERS=plan.finisher_registers,
         SOFTPLUS=dt_softplus, HAS_BIAS=dt_bias is not None, HAS_D=D is not None, HAS_Z=z is not None,
         HAS_H0=h0 is not None, HAS_LENGTHS=lengths is not None, BOUNDARIES=boundaries is not None,
+        EVEN=length % plan.tile == 0, PACKED=_in_pairs(u, delta, B, C, z),
         num_warps=plan.block * plan.lanes // 32, maxnreg=plan.registers,
     )  # fmt: skip
     return y, h_last, bound
@@ -124,7 +133,7 @@ def scan_backward(
     plan: BackwardPlan | None = None,
 ) -> dict[str, Tensor | None]:
     """As the portable `scan_backward`, but ``h_boundary`` holds the states every 16 steps whatever ``boundaries`` is,
-    the interval of ``dh_boundary`` (a multiple of 16)."""
+    the interval of ``dh_boundary`` (a multiple of 16); dh0 only with h0."""
     batch, length, channels = u.shape
     states = A.shape[1]
     plan = plan or backward_plan(batch, length, channels, processor_count(u.device))
@@ -135,7 +144,7 @@ def scan_backward(
         for name, like in {"du": u, "ddelta": delta, "dB": B, "dC": C, "dz": z}.items()
     }
     out |= {name: None if like is None else _new(u, *like.shape) for name, like in shared.items()}
-    out["dh0"] = _new(u, batch, channels, states)
+    out["dh0"] = None if h0 is None else _new(u, batch, channels, states)
     whole_A, whole_D, whole_bias = whole(A, wide), whole(D), whole(dt_bias)
     by_row = (dense(u), dense(delta), dense(B), dense(C), dense(z), lengths)
     by_row += (whole(h_boundary, wide), dense(dy), whole(dh_boundary, wide), whole(dh_last, wide))
@@ -145,7 +154,8 @@ def scan_backward(
         "D": channels, "N": states, "NP": _PADDED, "BD": plan.block, "NL": plan.lanes, "KE": plan.per_thread,
         "PARTS": plan.parts, "SOFTPLUS": dt_softplus, "HAS_BIAS": dt_bias is not None, "HAS_D": D is not None,
         "HAS_Z": z is not None, "HAS_LENGTHS": lengths is not None, "HAS_DBOUND": dh_boundary is not None,
-        "HAS_DLAST": dh_last is not None, "num_warps": plan.block * plan.lanes // 32,
+        "HAS_DLAST": dh_last is not None, "HAS_H0": h0 is not None, "EVEN": length % BACKWARD_TILE == 0,
+        "PACKED": _in_pairs(*by_row[:5], by_row[7]), "num_warps": plan.block * plan.lanes // 32,
     }  # fmt: skip
     if plan.registers:
         flags["maxnreg"] = plan.registers

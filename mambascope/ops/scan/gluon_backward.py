@@ -11,8 +11,9 @@ tile the state entering every group of four steps is replayed in registers, then
 and walked in reverse. dB and dC are summed over a warp's channels by shuffles that transpose as they add, over warps
 through shared memory, and over programs as partial sums in a fixed order: two runs give the same bits.
 
-A short batch is cut in PARTS ranges of time as in the forward, counted from the right: a program first walks the
-adjoint alone over the steps to the right of its range.
+A short batch gives too few programs. Then time is cut in PARTS ranges of unequal length that run side by side, counted
+from the right: a program first walks the adjoint alone over the steps to the right of its range, which costs about a
+quarter of a full step, and ranges are cut so that all end together. Nothing is handed from program to program.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false
@@ -23,7 +24,7 @@ from typing import Any
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from mambascope.ops.scan.gluon_forward import advance, range_of
+from mambascope.ops.scan.gluon_forward import advance
 from mambascope.ops.scan.gluon_layouts import (
     group_layout,
     partial_layout,
@@ -39,11 +40,14 @@ from mambascope.ops.scan.gluon_math import (
     columns,
     decay,
     group_of,
-    load_rows,
+    load_tile,
+    paired,
     places,
     sigmoid,
     sigmoids,
     softplus,
+    tile_offsets,
+    wide_tile,
 )
 
 __all__ = ["backward_kernel"]
@@ -104,6 +108,18 @@ def _fold_16(second, x, y):
 
 
 @gluon.jit
+def _range_of(part, tiles, cut1, cut2, cut3, PARTS: gl.constexpr):
+    """First tile of a part of time, and the one after its last; cuts 1 … PARTS − 1 are between parts."""
+    first = part * 0
+    end = tiles
+    if PARTS > 1:
+        first = gl.where(part == 0, 0, gl.where(part == 1, cut1, gl.where(part == 2, cut2, cut3)))
+        end = gl.where(part == 0, cut1, gl.where(part == 1, cut2, cut3))
+        end = gl.where(part == PARTS - 1, tiles, end)
+    return first, end
+
+
+@gluon.jit
 def _forward_step(h, a, dt, x, b):
     e = decay(a, dt)
     return e, gl.fma(e, h, x[:, None, None] * b[None, :, :])
@@ -146,9 +162,12 @@ def backward_kernel(
     D: gl.constexpr, N: gl.constexpr, NP: gl.constexpr, BD: gl.constexpr, NL: gl.constexpr, KE: gl.constexpr,
     PARTS: gl.constexpr,
     SOFTPLUS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_D: gl.constexpr, HAS_Z: gl.constexpr,
-    HAS_LENGTHS: gl.constexpr, HAS_DBOUND: gl.constexpr, HAS_DLAST: gl.constexpr, num_warps: gl.constexpr,
+    HAS_LENGTHS: gl.constexpr, HAS_DBOUND: gl.constexpr, HAS_DLAST: gl.constexpr, HAS_H0: gl.constexpr,
+    EVEN: gl.constexpr, PACKED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """All gradients. Grid: channel blocks × PARTS × rows. ``states`` B ceil(L/16) D N; cuts in tiles, from the right.
+
+    EVEN: L is a multiple of 16. PACKED: u, delta, B, C, z, dy are bfloat16, read two at a time.
 
     ``partial`` is 2 (dB, dC) × blocks × B × L × N; the other partial sums have B × PARTS terms.
     """
@@ -158,7 +177,9 @@ def backward_kernel(
     E: gl.constexpr = BD // 2
     PL: gl.constexpr = 32 // NL  # channels of a warp
     W: gl.constexpr = BD // PL  # warps
-    D_ALL: gl.constexpr = 0 if D % BD == 0 else D
+    D_LEFT: gl.constexpr = 0 if D % BD == 0 else D
+    PAIR: gl.constexpr = 2 if PACKED else 1
+    COUNTED: gl.constexpr = HAS_LENGTHS or not EVEN
     N_ALL: gl.constexpr = 0 if N == NP else N
     L4: gl.constexpr = group_layout(BD, NS, NL, 4, num_warps)
     LS: gl.constexpr = state_layout(BD, NS, NL, num_warps)
@@ -210,7 +231,7 @@ def backward_kernel(
     rows = gl.num_programs(0) // (BLOCKS * PARTS)
     long_row = row.to(gl.int64)
     tiles = gl.cdiv(L, T)
-    first, end = range_of(part, tiles, cut1, cut2, cut3, PARTS)
+    first, end = _range_of(part, tiles, cut1, cut2, cut3, PARTS)
     live = L
     if HAS_LENGTHS:
         live = gl.minimum(gl.load(lengths + row).to(gl.int32), L)
@@ -229,7 +250,6 @@ def backward_kernel(
         cy = gl.load(dh_last + long_row * (D * N) + tile, mask=tile_in, other=0.0)
 
     t, column = places(T, BD, LE)
-    tn, column_n = places(T, NP, LN)
     d = block * BD + column
     b_dt = 0.0
     if HAS_BIAS:
@@ -237,40 +257,63 @@ def backward_kernel(
     w_skip = 0.0
     if HAS_D:
         w_skip = gl.load(skip + d, mask=d < D, other=0.0).to(gl.float32)
-    u += long_row * u_b
-    delta += long_row * delta_b
-    B += long_row * B_b
-    C += long_row * C_b
-    dy += long_row * dy_b
+    u_at, tl_, dl = tile_offsets(u_l, T, BD, LE, PACKED)
+    delta_at, tl_, dl = tile_offsets(delta_l, T, BD, LE, PACKED)
+    dy_at, tl_, dl = tile_offsets(dy_l, T, BD, LE, PACKED)
+    B_at, tn, nl = tile_offsets(B_l, T, NP, LN, PACKED)
+    C_at, tn, nl = tile_offsets(C_l, T, NP, LN, PACKED)
+    dl += block * BD
+    one_tile = (block * 0 + T // PAIR).to(gl.int64)  # a stride may be a plain 1
+    # Pointers stand at a tile, and go back a tile at a time, not past the first.
+    start = (tiles - 1).to(gl.int64)
+    u_step = one_tile * u_l
+    delta_step = one_tile * delta_l
+    dy_step = one_tile * dy_l
+    B_step = one_tile * B_l
+    C_step = one_tile * C_l
+    u = paired(u + long_row * u_b + block * BD, PACKED) + start * u_step
+    delta = paired(delta + long_row * delta_b + block * BD, PACKED) + start * delta_step
+    dy = paired(dy + long_row * dy_b + block * BD, PACKED) + start * dy_step
+    B = paired(B + long_row * B_b, PACKED) + start * B_step
+    C = paired(C + long_row * C_b, PACKED) + start * C_step
     if HAS_Z:
-        z += long_row * z_b
+        z_at, tl_, dl = tile_offsets(z_l, T, BD, LE, PACKED)
+        dl += block * BD
+        z_step = one_tile * z_l
+        z = paired(z + long_row * z_b + block * BD, PACKED) + start * z_step
+    left = L - (tiles - 1) * T
 
     if PARTS > 1:
         # The adjoint alone, over the steps to the right of this program's own.
-        at = (tiles - 1) * T
-        raw_next = load_rows(delta, delta_l, at, t, d, L - at, D_ALL)
-        g_next = load_rows(dy, dy_l, at, t, d, L - at, D_ALL)
-        c_next = load_rows(C, C_l, at, tn, column_n, L - at, N_ALL)
+        raw_next = load_tile(delta, delta_at, tl_, dl, left, D_LEFT, EVEN)
+        g_next = load_tile(dy, dy_at, tl_, dl, left, D_LEFT, EVEN)
+        c_next = load_tile(C, C_at, tn, nl, left, N_ALL, EVEN)
         if HAS_Z:
-            z_next = load_rows(z, z_l, at, t, d, L - at, D_ALL)
+            z_next = load_tile(z, z_at, tl_, dl, left, D_LEFT, EVEN)
         for back in range(0, first):
             i = tiles - 1 - back
-            raw = raw_next.to(gl.float32)
+            raw = wide_tile(raw_next, LE, PACKED)
             if SOFTPLUS:
                 raw = softplus(raw + b_dt)
-            g = g_next.to(gl.float32)
+            g = wide_tile(g_next, LE, PACKED)
             if HAS_Z:
-                gate = z_next.to(gl.float32)
+                gate = wide_tile(z_next, LE, PACKED)
                 g = g * (gate * sigmoid(gate))
-            sd.store(by_channel(gl.where((t < live - i * T) & (column >= 0), raw, 0.0), T, BD))
+            if COUNTED:
+                raw = gl.where((t < live - i * T) & (column >= 0), raw, 0.0)
+            sd.store(by_channel(raw, T, BD))
             sg.store(by_channel(g, T, BD))
-            sc.store(by_state(c_next.to(gl.float32), T, NP))
-            at = gl.maximum(i - 1, 0) * T
-            raw_next = load_rows(delta, delta_l, at, t, d, L - at, D_ALL)
-            g_next = load_rows(dy, dy_l, at, t, d, L - at, D_ALL)
-            c_next = load_rows(C, C_l, at, tn, column_n, L - at, N_ALL)
+            sc.store(by_state(wide_tile(c_next, LN, PACKED), T, NP))
+            more = i > 0
+            delta -= gl.where(more, delta_step, 0)
+            dy -= gl.where(more, dy_step, 0)
+            C -= gl.where(more, C_step, 0)
+            raw_next = load_tile(delta, delta_at, tl_, dl, L, D_LEFT, EVEN)
+            g_next = load_tile(dy, dy_at, tl_, dl, L, D_LEFT, EVEN)
+            c_next = load_tile(C, C_at, tn, nl, L, N_ALL, EVEN)
             if HAS_Z:
-                z_next = load_rows(z, z_l, at, t, d, L - at, D_ALL)
+                z -= gl.where(more, z_step, 0)
+                z_next = load_tile(z, z_at, tl_, dl, L, D_LEFT, EVEN)
             for kk in gl.static_range(TK):
                 k = TK - 1 - kk
                 d0, d1, d2, d3 = columns(dd.index(k).load(LD), [BD], L1)
@@ -282,6 +325,9 @@ def backward_kernel(
                 cy = _adjoint_step(cy, a, d0, g0, c0)
             if HAS_DBOUND:
                 cy = _add_boundary(cy, dbound, row, i, interval, n_bound, tile, tile_in, D, N)
+        u -= first.to(gl.int64) * u_step
+        B -= first.to(gl.int64) * B_step
+        left = gl.where(first > 0, L, left)
 
     du += long_row * L * D
     ddelta += long_row * L * D
@@ -314,44 +360,50 @@ def backward_kernel(
     dskip = gl.zeros([TK, 4, E, 2], gl.float32, LE)
     dbias = gl.zeros([TK, 4, E, 2], gl.float32, LE)
 
-    at = (tiles - 1 - first) * T
-    u_next = load_rows(u, u_l, at, t, d, L - at, D_ALL)
-    raw_next = load_rows(delta, delta_l, at, t, d, L - at, D_ALL)
-    g_next = load_rows(dy, dy_l, at, t, d, L - at, D_ALL)
-    b_next = load_rows(B, B_l, at, tn, column_n, L - at, N_ALL)
-    c_next = load_rows(C, C_l, at, tn, column_n, L - at, N_ALL)
+    u_next = load_tile(u, u_at, tl_, dl, left, D_LEFT, EVEN)
+    raw_next = load_tile(delta, delta_at, tl_, dl, left, D_LEFT, EVEN)
+    g_next = load_tile(dy, dy_at, tl_, dl, left, D_LEFT, EVEN)
+    b_next = load_tile(B, B_at, tn, nl, left, N_ALL, EVEN)
+    c_next = load_tile(C, C_at, tn, nl, left, N_ALL, EVEN)
     if HAS_Z:
-        z_next = load_rows(z, z_l, at, t, d, L - at, D_ALL)
+        z_next = load_tile(z, z_at, tl_, dl, left, D_LEFT, EVEN)
     h_next = gl.load(states + (tiles - 1 - first).to(gl.int64) * (D * N) + tile, mask=tile_in, other=0.0)
     for back in range(first, end):
         i = tiles - 1 - back
-        raw = raw_next.to(gl.float32) + b_dt
+        raw = wide_tile(raw_next, LE, PACKED) + b_dt
         dt = raw
         if SOFTPLUS:
             dt = softplus(raw)
         counted = (t < live - i * T) & (column >= 0)
-        dt = gl.where(counted, dt, 0.0)
-        u_now = u_next.to(gl.float32)
-        dout = g_next.to(gl.float32)
+        if COUNTED:
+            dt = gl.where(counted, dt, 0.0)
+        u_now = wide_tile(u_next, LE, PACKED)
+        dout = wide_tile(g_next, LE, PACKED)
         g = dout
         if HAS_Z:
-            gate = z_next.to(gl.float32)
+            gate = wide_tile(z_next, LE, PACKED)
             g = dout * (gate * sigmoid(gate))
         sd.store(by_channel(dt, T, BD))
         sx.store(by_channel(dt * u_now, T, BD))
         sg.store(by_channel(g, T, BD))
-        sb.store(by_state(b_next.to(gl.float32), T, NP))
-        sc.store(by_state(c_next.to(gl.float32), T, NP))
+        sb.store(by_state(wide_tile(b_next, LN, PACKED), T, NP))
+        sc.store(by_state(wide_tile(c_next, LN, PACKED), T, NP))
         h = h_next
         before = gl.maximum(i - 1, 0)
-        at = before * T
-        u_next = load_rows(u, u_l, at, t, d, L - at, D_ALL)
-        raw_next = load_rows(delta, delta_l, at, t, d, L - at, D_ALL)
-        g_next = load_rows(dy, dy_l, at, t, d, L - at, D_ALL)
-        b_next = load_rows(B, B_l, at, tn, column_n, L - at, N_ALL)
-        c_next = load_rows(C, C_l, at, tn, column_n, L - at, N_ALL)
+        more = i > 0
+        u -= gl.where(more, u_step, 0)
+        delta -= gl.where(more, delta_step, 0)
+        dy -= gl.where(more, dy_step, 0)
+        B -= gl.where(more, B_step, 0)
+        C -= gl.where(more, C_step, 0)
+        u_next = load_tile(u, u_at, tl_, dl, L, D_LEFT, EVEN)
+        raw_next = load_tile(delta, delta_at, tl_, dl, L, D_LEFT, EVEN)
+        g_next = load_tile(dy, dy_at, tl_, dl, L, D_LEFT, EVEN)
+        b_next = load_tile(B, B_at, tn, nl, L, N_ALL, EVEN)
+        c_next = load_tile(C, C_at, tn, nl, L, N_ALL, EVEN)
         if HAS_Z:
-            z_next = load_rows(z, z_l, at, t, d, L - at, D_ALL)
+            z -= gl.where(more, z_step, 0)
+            z_next = load_tile(z, z_at, tl_, dl, L, D_LEFT, EVEN)
         h_next = gl.load(states + before.to(gl.int64) * (D * N) + tile, mask=tile_in, other=0.0)
 
         heads = (h,)  # states entering the groups
@@ -407,7 +459,8 @@ def backward_kernel(
         d_dt = gl.fma(through, u_now, by_rate)
         if SOFTPLUS:
             d_dt = d_dt * sigmoid(raw)
-        d_dt = gl.where(counted, d_dt, 0.0)
+        if COUNTED:
+            d_dt = gl.where(counted, d_dt, 0.0)
         inside = (t < L - i * T) & (d < D)
         out_at = (i * T).to(gl.int64) * D
         if HAS_Z:
@@ -434,4 +487,5 @@ def backward_kernel(
         gl.store(dskip_part + own_part * D + own, gl.sum(gl.sum(dskip, axis=0), axis=0), mask=own < D)
     if HAS_BIAS:
         gl.store(dbias_part + own_part * D + own, gl.sum(gl.sum(dbias, axis=0), axis=0), mask=own < D)
-    gl.store(dh0 + long_row * (D * N) + tile, cy, mask=tile_in & (part == PARTS - 1))
+    if HAS_H0:
+        gl.store(dh0 + long_row * (D * N) + tile, cy, mask=tile_in & (part == PARTS - 1))

@@ -7,9 +7,9 @@ which owns BD channels of one row and walks all of its time in tiles of T steps:
 - the scan's warps hold the states in registers, N spread over NL lanes; each lane adds up its own part of y;
 - finishers add the NL parts, the skip and the gate, and store y.
 
-A short batch gives too few programs. Then time is cut in PARTS ranges of unequal length that run side by side; each
-program first walks the steps before its own range without outputs, which costs about 0.6 of a full step, and ranges
-are cut so that all end together. Nothing is handed from program to program; h has the same bits however time is cut.
+A slot of shared memory holds a tile's inputs and its partial sums. It goes round: staged by the producers, scanned,
+summed by the finishers, and only then free again. One barrier for each hand-over keeps the scan's warps, on which all
+wait, at one wait and one arrival a tile.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false
@@ -34,32 +34,23 @@ from mambascope.ops.scan.gluon_math import (
     columns,
     decay,
     group_of,
-    load_rows,
+    load_tile,
+    paired,
     places,
     product,
     silu,
     softplus,
+    tile_offsets,
+    wide_tile,
 )
 
-__all__ = ["advance", "forward_kernel", "range_of"]
+__all__ = ["advance", "forward_kernel"]
 
 
 @gluon.jit
 def advance(h, a, dt, x, b):
     """h after one step; x is delta · u."""
     return gl.fma(decay(a, dt), h, x[:, None, None] * b[None, :, :])
-
-
-@gluon.jit
-def range_of(part, tiles, cut1, cut2, cut3, PARTS: gl.constexpr):
-    """First tile of a part of time, and the one after its last; cuts 1 … PARTS − 1 are between parts."""
-    first = part * 0
-    end = tiles
-    if PARTS > 1:
-        first = gl.where(part == 0, 0, gl.where(part == 1, cut1, gl.where(part == 2, cut2, cut3)))
-        end = gl.where(part == 0, cut1, gl.where(part == 1, cut2, cut3))
-        end = gl.where(part == PARTS - 1, tiles, end)
-    return first, end
 
 
 @gluon.jit
@@ -70,12 +61,24 @@ def _prefetch(address):
 
 
 @gluon.jit
+def _joined(parts, COUNT: gl.constexpr):
+    """COUNT tensors, a power of two, side by side along new last axes, whose order is that of the parts."""
+    if COUNT == 1:
+        return parts[0]
+    else:
+        even = ()
+        odd = ()
+        for i in gl.static_range(COUNT // 2):
+            even = even + (parts[2 * i],)
+            odd = odd + (parts[2 * i + 1],)
+        return gl.join(_joined(even, COUNT // 2), _joined(odd, COUNT // 2))
+
+
+@gluon.jit
 def _scan(
-    A, h0, h_last, bound, block, row, tiles, first, end, every, n_bound, at_end,
-    sd, sx, sb, sc, sy, full, done, ydone, yempty,
+    A, h0, h_last, bound, block, row, tiles, every, n_bound, sd, sx, sb, sc, sy, staged, scanned,
     D: gl.constexpr, N: gl.constexpr, NP: gl.constexpr, BD: gl.constexpr, NL: gl.constexpr, T: gl.constexpr,
-    NB: gl.constexpr, NY: gl.constexpr, KG: gl.constexpr, WARPS: gl.constexpr, HAS_H0: gl.constexpr,
-    BOUNDARIES: gl.constexpr,
+    NB: gl.constexpr, KG: gl.constexpr, WARPS: gl.constexpr, HAS_H0: gl.constexpr, BOUNDARIES: gl.constexpr,
 ):  # fmt: skip
     """The scan's warps: states in registers, four steps at a time, KG groups (4 or 8) between stores."""
     NS: gl.constexpr = NP // NL
@@ -92,7 +95,7 @@ def _scan(
     dx = sx._reinterpret(gl.float32, [NB * TK, BD, 4], S2)
     db = sb._reinterpret(gl.float32, [NB * TK, NS, NL, 4], S3)
     dc = sc._reinterpret(gl.float32, [NB * TK, NS, NL, 4], S3)
-    dy = sy._reinterpret(gl.float32, [NY * TK // KG, KG, NL, BD, 4], partial_layout([KG], NL, BD, False))
+    dy = sy._reinterpret(gl.float32, [NB * TK // KG, KG, NL, BD, 4], partial_layout([KG], NL, BD, False))
 
     p = gl.arange(0, BD, L1)
     d = block * BD + (p % (BD // 2)) * 2 + p // (BD // 2)
@@ -106,27 +109,12 @@ def _scan(
     if HAS_H0:
         h = gl.load(h0 + row.to(gl.int64) * (D * N) + tile, mask=tile_in, other=0.0)
 
-    for i in range(0, first):
-        slot = i % NB
-        mbarrier.wait(full.index(slot), (i // NB) & 1)
-        for k in range(0, TK):
-            d0, d1, d2, d3 = columns(dd.index(slot * TK + k).load(LD), [BD], L1)
-            x0, x1, x2, x3 = columns(dx.index(slot * TK + k).load(LD), [BD], L1)
-            b0, b1, b2, b3 = columns(db.index(slot * TK + k).load(LN), [NS, NL], LB)
-            h = advance(h, a, d0, x0, b0)
-            h = advance(h, a, d1, x1, b1)
-            h = advance(h, a, d2, x2, b2)
-            h = advance(h, a, d3, x3, b3)
-        mbarrier.arrive(done.index(slot), count=1)
     if BOUNDARIES:
-        since = (first * (T // 16)) % every
-        bound += (row.to(gl.int64) * n_bound + (first * (T // 16) + every - 1) // every) * (D * N)
-    for i in range(first, end):
+        since = 0
+        bound += row.to(gl.int64) * n_bound * (D * N)
+    for i in range(0, tiles):
         slot = i % NB
-        j = i - first
-        yslot = j % NY
-        mbarrier.wait(full.index(slot), (i // NB) & 1)
-        mbarrier.wait(yempty.index(yslot), ((j // NY) & 1) ^ 1)
+        mbarrier.wait(staged.index(slot), (i // NB) & 1)
         for kk in range(0, TK // KG):
             sums = ()
             for m in gl.static_range(KG):
@@ -150,36 +138,28 @@ def _scan(
                 y3 = gl.sum(h * c3[None, :, :], axis=1)
                 sums = sums + (group_of(y0, y1, y2, y3, [BD, NL]),)
             # One store for all groups: between two stores to one buffer the compiler puts a barrier.
-            if KG == 4:
-                y = group_of(sums[0], sums[1], sums[2], sums[3], [BD, NL, 4])
-            else:
-                even = gl.join(gl.join(sums[0], sums[4]), gl.join(sums[2], sums[6]))
-                odd = gl.join(gl.join(sums[1], sums[5]), gl.join(sums[3], sums[7]))
-                y = gl.join(even, odd).reshape([BD, NL, 4, 8])
-            dy.index(yslot * (TK // KG) + kk).store(gl.permute(y, (3, 1, 0, 2)))
-        mbarrier.arrive(done.index(slot), count=1)
-        mbarrier.arrive(ydone.index(yslot), count=1)
-    gl.store(h_last + row.to(gl.int64) * (D * N) + tile, h, mask=tile_in & (at_end == 1))
+            y = _joined(sums, KG).reshape([BD, NL, 4, KG])
+            dy.index(slot * (TK // KG) + kk).store(gl.permute(y, (3, 1, 0, 2)))
+        mbarrier.arrive(scanned.index(slot), count=1)
+    gl.store(h_last + row.to(gl.int64) * (D * N) + tile, h, mask=tile_in)
 
 
 @gluon.jit
 def _produce(
-    u, delta, B, C, z, bias, block, L, live, end, u_l, delta_l, B_l, C_l, z_l, sd, sx, sb, sc, full, done,
+    u, delta, B, C, z, bias, block, L, live, tiles, u_l, delta_l, B_l, C_l, z_l, sd, sx, sb, sc, staged, summed,
     D: gl.constexpr, N: gl.constexpr, NP: gl.constexpr, BD: gl.constexpr, T: gl.constexpr, NB: gl.constexpr,
     WARPS: gl.constexpr, KE: gl.constexpr, AHEAD: gl.constexpr, SOFTPLUS: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_Z: gl.constexpr,
+    HAS_Z: gl.constexpr, EVEN: gl.constexpr, COUNTED: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Producers: global loads run a tile ahead of their use in registers, and AHEAD tiles ahead into the L2 cache."""
     LE: gl.constexpr = rows_layout(BD, KE, WARPS)
     LN: gl.constexpr = rows_layout(NP, 2, WARPS)
-    D_ALL: gl.constexpr = 0 if D % BD == 0 else D
+    D_LEFT: gl.constexpr = 0 if D % BD == 0 else D
     N_ALL: gl.constexpr = 0 if N == NP else N
     t, column = places(T, BD, LE)
-    tn, n = places(T, NP, LN)
-    d = block * BD + column
     b_dt = 0.0
     if HAS_BIAS:
-        b_dt = gl.load(bias + d, mask=d < D, other=0.0).to(gl.float32)
+        b_dt = gl.load(bias + block * BD + column, mask=block * BD + column < D, other=0.0).to(gl.float32)
     if AHEAD > 0:
         thread = gl.arange(0, WARPS * 32, gl.BlockedLayout([1], [32], [WARPS], [0]))
         ahead_t = thread % T
@@ -192,88 +172,130 @@ def _produce(
             z_size: gl.constexpr = z.dtype.element_ty.primitive_bitwidth // 8
             lines = gl.where(which > 1, (z + block * BD).to(gl.int64), lines)
             pitch = gl.where(which > 1, z_l * z_size, pitch)
-    at = block * 0
-    u_next = load_rows(u, u_l, at, t, d, L, D_ALL)
-    raw_next = load_rows(delta, delta_l, at, t, d, L, D_ALL)
-    b_next = load_rows(B, B_l, at, tn, n, L, N_ALL)
-    c_next = load_rows(C, C_l, at, tn, n, L, N_ALL)
-    for i in range(0, end):
+    K: gl.constexpr = 2 if PACKED else 1
+    u_at, tl_, dl = tile_offsets(u_l, T, BD, LE, PACKED)
+    delta_at, tl_, dl = tile_offsets(delta_l, T, BD, LE, PACKED)
+    B_at, tn, nl = tile_offsets(B_l, T, NP, LN, PACKED)
+    C_at, tn, nl = tile_offsets(C_l, T, NP, LN, PACKED)
+    dl += block * BD
+    u = paired(u + block * BD, PACKED)
+    delta = paired(delta + block * BD, PACKED)
+    B = paired(B, PACKED)
+    C = paired(C, PACKED)
+    rows = (block * 0 + T // K).to(gl.int64)  # a stride may be a plain 1
+    u_step = rows * u_l
+    delta_step = rows * delta_l
+    B_step = rows * B_l
+    C_step = rows * C_l
+    u_next = load_tile(u, u_at, tl_, dl, L, D_LEFT, EVEN)
+    raw_next = load_tile(delta, delta_at, tl_, dl, L, D_LEFT, EVEN)
+    b_next = load_tile(B, B_at, tn, nl, L, N_ALL, EVEN)
+    c_next = load_tile(C, C_at, tn, nl, L, N_ALL, EVEN)
+    for i in range(0, tiles):
         slot = i % NB
-        raw = raw_next.to(gl.float32)
+        raw = wide_tile(raw_next, LE, PACKED)
         if SOFTPLUS:
             raw = softplus(raw + b_dt)
-        dt = gl.where((t < live - i * T) & (column >= 0), raw, 0.0)
-        x = dt * u_next.to(gl.float32)
-        b = b_next.to(gl.float32)
-        c = c_next.to(gl.float32)
-        at = (i + 1) * T
-        u_next = load_rows(u, u_l, at, t, d, L - at, D_ALL)
-        raw_next = load_rows(delta, delta_l, at, t, d, L - at, D_ALL)
-        b_next = load_rows(B, B_l, at, tn, n, L - at, N_ALL)
-        c_next = load_rows(C, C_l, at, tn, n, L - at, N_ALL)
+        dt = raw
+        if COUNTED:
+            dt = gl.where((t < live - i * T) & (column >= 0), raw, 0.0)
+        x = dt * wide_tile(u_next, LE, PACKED)
+        b = wide_tile(b_next, LN, PACKED)
+        c = wide_tile(c_next, LN, PACKED)
+        more = i + 1 < tiles
+        u += gl.where(more, u_step, 0)
+        delta += gl.where(more, delta_step, 0)
+        B += gl.where(more, B_step, 0)
+        C += gl.where(more, C_step, 0)
+        left = L - gl.where(more, i + 1, i) * T
+        u_next = load_tile(u, u_at, tl_, dl, left, D_LEFT, EVEN)
+        raw_next = load_tile(delta, delta_at, tl_, dl, left, D_LEFT, EVEN)
+        b_next = load_tile(B, B_at, tn, nl, left, N_ALL, EVEN)
+        c_next = load_tile(C, C_at, tn, nl, left, N_ALL, EVEN)
         if AHEAD > 0:
             _prefetch(lines + gl.minimum((i + AHEAD) * T + ahead_t, L - 1).to(gl.int64) * pitch)
-        mbarrier.wait(done.index(slot), ((i // NB) & 1) ^ 1)
+        mbarrier.wait(summed.index(slot), ((i // NB) & 1) ^ 1)
         sd.index(slot).store(by_channel(dt, T, BD))
         sx.index(slot).store(by_channel(x, T, BD))
         sb.index(slot).store(by_state(b, T, NP))
         sc.index(slot).store(by_state(c, T, NP))
-        mbarrier.arrive(full.index(slot), count=1)
+        mbarrier.arrive(staged.index(slot), count=1)
 
 
 @gluon.jit
 def _finish(
-    u, z, skip, y, block, L, first, end, u_l, z_l, sy, ydone, yempty,
-    D: gl.constexpr, BD: gl.constexpr, NL: gl.constexpr, T: gl.constexpr, NY: gl.constexpr, WARPS: gl.constexpr,
-    KE: gl.constexpr, HAS_D: gl.constexpr, HAS_Z: gl.constexpr,
+    u, z, skip, y, block, L, tiles, u_l, z_l, sy, scanned, summed,
+    D: gl.constexpr, BD: gl.constexpr, NL: gl.constexpr, T: gl.constexpr, NB: gl.constexpr, WARPS: gl.constexpr,
+    KE: gl.constexpr, HAS_D: gl.constexpr, HAS_Z: gl.constexpr, EVEN: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Finishers: y = Σ parts (+ D u) (· silu(z)), rounded once."""
     TK: gl.constexpr = T // 4
     LE: gl.constexpr = rows_layout(BD, KE, WARPS)
     LY: gl.constexpr = sums_layout(BD, NL, KE, WARPS)
-    D_ALL: gl.constexpr = 0 if D % BD == 0 else D
-    parts = sy._reinterpret(gl.float32, [NY, TK, NL, 2, BD // 2, 4], partial_layout([TK], NL, BD, True))
+    D_LEFT: gl.constexpr = 0 if D % BD == 0 else D
+    K: gl.constexpr = 2 if PACKED else 1
+    parts = sy._reinterpret(gl.float32, [NB, TK, NL, 2, BD // 2, 4], partial_layout([TK], NL, BD, True))
     t, column = places(T, BD, LE)
     d = block * BD + column
-    at = first * T
+    y_at = t * D + column
+    y += block * BD
+    left = L
+    rows = (block * 0 + T // K).to(gl.int64)
     if HAS_D:
         w_skip = gl.load(skip + d, mask=d < D, other=0.0).to(gl.float32)
-        u_next = load_rows(u, u_l, at, t, d, L - at, D_ALL)
+        u_at, tl_, dl = tile_offsets(u_l, T, BD, LE, PACKED)
+        dl += block * BD
+        u = paired(u + block * BD, PACKED)
+        u_step = rows * u_l
+        u_next = load_tile(u, u_at, tl_, dl, left, D_LEFT, EVEN)
     if HAS_Z:
-        z_next = load_rows(z, z_l, at, t, d, L - at, D_ALL)
-    for i in range(first, end):
-        slot = (i - first) % NY
-        at = (i + 1) * T
+        z_at, tl_, dl = tile_offsets(z_l, T, BD, LE, PACKED)
+        dl += block * BD
+        z = paired(z + block * BD, PACKED)
+        z_step = rows * z_l
+        z_next = load_tile(z, z_at, tl_, dl, left, D_LEFT, EVEN)
+    for i in range(0, tiles):
+        slot = i % NB
+        now = left
+        more = i + 1 < tiles
+        left -= gl.where(more, T, 0)
         if HAS_D:
-            through = product(w_skip, u_next.to(gl.float32))
-            u_next = load_rows(u, u_l, at, t, d, L - at, D_ALL)
+            through = product(w_skip, wide_tile(u_next, LE, PACKED))
+            u += gl.where(more, u_step, 0)
+            u_next = load_tile(u, u_at, tl_, dl, left, D_LEFT, EVEN)
         if HAS_Z:
-            gate = silu(z_next.to(gl.float32))
-            z_next = load_rows(z, z_l, at, t, d, L - at, D_ALL)
-        mbarrier.wait(ydone.index(slot), ((i - first) // NY) & 1)
+            gate = silu(wide_tile(z_next, LE, PACKED))
+            z += gl.where(more, z_step, 0)
+            z_next = load_tile(z, z_at, tl_, dl, left, D_LEFT, EVEN)
+        mbarrier.wait(scanned.index(slot), (i // NB) & 1)
         total = gl.sum(parts.index(slot).load(LY), axis=1)  # T/4 2 BD/2 4
-        mbarrier.arrive(yempty.index(slot), count=1)
+        mbarrier.arrive(summed.index(slot), count=1)
         out = gl.convert_layout(gl.permute(total, (0, 3, 2, 1)), LE)
         if HAS_D:
             out = out + through
         if HAS_Z:
             out = out * gate
-        inside = (t < L - i * T) & (d < D)
-        gl.store(y + (i * T).to(gl.int64) * D + (t * D + d), out.to(y.dtype.element_ty), mask=inside)
+        if EVEN and D_LEFT == 0:
+            gl.store(y + y_at, out.to(y.dtype.element_ty))
+        else:
+            gl.store(y + y_at, out.to(y.dtype.element_ty), mask=(t < now) & (d < D))
+        y += T * D
 
 
-@gluon.jit(do_not_specialize=["L", "every", "n_bound", "cut1", "cut2", "cut3"])
+@gluon.jit(do_not_specialize=["L", "every", "n_bound"])
 def forward_kernel(
     u, delta, A, B, C, skip, z, bias, h0, lengths, y, h_last, bound,
     u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l,
-    L, every, n_bound, cut1, cut2, cut3,
+    L, every, n_bound,
     D: gl.constexpr, N: gl.constexpr, NP: gl.constexpr, BD: gl.constexpr, NL: gl.constexpr, T: gl.constexpr,
-    NB: gl.constexpr, NY: gl.constexpr, KG: gl.constexpr, KE: gl.constexpr, AHEAD: gl.constexpr, PARTS: gl.constexpr,
+    NB: gl.constexpr, KG: gl.constexpr, KE: gl.constexpr, AHEAD: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, FINISHER_REGISTERS: gl.constexpr,
     SOFTPLUS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_D: gl.constexpr, HAS_Z: gl.constexpr,
-    HAS_H0: gl.constexpr, HAS_LENGTHS: gl.constexpr, BOUNDARIES: gl.constexpr, num_warps: gl.constexpr,
+    HAS_H0: gl.constexpr, HAS_LENGTHS: gl.constexpr, BOUNDARIES: gl.constexpr, EVEN: gl.constexpr,
+    PACKED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """Grid: channel blocks × PARTS × rows. ``every``: a boundary state every so many 16 steps. Cuts are in tiles."""
+    """Grid: channel blocks × rows. ``every``: a boundary state every so many 16 steps.
+    EVEN: L is a multiple of T. PACKED: u, delta, B, C, z are bfloat16, read two at a time."""
     TK: gl.constexpr = T // 4
     S3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     SB: gl.constexpr = transposed_states([TK], NP // NL, NL, 4)
@@ -281,27 +303,21 @@ def forward_kernel(
     sx = gl.allocate_shared_memory(gl.float32, [NB, TK, BD, 4], S3)
     sb = gl.allocate_shared_memory(gl.float32, [NB, TK, NP, 4], SB)
     sc = gl.allocate_shared_memory(gl.float32, [NB, TK, NP, 4], SB)
-    sy = gl.allocate_shared_memory(gl.float32, [NY, TK, NL, BD, 4], partial_layout([TK], NL, BD, False))
-    full = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
-    done = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
-    ydone = gl.allocate_shared_memory(gl.int64, [NY, 1], mbarrier.MBarrierLayout())
-    yempty = gl.allocate_shared_memory(gl.int64, [NY, 1], mbarrier.MBarrierLayout())
+    sy = gl.allocate_shared_memory(gl.float32, [NB, TK, NL, BD, 4], partial_layout([TK], NL, BD, False))
+    staged = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
+    scanned = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
+    summed = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(NB):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(done.index(i), count=1)
-    for i in gl.static_range(NY):
-        mbarrier.init(ydone.index(i), count=1)
-        mbarrier.init(yempty.index(i), count=1)
+        mbarrier.init(staged.index(i), count=1)
+        mbarrier.init(scanned.index(i), count=1)
+        mbarrier.init(summed.index(i), count=1)
 
     BLOCKS: gl.constexpr = (D + BD - 1) // BD
     pid = gl.program_id(0)
     block = pid % BLOCKS
-    part = (pid // BLOCKS) % PARTS
-    row = pid // (BLOCKS * PARTS)
+    row = pid // BLOCKS
     long_row = row.to(gl.int64)
     tiles = gl.cdiv(L, T)
-    first, end = range_of(part, tiles, cut1, cut2, cut3, PARTS)
-    at_end = (part == PARTS - 1).to(gl.int32)
     live = L
     if HAS_LENGTHS:
         live = gl.minimum(gl.load(lengths + row).to(gl.int32), L)
@@ -314,14 +330,14 @@ def forward_kernel(
     y += long_row * L * D
     gl.warp_specialize(
         [
-            (_scan, (A, h0, h_last, bound, block, row, tiles, first, end, every, n_bound, at_end,
-                     sd, sx, sb, sc, sy, full, done, ydone, yempty,
-                     D, N, NP, BD, NL, T, NB, NY, KG, num_warps, HAS_H0, BOUNDARIES)),
-            (_produce, (u, delta, B, C, z, bias, block, L, live, end, u_l, delta_l, B_l, C_l, z_l,
-                        sd, sx, sb, sc, full, done,
-                        D, N, NP, BD, T, NB, 4, KE, AHEAD, SOFTPLUS, HAS_BIAS, HAS_Z)),
-            (_finish, (u, z, skip, y, block, L, first, end, u_l, z_l, sy, ydone, yempty,
-                       D, BD, NL, T, NY, 4, KE, HAS_D, HAS_Z)),
+            (_scan, (A, h0, h_last, bound, block, row, tiles, every, n_bound, sd, sx, sb, sc, sy, staged, scanned,
+                     D, N, NP, BD, NL, T, NB, KG, num_warps, HAS_H0, BOUNDARIES)),
+            (_produce, (u, delta, B, C, z, bias, block, L, live, tiles, u_l, delta_l, B_l, C_l, z_l,
+                        sd, sx, sb, sc, staged, summed,
+                        D, N, NP, BD, T, NB, 4, KE, AHEAD, SOFTPLUS, HAS_BIAS, HAS_Z, EVEN,
+                        HAS_LENGTHS or not EVEN, PACKED)),
+            (_finish, (u, z, skip, y, block, L, tiles, u_l, z_l, sy, scanned, summed,
+                       D, BD, NL, T, NB, 4, KE, HAS_D, HAS_Z, EVEN, PACKED)),
         ],
         [4, 4],
         [PRODUCER_REGISTERS, FINISHER_REGISTERS],

@@ -16,25 +16,56 @@ __all__ = [
     "decay",
     "exp2",
     "group_of",
-    "load_rows",
+    "load_tile",
+    "paired",
     "places",
     "product",
     "sigmoid",
     "sigmoids",
     "silu",
     "softplus",
+    "tile_offsets",
+    "wide_tile",
 ]
 
 LOG2E = gl.constexpr(1.4426950408889634)
+MINUS_LOG2E = gl.constexpr(-1.4426950408889634)
 EXP2_SHIFT = gl.constexpr(triton_math.EXP2_SHIFT.value)
 
 # The same source as in the portable kernels, so that a fused scan and the elementwise kernels give the same bits.
-exp = gluon.jit(triton_math.exp.fn)
+decline = gluon.jit(triton_math.decline.fn)
 product = gluon.jit(triton_math.product.fn)
-sigmoid = gluon.jit(triton_math.sigmoid.fn)
 sigmoids = gluon.jit(triton_math.sigmoids.fn)
-silu = gluon.jit(triton_math.silu.fn)
-softplus = gluon.jit(triton_math.softplus.fn)
+
+
+@gluon.jit
+def _reciprocal(x):
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def sigmoid(x):
+    """`triton_math.sigmoid`, bit for bit: the flushed reciprocal is 0 where that one says so."""
+    return _reciprocal(1.0 + decline(x))
+
+
+@gluon.jit
+def silu(x):
+    return x * sigmoid(x)
+
+
+@gluon.jit
+def softplus(x):
+    """`triton_math.softplus`, bit for bit, without what its division does for divisors from 2^126 on: here they are
+    2 to 3."""
+    e = decline(gl.abs(x))
+    r = e * _reciprocal(2.0 + e)
+    s = r * r
+    p = gl.fma(s, 0.13433775305747986, 0.14116977155208588)
+    p = gl.fma(s, p, 0.2000383585691452)
+    p = gl.fma(s, p, 0.33333319425582886)
+    p = gl.fma(s, p, 1.0)
+    return gl.fma(2.0 * r, p, gl.maximum(x, 0.0))
 
 
 @gluon.jit
@@ -81,13 +112,51 @@ def places(T: gl.constexpr, width: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def load_rows(rows, stride, first, t, column, left, ALL: gl.constexpr):
-    """A tile of rows that begins at row ``first``: zeros from row ``left`` of the tile on, and from column ``ALL`` on
+def paired(rows, PACKED: gl.constexpr):
+    """A pointer to bfloat16 as one to pairs of them."""
+    if PACKED:
+        return rows.to(gl.pointer_type(gl.int32), bitcast=True)
+    else:
+        return rows
+
+
+@gluon.jit
+def tile_offsets(stride, T: gl.constexpr, width: gl.constexpr, LAYOUT: gl.constexpr, PACKED: gl.constexpr):
+    """Offset, step and column of a tile's entries, from its first row on; PACKED: of its pairs of columns."""
+    t, column = places(T, width, LAYOUT)
+    if PACKED:
+        L3: gl.constexpr = gl.SliceLayout(3, LAYOUT)
+        group = gl.arange(0, T // 4, gl.SliceLayout(1, gl.SliceLayout(2, L3)))
+        step = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, L3)))
+        pair = gl.arange(0, width // 2, gl.SliceLayout(0, gl.SliceLayout(1, L3)))
+        t = (group * 4)[:, None, None] + step[None, :, None]
+        column = (pair * 2)[None, None, :]
+        return t * (stride // 2) + pair[None, None, :], t, column
+    else:
+        return t * stride + column, t, column
+
+
+@gluon.jit
+def load_tile(rows, offset, t, column, left, ALL: gl.constexpr, EVEN: gl.constexpr):
+    """A tile of rows: zeros from row ``left`` on, unless EVEN says that all of it is there, and from column ``ALL`` on
     if that is not 0."""
+    if EVEN and ALL == 0:
+        return gl.load(rows + offset)
     inside = (t < left) & (column >= 0)
     if ALL > 0:
         inside = inside & (column < ALL)
-    return gl.load(rows + first.to(gl.int64) * stride + (t * stride + column), mask=inside, other=0.0)
+    return gl.load(rows + offset, mask=inside, other=0)
+
+
+@gluon.jit
+def wide_tile(x, LAYOUT: gl.constexpr, PACKED: gl.constexpr):
+    """What `load_tile` gave, in float32."""
+    if PACKED:
+        low = (x << 16).to(gl.float32, bitcast=True)
+        high = (x & -65536).to(gl.float32, bitcast=True)
+        return gl.convert_layout(gl.join(low, high), LAYOUT)
+    else:
+        return x.to(gl.float32)
 
 
 @gluon.jit

@@ -1,7 +1,10 @@
 """From shape to launch configuration of the Hopper kernels: a small table, no tuning at run time.
 
 Two forms: 32 channels a program and 4 lanes a channel, which costs the fewest instructions, where there are enough
-programs; else 16 channels and 8 lanes. Where these are too few as well, time is cut in parts that run side by side.
+programs; else 16 channels and 8 lanes. The forward's programs walk all of time: on an H100 cutting it in parts, each of
+which first walks what lies before it, lost at every size (1 × 16,384: 333 µs in one part, 457 in two), because two
+programs on a multiprocessor slow each other down. The backward's may, and it gains. Where channels are so `few` that
+most of a GPU would idle, the portable kernels with their many chunks of time serve.
 """
 
 from dataclasses import dataclass, replace
@@ -14,40 +17,36 @@ __all__ = [
     "backward_cuts",
     "backward_plan",
     "cuts",
-    "forward_cuts",
+    "few",
     "forward_plan",
 ]
 
 BACKWARD_TILE = 16
 """Steps between the states that the backward needs, and between those that the forward can save."""
 
-_FORWARD_CHEAP = 0.6  # cost of a step without outputs, in full steps
-_BACKWARD_CHEAP = 0.25
+_BACKWARD_CHEAP = 0.25  # cost of a step of the adjoint alone, in full steps
 _LEAST_TILES = 4  # of a part
 
 
 @dataclass(frozen=True)
 class ForwardPlan:
-    """Channels a program, lanes a channel, steps a tile, tiles of staged inputs and of partial sums, groups of four
-    steps between stores of partial sums, steps a thread of a producer, tiles prefetched into L2, parts of time;
-    registers of a producer, of a finisher, of all on average."""
+    """Channels a program, lanes a channel, steps a tile, tiles in flight, groups of four steps between stores of
+    partial sums, steps a thread of a producer, tiles prefetched into L2; registers of a producer, of a finisher, of all
+    on average."""
 
     block: int = 32
     lanes: int = 4
-    tile: int = 16
-    stages: int = 2
-    sums: int = 3
-    groups: int = 4
+    tile: int = 32
+    slots: int = 2
+    groups: int = 8
     per_thread: int = 2
     ahead: int = 4
-    parts: int = 1
-    producer_registers: int = 56
-    finisher_registers: int = 48
-    registers: int = 56
+    producer_registers: int = 64
+    finisher_registers: int = 64
+    registers: int = 80
 
     def __str__(self) -> str:
-        cut = "one pass" if self.parts == 1 else f"{self.parts} parts of time side by side"
-        return f"forward: {self.block} channels a program, {self.lanes} lanes a channel, {cut}"
+        return f"forward: {self.block} channels a program, {self.lanes} lanes a channel, one pass"
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,7 @@ class BackwardPlan:
 
 
 _FORWARD_WIDE = ForwardPlan()
-_FORWARD_NARROW = ForwardPlan(
-    block=16, lanes=8, tile=32, stages=3, producer_registers=72, finisher_registers=64, registers=80
-)
+_FORWARD_NARROW = ForwardPlan(block=16, lanes=8, slots=4, producer_registers=96, finisher_registers=96, registers=128)
 _BACKWARD_WIDE = BackwardPlan()
 _BACKWARD_NARROW = BackwardPlan(block=16, lanes=8, per_thread=1, registers=0)
 
@@ -95,11 +92,16 @@ def _parts(programs: int, slots: int, tiles: int, most: int) -> int:
 @lru_cache(4096)
 def forward_plan(B: int, L: int, D: int, processors: int) -> ForwardPlan:
     """The forward's configuration for a shape on a GPU with that many multiprocessors."""
-    if B * -(-D // _FORWARD_WIDE.block) >= 2 * processors:
-        return _FORWARD_WIDE
-    programs = B * -(-D // _FORWARD_NARROW.block)
-    tiles = -(-L // _FORWARD_NARROW.tile)
-    return replace(_FORWARD_NARROW, parts=_parts(programs, 2 * processors, tiles, 3))
+    return _FORWARD_NARROW if B * -(-D // _FORWARD_NARROW.block) <= processors else _FORWARD_WIDE
+
+
+def few(B: int, L: int, D: int) -> bool:
+    """Whether so few channels walk so long a time that the portable kernels are faster.
+
+    On an H100 one pass takes 20 ns a step whatever B · D is, up to 2,112; the portable kernels' chunks take 0.02 ns a
+    step and channel, and at least about 20 µs in all.
+    """
+    return 20 + 2e-5 * L * B * D < 0.02 * L
 
 
 @lru_cache(4096)
@@ -110,11 +112,6 @@ def backward_plan(B: int, L: int, D: int, processors: int) -> BackwardPlan:
     programs = B * -(-D // _BACKWARD_NARROW.block)
     tiles = -(-L // BACKWARD_TILE)
     return replace(_BACKWARD_NARROW, parts=_parts(programs, 3 * processors, tiles, 4))
-
-
-def forward_cuts(plan: ForwardPlan, L: int) -> tuple[int, int, int]:
-    """Cuts of the forward's tiles."""
-    return cuts(-(-L // plan.tile), plan.parts, _FORWARD_CHEAP)
 
 
 def backward_cuts(plan: BackwardPlan, L: int) -> tuple[int, int, int]:

@@ -8,6 +8,7 @@ in time, or a different plan, agrees within rounding only.
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import importlib
+import sys
 import warnings
 from typing import Any, NamedTuple
 
@@ -15,11 +16,12 @@ import torch
 import triton
 from torch import Tensor
 
+from mambascope.ops.scan import triton_check, triton_launch
 from mambascope.ops.scan.triton_adjoint import contraction_kernel
 from mambascope.ops.scan.triton_backward import adjoint_kernel, backward_kernel, sum_kernel
 from mambascope.ops.scan.triton_conv import conv_backward, conv_forward
 from mambascope.ops.scan.triton_forward import forward_kernel
-from mambascope.ops.scan.triton_launch import check, dense, launch, processor_count, strides, supports, whole
+from mambascope.ops.scan.triton_launch import check, dense, launch, processor_count, strides, whole
 from mambascope.ops.scan.triton_layers import (
     add_norm_forward,
     gate_forward,
@@ -59,12 +61,18 @@ _ENDS, _OUTPUTS, _STATES, _WINDOW = 0, 1, 2, 3  # modes of forward_kernel
 _BLOCK = 256  # entries of a sum a program
 
 
-HOPPER_BACKWARD = False
-"""Whether the Hopper kernels also take the backward. On an H100 their dA is off by 1.0e-6 to 1.3e-6 in 4 of 38 cases
-where the tolerance table allows 1.0e-6 to 1.2e-6 (tests/bench/bench_hopper.py), so the portable backward serves."""
+HOPPER_BACKWARD = True
+"""Whether the Hopper kernels also take the backward."""
 
 _HOPPER_TRITON = ((3, 6), (3, 7))  # versions that the Hopper kernels compile on: Gluon still moves
 _hopper_kernels: dict[None, Any] = {}  # the module of the Hopper kernels, or None where there is none
+
+
+def supports(device: torch.device, dtype: torch.dtype, N: int, K: int) -> str:
+    """'' if the kernels can take it, else the reason in words. On a GPU of a kind that was not tested they must first
+    pass a small self-check, once."""
+    reason = triton_launch.supports(device, dtype, N, K)
+    return reason or triton_check.trusted(device, sys.modules[__name__])
 
 
 def hopper(device: torch.device, dtype: torch.dtype, states: int, interval: int | None) -> Any:
@@ -210,7 +218,7 @@ def scan_forward(
     y has u's dtype with z, float32 without. Raises `BackendError` where `supports` gives a reason.
     """
     fast = hopper(u.device, u.dtype, A.shape[1], boundaries) if plan is None and u.numel() else None
-    if fast is not None:
+    if fast is not None and not fast.few(*u.shape):
         inputs = (u, delta, A, B, C, D, z, dt_bias, h0, lengths)
         return fast.scan_forward(*inputs, dt_softplus=dt_softplus, boundaries=boundaries)
     x = _Operands.of(u, delta, A, B, C, D, z, dt_bias, h0, lengths)
@@ -279,7 +287,7 @@ def scan_backward(
     """
     takes = HOPPER_BACKWARD and plan is None and u.numel()
     fast = hopper(u.device, u.dtype, A.shape[1], boundaries) if takes else None
-    if fast is not None:
+    if fast is not None and not fast.few(*u.shape):
         inputs = (u, delta, A, B, C, D, z, dt_bias, h0, lengths)
         if boundaries != fast.REPLAY_INTERVAL:
             h_boundary = _finer_states(_Operands.of(*inputs), h_boundary, boundaries, fast.REPLAY_INTERVAL, dt_softplus)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from mambascope.ops.scan.triton_forward import advance, columns, entering, group_delta, load_group, pinned, tile_of
-from mambascope.ops.scan.triton_math import LOG2E, sigmoid, sigmoids, steps
+from mambascope.ops.scan.triton_math import LOG2E, decay, sigmoid, sigmoids, steps
 
 __all__ = ["adjoint_kernel", "backward_kernel", "sum_kernel"]
 
@@ -114,10 +114,10 @@ def adjoint_kernel(
             dt0, dt1, dt2, dt3 = columns(dt, BD)
             g0, g1, g2, g3 = columns(pinned(g, BD), BD)
             c0, c1, c2, c3 = columns(c_now.to(tl.float32), NP)
-            cy = tl.exp2(a * dt3[None, :]) * tl.fma(c3[:, None], g3[None, :], cy)
-            cy = tl.exp2(a * dt2[None, :]) * tl.fma(c2[:, None], g2[None, :], cy)
-            cy = tl.exp2(a * dt1[None, :]) * tl.fma(c1[:, None], g1[None, :], cy)
-            cy = tl.exp2(a * dt0[None, :]) * tl.fma(c0[:, None], g0[None, :], cy)
+            cy = decay(a, dt3[None, :]) * tl.fma(c3[:, None], g3[None, :], cy)
+            cy = decay(a, dt2[None, :]) * tl.fma(c2[:, None], g2[None, :], cy)
+            cy = decay(a, dt1[None, :]) * tl.fma(c1[:, None], g1[None, :], cy)
+            cy = decay(a, dt0[None, :]) * tl.fma(c0[:, None], g0[None, :], cy)
             total += dt
         if HAS_DBOUND:
             if begin < L and begin % interval == 0:
@@ -136,7 +136,7 @@ def _reverse(cy, dA, a, rate, h_before, h, dt, x, g, b, c):
     through = tl.sum(q * b[:, None], axis=0)
     dB = tl.sum(q * x[None, :], axis=1)
     dC = tl.sum(h * g[None, :], axis=1)
-    cy = tl.exp2(a * dt[None, :]) * q
+    cy = decay(a, dt[None, :]) * q
     r = cy * h_before
     by_rate = tl.sum(r * rate, axis=0)
     dA = tl.fma(r, dt[None, :], dA)

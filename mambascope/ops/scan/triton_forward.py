@@ -14,7 +14,7 @@ divided, nothing overflows.
 import triton
 import triton.language as tl
 
-from mambascope.ops.scan.triton_math import LOG2E, product, silu, softplus, steps
+from mambascope.ops.scan.triton_math import LOG2E, decay, product, silu, softplus, steps
 
 __all__ = [
     "advance",
@@ -78,7 +78,7 @@ def group_delta(raw, bias, t, live, SOFTPLUS: tl.constexpr):
 @triton.jit
 def advance(h, a, dt, x, b):
     """h after one step; x is delta · u."""
-    return tl.fma(tl.exp2(a * dt[None, :]), h, x[None, :] * b[:, None])
+    return tl.fma(decay(a, dt[None, :]), h, x[None, :] * b[:, None])
 
 
 @triton.jit
@@ -96,7 +96,7 @@ def entering(h, a, ends, sums, first, count, tile, tile_in, d, D, N: tl.constexp
             totals = totals + (tl.load(sums + at * D + d, mask=counted, other=0.0),)
             values = values + (tl.load(ends + at * D * N + tile, mask=there, other=0.0),)
         for j in tl.static_range(4):
-            h = tl.fma(tl.exp2(a * totals[j][None, :]), h, values[j])
+            h = tl.fma(decay(a, totals[j][None, :]), h, values[j])
     return h
 
 

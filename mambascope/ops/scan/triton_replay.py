@@ -10,9 +10,11 @@ the kind to the ordinary code. Watching uses what torch sees, so host code needs
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
+import math
 import threading
+import warnings
 from collections.abc import Callable, Sequence
-from functools import update_wrapper
+from functools import update_wrapper, wraps
 from typing import Any
 
 import torch
@@ -21,11 +23,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mambascope.ops.ready import kind_of
+from mambascope.ops.scan.triton_math import INTERPRETED
 
 __all__ = ["Replayed", "note", "replayed"]
 
 _MOST = 2048  # kinds that are remembered, of one function
-_HARMLESS = {"promote_types", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_HARMLESS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "promote_types"}
+_MUCH = 1 << 20  # entries of a tensor that Triton's interpreter takes minutes for
+_warned: list[str] = []
 _watching = threading.local()  # .launches: of the call that this thread watches
 
 
@@ -40,20 +45,50 @@ def _on_gpu(x: Tensor) -> bool:
     return x.is_cuda and torch.version.hip is None
 
 
+def _telling(function: Callable[..., Any], tensors: int) -> Callable[..., Any]:
+    """The function, whose out-of-memory errors say what was asked of it."""
+
+    @wraps(function)
+    def call(*args: Any, **options: Any) -> Any:
+        try:
+            return function(*args, **options)
+        except torch.OutOfMemoryError as error:
+            raise _told(error, function.__name__, args[:tensors]) from None
+
+    return call
+
+
+def _told(error: Exception, name: str, tensors: Sequence[Any]) -> Exception:
+    shapes = ", ".join(str(tuple(x.shape)) for x in tensors if x is not None)
+    return torch.OutOfMemoryError(f"{name} of tensors {shapes} does not fit: {error}")
+
+
+def _warn_of_interpreter(name: str, x: Tensor) -> None:
+    if INTERPRETED and x.numel() > _MUCH and not _warned:
+        _warned.append(name)
+        warnings.warn(
+            f"TRITON_INTERPRET is set, so {name} of a tensor {tuple(x.shape)} runs step by step in Python: minutes "
+            "where backend='cpu' or 'torch' takes milliseconds. It is meant for tests at small shapes.",
+            stacklevel=4,
+        )
+
+
 class Replayed:
     """A kernel's host function, whose first ``tensors`` positional arguments are tensors or None."""
 
     def __init__(self, function: Callable[..., Any], tensors: int) -> None:
-        self.function, self.tensors = function, tensors
+        self.function, self.tensors = _telling(function, tensors), tensors
         self.known: dict[Any, Callable[..., Any] | None] = {}
         update_wrapper(self, function)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         count = self.tensors
         if not _on_gpu(args[0]):
+            _warn_of_interpreter(self.function.__name__, args[0])
             return self.function(*args, **options)
         kind = kind_of(args[:count])
-        if kind is None or len(args) < count:
+        # In a call that is watched, this one's launches are noted too: they must be made the ordinary way.
+        if kind is None or len(args) < count or getattr(_watching, "launches", None) is not None:
             return self.function(*args, **options)
         key = (kind, args[count:], *options.items())
         found = self.known.get(key)
@@ -104,16 +139,13 @@ class _Watch(TorchDispatchMode):
 def _watch(
     function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], tensors: int
 ) -> tuple[Any, Callable[..., Any] | None]:
-    outer = getattr(_watching, "launches", None)
     launches: list[Any] = []
     _watching.launches = launches
     try:
         with _Watch() as watch:
             result = function(*args, **options)
     finally:
-        _watching.launches = outer
-    if outer is not None:  # of a call within a call: both may be repeated
-        outer += launches
+        _watching.launches = None
     inputs: Sequence[Tensor | None] = args[:tensors]
     given = [id(x) for x in inputs if x is not None]
     if not watch.faithful or not launches or len(set(given)) < len(given):
@@ -136,6 +168,7 @@ class _Script:
         self.of_input = {id(x): i for i, x in enumerate(inputs) if x is not None}
         self.from_outside = {x.untyped_storage().data_ptr() for x in inputs if x is not None}
         self.results: dict[int, str] = {}  # name by storage
+        self.kinds: dict[int, tuple[tuple[int, ...], torch.dtype]] = {}  # shape and dtype of that name
         self.scratch: dict[int, int] = {}  # offset by storage
         self.size = 0
         self.lines: list[str] = []
@@ -146,11 +179,11 @@ class _Script:
         self.names[name] = value
         return name
 
-    def new(self, x: Tensor) -> str:
-        if not x.is_contiguous():
-            raise _CannotRepeatError
-        shape, dtype, device = tuple(x.shape), self.constant(x.dtype), self.constant(x.device)
-        return f"empty({shape}, {x.stride()}, dtype={dtype}, device={device})"  # empty_strided: the quickest of all
+    def new(self, shape: tuple[int, ...], like: Tensor) -> str:
+        """Expression for a contiguous tensor of this shape, of the dtype and device of another."""
+        strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        dtype, device = self.constant(like.dtype), self.constant(like.device)
+        return f"empty({shape}, {strides}, dtype={dtype}, device={device})"  # empty_strided: the quickest of all
 
     def result(self, x: Any) -> str:
         """Expression for a result; its allocation becomes a line of its own."""
@@ -162,17 +195,24 @@ class _Script:
             return "{" + ", ".join(f"{k!r}: {self.result(v)}" for k, v in x.items()) + "}"
         if not isinstance(x, Tensor):
             raise _CannotRepeatError
+        if id(x) in self.of_input:
+            return f"a{self.of_input[id(x)]}"
         if x.numel() == 0:
-            return self.new(x)
+            return self.new(tuple(x.shape), x)
         storage = x.untyped_storage()
-        at = storage.data_ptr()
-        if at in self.from_outside or storage.nbytes() != x.numel() * x.element_size():
+        at, whole = storage.data_ptr(), storage.nbytes() == x.numel() * x.element_size() and x.is_contiguous()
+        if at in self.from_outside:
             raise _CannotRepeatError
         if at not in self.results:
-            name = f"r{len(self.results)}"
-            self.lines.append(f"{name} = {self.new(x)}")
-            self.results[at] = name
-        return self.results[at]
+            shape = tuple(x.shape) if whole else (storage.nbytes() // x.element_size(),)
+            self.results[at] = f"r{len(self.results)}"
+            self.kinds[at] = (shape, x.dtype)
+            self.lines.append(f"{self.results[at]} = {self.new(shape, x)}")
+        elif self.kinds[at][1] != x.dtype:
+            raise _CannotRepeatError
+        if self.kinds[at][0] == tuple(x.shape) and whole:
+            return self.results[at]
+        return f"{self.results[at]}.as_strided({tuple(x.shape)}, {x.stride()}, {x.storage_offset()})"
 
     def address(self, x: Any) -> str:
         """Expression for a launch's argument."""
@@ -234,9 +274,14 @@ def _write(
         kinds = script.constant(torch.uint8), script.constant(first.device)
         script.lines.append(f"scratch = empty(({script.size},), (1,), dtype={kinds[0]}, device={kinds[1]})")
         script.lines.append("s = scratch.data_ptr()")
-    body = [*checks, *script.lines, *addresses, f"stream = raw_stream({index})", *calls, f"return {answer}"]
+    inputs_again = "(" + "".join(f"a{i}, " for i in range(len(inputs))) + ")"
+    allocate = ["try:", *(f"    {line}" for line in script.lines or ["pass"]), "except OutOfMemory as error:"]
+    allocate.append(f"    raise told(error, {function.__name__!r}, {inputs_again}) from None")
+    body = [*checks, *allocate, *addresses, f"stream = raw_stream({index})", *calls, f"return {answer}"]
     head = "def replay(" + ", ".join(f"a{i}" for i in range(len(inputs))) + ", *_, **__):\n"
     names = script.names | {
+        "OutOfMemory": torch.OutOfMemoryError,
+        "told": _told,
         "empty": torch.empty_strided,
         "rest": args[len(inputs) :],
         "options": options,

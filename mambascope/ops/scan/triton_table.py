@@ -9,13 +9,14 @@ time is cut in chunks that run side by side, at the price of one more pass over 
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import isqrt
 
 __all__ = ["SEGMENT", "BackwardPlan", "ForwardPlan", "backward_plan", "forward_plan", "padded"]
 
 SEGMENT = 64
 """The backward replays at most this many steps from one state."""
 
-_MIN_CHUNK, _MAX_CHUNKS = 32, 32  # steps of a chunk; chunks (each folds the ends of those before it)
+_MIN_CHUNK = 32  # steps
 _WIDE = 16  # from here on, 32 channels a program
 _FORWARD_ENOUGH, _FORWARD_TARGET = 5, 12  # one pass from the first on, else chunks up to the second
 _BACKWARD_ENOUGH, _BACKWARD_TARGET = 5, 8
@@ -54,6 +55,11 @@ def padded(N: int) -> int:
     return 1 << max(0, N - 1).bit_length()
 
 
+def _most_chunks(L: int) -> int:
+    """Each chunk folds the ends of those before it, four in about the time of four steps: that stays a small part."""
+    return max(32, isqrt(L // 16))
+
+
 def _block(B: int, D: int, N: int, processors: int) -> tuple[int, int]:
     """Channels a program, and programs a pass over all of time."""
     width = 16 / max(16, padded(N))
@@ -75,7 +81,7 @@ def forward_plan(B: int, L: int, D: int, N: int, processors: int, boundaries: in
     block, programs = _block(B, D, N, processors)
     if programs >= _FORWARD_ENOUGH * processors or L < 2 * _MIN_CHUNK:
         return ForwardPlan(block, _round_up(max(L, 1), boundaries or 1), 1)
-    wanted = min(_MAX_CHUNKS, -(-_FORWARD_TARGET * processors // programs))
+    wanted = min(_most_chunks(L), -(-_FORWARD_TARGET * processors // programs))
     chunk = _round_up(max(_MIN_CHUNK, -(-L // wanted)), _round_up(SEGMENT, boundaries) if boundaries else SEGMENT)
     return ForwardPlan(block, chunk, -(-L // chunk))
 
@@ -89,7 +95,8 @@ def backward_plan(B: int, L: int, D: int, N: int, processors: int, boundaries: i
     n_chunks = 1
     if programs < _BACKWARD_ENOUGH * processors:
         least = -(-_MIN_CHUNK // segment)  # segments
-        n_chunks = max(1, min(_MAX_CHUNKS, _BACKWARD_TARGET * processors // programs, n_segments // least))
+        wanted = min(_most_chunks(L), _BACKWARD_TARGET * processors // programs)
+        n_chunks = max(1, min(wanted, n_segments // least))
     chunk = -(-n_segments // n_chunks)
     return BackwardPlan(block, segment, chunk, -(-n_segments // chunk), n_segments)
 

@@ -20,6 +20,7 @@ result with ``.table()`` (pandas) and ``.figure()`` (plotly).
 ``passage_score``            the same for passages; ``induction_pair``: for a model of the induction heads task
 ``copy_capacity``            how many tokens the model can repeat
 ``patch``                    which layer and position restores a corrupted answer
+``sweep_figure``             the map of any ``ms.sweep`` or ``ms.attribute``
 ============================ ===========================================================================
 
 Names are imported when first used.
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from mambascope.analyses.rollout import Flow, token_flow
     from mambascope.analyses.source import Reading, read
     from mambascope.analyses.states import StateNorms, state_norms
+    from mambascope.analyses.sweeps import sweep_figure
     from mambascope.analyses.timescales import Reach, Timescales, reach, timescale_spectrum
 
 _HOME = {
@@ -101,6 +103,7 @@ _HOME = {
     "scope": "overview",
     "sources": "kernels",
     "state_norms": "states",
+    "sweep_figure": "sweeps",
     "timescale_spectrum": "timescales",
     "token_flow": "rollout",
     "token_relevance": "relevance",
@@ -152,6 +155,7 @@ __all__ = [
     "scope",
     "sources",
     "state_norms",
+    "sweep_figure",
     "timescale_spectrum",
     "token_flow",
     "token_relevance",

@@ -28,7 +28,7 @@ def sweep_figure(
 
     if site is None and len(result.sites) > 1:
         raise InputError(f"this sweep has {len(result.sites)} sites ({', '.join(result.sites)}); say which, site=")
-    site = result.sites[0] if site is None else site
+    site = next(iter(result.sites)) if site is None else site
     if site not in result.sites:
         raise InputError(f"this sweep has no site {site!r}{nearest(site, result.sites)} ({', '.join(result.sites)})")
     if show not in ("score", "change", "value"):

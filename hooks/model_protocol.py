@@ -15,9 +15,11 @@ __all__ = ["Runnable", "Scope"]
 class Scope(Protocol):
     """A model that can be recorded and whose blocks can be run again."""
 
-    cfg: MambaConfig
     blocks: Any
     model_id: str
+
+    @property
+    def cfg(self) -> MambaConfig: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -54,8 +56,7 @@ class Runnable(Scope, Protocol):
     """A model that sweeps can also run from any block on, with hooks, and read words for."""
 
     tokenizer: Any
-    hook_dict: dict[str, Any]
-    backend: str
+    hook_dict: Any
     ln_final: Any
     unembed: Any
 

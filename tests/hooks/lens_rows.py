@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformer_lens import ActivationCache, HookedRootModule, patching
 
+import mambascope as ms
 from mambascope.errors import CacheError, UnknownNameError
 from mambascope.hooks.cache import MambaCache
 from mambascope.model import HookedMamba
@@ -446,7 +447,12 @@ for _name in sorted(n for n in vars(patching) if n.startswith("get_act_patch_att
     row(P, _name, "no heads", works=False)(_unknown(_name))
 
 
-@row(P, "get_act_patch_direct_path", "no heads; path patching of ours has its own functions", works=False)
+@row(
+    P,
+    "get_act_patch_direct_path",
+    "no heads; `ms.interventions.path_patch` follows paths between blocks and what they read",
+    works=False,
+)
 def _(case: Case) -> None:
     with refused(ValueError, "has no `attn` component"):
         patching.get_act_patch_direct_path(
@@ -541,12 +547,19 @@ def _(case: Case) -> None:
     assert error(predicted, case.metric(moved) - found.metric) < 0.05
 
 
-@row(T, "attribution_patching.attribution_patch", "its nodes are heads and MLPs", works=False)
+@row(
+    T,
+    "attribution_patching.attribution_patch",
+    "its nodes are heads and MLPs; `ms.attribute` predicts every patch at our sites, states too",
+    works=False,
+)
 def _(case: Case) -> None:
     from transformer_lens.tools.analysis import attribution_patching
 
     with torch.enable_grad(), refused(ValueError, "."):
         attribution_patching.attribution_patch(case.model, case.clean, case.corrupted, case.metric)
+    pair = (case.model, case.clean[:1], case.corrupted[:1], case.metric, ["mixer_out", "h"])
+    assert ms.attribute(*pair).values.shape == ms.sweep(*pair, progress=False).values.shape
 
 
 # ---- the tables

@@ -19,7 +19,7 @@ from mambascope.model.state import MambaState
 if TYPE_CHECKING:
     from mambascope.model.language_model import HookedMamba
 
-__all__ = ["Join", "add_and_norm", "through"]
+__all__ = ["Join", "add_and_norm", "decays", "through"]
 
 Join = Callable[[int, Tensor | None, Tensor, nn.Module], tuple[Tensor, Tensor]]
 """From a layer, what the block before it wrote (None: nothing), the residual entering that block, and this layer's norm
@@ -45,15 +45,16 @@ def through(
     join: Join | None = None,
     left: Callable[[int, ops.ScanOutput], None] | None = None,
     boundaries: int | None = None,
+    rates: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Run blocks [first, last): the residual entering the last of them, and what that block writes into it.
 
     ``layers`` gets the states. ``join`` replaces `add_and_norm`; ``left`` sees each scan's result, with states at
-    ``boundaries`` (the run's own by default).
+    ``boundaries`` (the run's own by default); ``rates``: these blocks' A, where somebody has them.
     """
     boundaries = run.boundaries if boundaries is None else boundaries
     blocks: list[Any] = list(model.blocks[first:last])
-    rates = _decays([block.mixer for block in blocks])
+    rates = decays([block.mixer for block in blocks]) if rates is None else rates
     recorder, path, out = run.recorder, PathTaken(run.backend, "fused", run.why), None
     for i, block, A in zip(range(first, last), blocks, rates, strict=True):
         norm, mixer = block._modules["norm"], block._modules["mixer"]
@@ -75,7 +76,7 @@ def through(
     return resid, out
 
 
-def _decays(mixers: list[MambaMixer]) -> list[Tensor]:
+def decays(mixers: list[MambaMixer]) -> list[Tensor]:
     """Every layer's A, as `MambaMixer.decay` computes it; on a GPU in two launches for all."""
     logs = [cast(Tensor, m._parameters["A_log"]) for m in mixers]
     if not mixers or logs[0].device.type != "cuda" or torch.is_grad_enabled() or logs[0].dtype != torch.float32:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mambascope.hooks.run import PathTaken, Run
 from mambascope.hooks.sites import Clock
 from mambascope.model import recording
-from mambascope.model.straight import add_and_norm, through
+from mambascope.model.straight import add_and_norm, decays, through
 from mambascope.model.watch import HOOKED
 from mambascope.ops.ready import unwatched
 
@@ -45,12 +45,14 @@ class Chain:
 
     seams: list[Seam]
     graphs: list[recording.Recorded]
+    rates: recording.Recorded  # of every block's A
     busy: bool = False
 
     def play(self, resid: Tensor, first: int, last: int) -> Tensor:
         """The residual stream after blocks [first, last), in memory of its own."""
         self.seams[first].resid.copy_(resid)
         self.seams[first].out.zero_()
+        self.rates.replay()
         for graph in self.graphs[first:last]:
             graph.replay()
         seam = self.seams[last]
@@ -158,10 +160,12 @@ def _record(model: "HookedMamba", shape: tuple[int, int], backend: Any, pool: An
     """Record every block by itself; also the bytes by which the pool grew."""
     run, count = Run(backend, "recorded", Clock(), False, quiet=True), len(model.blocks)
     width, first = model.cfg.d_model, cast("Block", model.blocks[0])
-    made = Chain([], [])
+    mixers = [cast("Block", block).mixer for block in model.blocks]
+    graph, rates, held = recording.record(lambda: decays(mixers), model.device, pool)
+    made = Chain([], [], graph)
     resid = torch.zeros(*shape, width, device=model.device, dtype=first.residual_dtype)
     made.seams.append(Seam(resid, torch.zeros(*shape, width, device=model.device, dtype=model.dtype)))
-    held = 2 * resid.numel() * resid.element_size()
+    held += 2 * resid.numel() * resid.element_size()
     for i in range(count):
         seam = made.seams[i]
 
@@ -169,7 +173,7 @@ def _record(model: "HookedMamba", shape: tuple[int, int], backend: Any, pool: An
             def join(_: int, out: Tensor | None, resid: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
                 return add_and_norm(seam.out, resid, norm, backend)
 
-            resid, out = through(model, seam.resid, [None] * count, run, i, i + 1, join)
+            resid, out = through(model, seam.resid, [None] * count, run, i, i + 1, join, rates=rates[i : i + 1])
             assert out is not None
             return resid, out
 

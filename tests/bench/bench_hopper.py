@@ -278,11 +278,14 @@ def forward_plans(batch: int) -> dict[str, Any]:
         found["n groups of 4"] = replace(NARROW, groups=4)
         found["n lean"] = replace(NARROW, producer_registers=56, finisher_registers=56, registers=80)
     else:
+        lean = {"producer_registers": 64, "finisher_registers": 40, "registers": 56}
         found["w no prefetch"] = replace(WIDE, ahead=0)
-        found["w 64"] = replace(WIDE, producer_registers=64, finisher_registers=56, registers=64)
-        found["w T32"] = replace(WIDE, tile=32)
-        found["w 56/40"] = replace(WIDE, finisher_registers=40)
-        found["w 2 slots"] = replace(WIDE, slots=2)
+        found["w T16"] = replace(WIDE, tile=16, groups=4, slots=4, **lean)
+        found["w 64/64"] = replace(WIDE, producer_registers=64, finisher_registers=64)
+        found["w 4 slots"] = replace(WIDE, slots=4)
+        found["64/2"] = replace(
+            WIDE, block=64, lanes=2, per_thread=4, tile=16, groups=4, slots=4, finisher_registers=72
+        )
     return found
 
 

@@ -74,7 +74,8 @@ def scan(batch, length, channels, states, boundaries, dtype, full):
     lengths = torch.full((batch,), length) if full else None
     x = (*x, one(channels), z, one(channels), one(batch, channels, states), lengths)
     y, h, bound = gluon.scan_forward(*x, dt_softplus=full, boundaries=boundaries)
-    gluon.scan_forward(*x, dt_softplus=full, boundaries=None)
+    if dtype == torch.bfloat16:
+        gluon.scan_forward(*x, dt_softplus=full, boundaries=None)
     if boundaries == 16:
         arriving = (h, bound) if full else (None, None)
         found = gluon.scan_backward(*x, bound, y, *arriving, dt_softplus=full, boundaries=boundaries)
@@ -137,9 +138,7 @@ def test_kernels_compile_for_hopper_without_a_gpu() -> None:
         assert counts["LDS.128"] > 20, f"{name}: the scan's shared loads are not 16 bytes wide: {counts}"
         # The decays of a group of four steps; softplus and gate, where they are fused, come on top.
         assert counts["MUFU.EX2"] >= 32, f"{name}: {counts}"
-        # The narrow forward has a multiprocessor to itself: 128 registers a thread.
-        room = 100_000 if name == "forward_kernel" and registers > 56 else 75_000
-        assert shared <= room, f"{name}: {shared} bytes of shared memory leave no room for the programs beside it"
+        assert shared <= 75_000, f"{name}: {shared} bytes of shared memory leave no room for three programs"
         assert stack <= 384, f"{name}: {registers} registers and {stack} bytes of spilled ones"
         if name == "forward_kernel":
             assert counts["USETMAXREG"] > 0, "the roles of warps do not share registers out"

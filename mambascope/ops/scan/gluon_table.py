@@ -41,8 +41,8 @@ class ForwardPlan:
     groups: int = 8
     per_thread: int = 2
     ahead: int = 4
-    producer_registers: int = 64
-    finisher_registers: int = 64
+    producer_registers: int = 72
+    finisher_registers: int = 56
     registers: int = 80
 
     def __str__(self) -> str:
@@ -66,7 +66,7 @@ class BackwardPlan:
 
 
 _FORWARD_WIDE = ForwardPlan()
-_FORWARD_NARROW = ForwardPlan(block=16, lanes=8, slots=4, producer_registers=96, finisher_registers=96, registers=128)
+_FORWARD_NARROW = ForwardPlan(block=16, lanes=8, slots=3, producer_registers=96, finisher_registers=96, registers=128)
 _BACKWARD_WIDE = BackwardPlan()
 _BACKWARD_NARROW = BackwardPlan(block=16, lanes=8, per_thread=1, registers=0)
 

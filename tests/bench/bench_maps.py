@@ -28,11 +28,12 @@ from mambascope import ops
 
 D, N, R, K = 1536, 16, 48, 4
 BAR = 1e-5
-PLANS = {  # tile, warps, products, shares far and near, lanes, sources a tile: other cuts of the map, for comparison
+PLANS = {  # tile, warps, products, shares far and near, lanes, sources a tile, registers: other cuts, for comparison
+    "128 x 64": (128, 8, "tf32x3", 4, 24, 32, 64, 128),
+    "128 x 64 joined": (128, 8, "joined", 4, 24, 32, 64, 128),
+    "64": (64, 4, "tf32x3", 4, 24, 32, 64, 128),
+    "64 joined": (64, 4, "joined", 4, 24, 32, 64, 128),
     "128 joined": (128, 8, "joined", 4, 24),
-    "64 joined": (64, 4, "joined", 4, 24),
-    "128 x 64": (128, 4, "tf32x3", 4, 24, 32, 64),
-    "64": (64, 4, "tf32x3", 4, 24),
 }
 Tensors = dict[str, Tensor]
 
@@ -180,7 +181,6 @@ def cells(device: str) -> dict[str, tuple[int, Callable[[], Callable[[], Any]]]]
         "TransformerLens": (peer, lambda: transformer_lens(layer(peer, device))),
         "torch tiles, against TransformerLens": (peer, lambda: map_of(peer, backend="torch")),
         "map, torch tiles": (usual, lambda: map_of(usual, backend="torch")),
-        "column, long": (long, lambda: column_of(long)),
         "map through the convolution": (usual, lambda: map_of(usual, conv=True)),
         "row": (usual, lambda: row_of(usual)),
         "column": (usual, lambda: column_of(usual)),
@@ -188,6 +188,9 @@ def cells(device: str) -> dict[str, tuple[int, Callable[[], Callable[[], Any]]]]
     if cuda:
         for label, plan in PLANS.items():
             found[f"map, plan {label}"] = (usual, lambda plan=plan: planned(layer(usual, device), plan))
+        for label, plan in PLANS.items():
+            found[f"map, long, plan {label}"] = (8192, lambda plan=plan: planned(layer(8192, device), plan))
+    found["column, long"] = (long, lambda: column_of(long))
     for reduce in ("signed", "rms", "max"):
         found[f"map, {reduce}"] = (usual, lambda reduce=reduce: map_of(usual, reduce))
     return found
@@ -259,7 +262,7 @@ def main() -> int:
         todo[args.warm][1]()()
         return 0
     if cuda:
-        kinds = ["map", "row", "column", "map through the convolution", *(n for n in todo if "plan" in n)]
+        kinds = ["map", "row", "column", "map through the convolution", *(n for n in todo if n.startswith("map, plan"))]
         compiled_side_by_side(kinds)
     errors = gate(args.device)
     worst, passed = max(errors, key=lambda k: errors[k]), sum(e <= BAR for e in errors.values())

@@ -35,7 +35,8 @@ _SCRATCH = 96 << 20  # bytes that the shares of a map may take beyond the first
 
 class Plan(NamedTuple):
     """How a map is cut: queries a tile, warps, precision of the products, shares of the channels far from the diagonal
-    and near it, channels a step of the diagonal kernel, sources a tile (None: as many as queries)."""
+    and near it, channels a step of the diagonal kernel, sources a tile (None: as many as queries), the most registers
+    that a thread of the far products may take (None: the compiler's choice)."""
 
     tile: int
     warps: int
@@ -44,6 +45,7 @@ class Plan(NamedTuple):
     near: int
     lanes: int = 32
     across: int | None = None
+    registers: int | None = None
 
 
 def plan_of(p: Problem, rows: range, cols: range) -> Plan:
@@ -157,6 +159,8 @@ class _Call:
         sizes = (length, channels, *(self.tiles(T) for T in tile), len(pairs), share, *window, *place)
         own = {"N": N, "NP": _padded(N), "TI": tile[0], "TJ": tile[1], "REACH": p.reach, "REDUCE": self.reduce}
         own |= {"HAS_READ": self.read is not None, "PRECISION": self.plan.precision, "WHOLE": whole, "num_warps": warps}
+        if whole == 0 and self.plan.registers is not None:
+            own["maxnreg"] = self.plan.registers
         launch(pair_kernel, programs, out.device, *tensors, *strides(self.B, self.C), *sizes, **own)
 
 

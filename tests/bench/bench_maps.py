@@ -202,7 +202,14 @@ def planned(x: Any, plan: tuple[Any, ...]) -> Callable[[], Any]:
     from mambascope.ops.maps.problem import problem
 
     p, whole = problem(**x, gain=None, taps=None, read=None), range(x["delta"].shape[1])
-    return lambda: triton.kernel_map(p, "mean_abs", whole, whole, triton.Plan(*plan))
+
+    def call() -> Tensor:
+        return triton.kernel_map(p, "mean_abs", whole, whole, triton.Plan(*plan))
+
+    apart = error(call(), ops.kernel_map(**x))
+    if not apart <= BAR:
+        raise SystemExit(f"plan {plan} is {apart:.1e} off the default")
+    return call
 
 
 @torch.no_grad()

@@ -219,17 +219,17 @@ def line(
     batch, length, channels = delta.shape
     chunks, lanes = -(-length // _CHUNK), 64
     programs = -(-channels // lanes) * chunks * batch
-    sums = delta.new_empty(batch, chunks, channels)
+    sums = delta.new_empty(batch, channels, chunks)
     sizes = (length, channels, chunks)
     own = {"BACKWARD": backward, "BT": _CHUNK, "BD": lanes, "num_warps": 4}
     launch(total_kernel, programs, delta.device, delta, at, sums, *strides(delta), *sizes, **own)
     tails = torch.zeros_like(sums)  # what lies between a chunk and the end that is held, added outward from it
     if backward:
-        tails[:, :-1] = sums[:, 1:].flip(1).cumsum(1).flip(1)
-        total = tails[:, 0] + sums[:, 0]
+        tails[..., :-1] = sums[..., 1:].flip(-1).cumsum(-1).flip(-1)
+        total = tails[..., 0] + sums[..., 0]
     else:
-        tails[:, 1:] = sums[:, :-1].cumsum(1)
-        total = tails[:, -1] + sums[:, -1]
+        tails[..., 1:] = sums[..., :-1].cumsum(-1)
+        total = tails[..., -1] + sums[..., -1]
     out = torch.empty(batch, length, channels, dtype=delta.dtype, device=delta.device)
     gain = None if gain is None else dense(gain)
     scale = None if scale is None else scale.contiguous()

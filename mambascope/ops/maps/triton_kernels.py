@@ -402,7 +402,7 @@ def finish_kernel(
 def total_kernel(
     delta, at, sums, delta_b, delta_l, L, D, n_chunks, BACKWARD: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr
 ):
-    """delta of each chunk of BT steps that lie on the line's side of ``at``, ``B chunks D``."""
+    """delta of each chunk of BT steps that lie on the line's side of ``at``, ``B D chunks``."""
     pid = tl.program_id(0)
     blocks = tl.cdiv(D, BD)
     block = pid % blocks
@@ -414,7 +414,7 @@ def total_kernel(
     inside = (t <= place) if BACKWARD else (t > place)
     mask = (inside & (t < L))[:, None] & (d < D)[None, :]
     step = tl.load(delta + row * delta_b + t.to(tl.int64)[:, None] * delta_l + d[None, :], mask=mask, other=0.0)
-    tl.store(sums + (row * n_chunks + chunk) * D + d, tl.sum(step, axis=0), mask=d < D)
+    tl.store(sums + (row * D + d) * n_chunks + chunk, tl.sum(step, axis=0), mask=d < D)
 
 
 @triton.jit(do_not_specialize=["L", "D", "n_chunks"])
@@ -448,7 +448,7 @@ def line_kernel(
         R = tl.cumsum(after.to(tl.float32), axis=0, reverse=True)
     else:
         R = tl.cumsum(tl.where((t > place)[:, None], step, 0.0), axis=0)
-    tail = tl.load(tails + (row * n_chunks + chunk) * D + d, mask=d_in, other=0.0)
+    tail = tl.load(tails + (row * D + d) * n_chunks + chunk, mask=d_in, other=0.0)
     R = R + tail[None, :]
     acc = tl.zeros([BT, BD], tl.float32)
     for n in steps(0, N):

@@ -9,6 +9,7 @@ from typing import Any
 
 from mambascope import zoo
 from mambascope.errors import ConfigError, InputError, MambascopeError
+from mambascope.training.files import disk_is_full
 from mambascope.training.recipe import Recipe, load_recipe, read_values, with_changes
 
 __all__ = ["main", "recipe_for"]
@@ -210,5 +211,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed.run(parsed)
     except MambascopeError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if not disk_is_full(error):
+            raise
+        print(
+            f"error: {error.filename or 'the output'} could not be written: {error.strerror}; make room",
+            file=sys.stderr,
+        )
         return 1
     return 0

@@ -220,16 +220,20 @@ def write_tokens(
     tokens = count = utf8 = 0
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        for document in documents:
-            ids = encode(tokenizer, document)
-            file.write(ids.tobytes())
-            file.write(np.uint16(separator).tobytes())
-            tokens += len(ids) + 1
-            count += 1
-            utf8 += len(document.encode("utf-8"))
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with part.open("wb") as file:
+            for document in documents:
+                ids = encode(tokenizer, document)
+                file.write(ids.tobytes())
+                file.write(np.uint16(separator).tobytes())
+                tokens += len(ids) + 1
+                count += 1
+                utf8 += len(document.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        part.unlink(missing_ok=True)  # most of all where the disk is full
+        raise
     digest = hashlib.sha256(tokenizer.to_str().encode("utf-8")).hexdigest()
     header = _Header(tokens, count, utf8, tokenizer.get_vocab_size(), digest, source_sha256)
     os.replace(part, path)

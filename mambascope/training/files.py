@@ -1,5 +1,6 @@
 """One writer to an output folder, and folders whose entries have reached the disk."""
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +8,12 @@ from pathlib import Path
 
 from mambascope.errors import InputError
 
-__all__ = ["only_writer", "sync_folder"]
+__all__ = ["disk_is_full", "only_writer", "sync_folder"]
+
+
+def disk_is_full(error: OSError) -> bool:
+    """Whether a write failed for want of room: the disk, the quota, or the largest size of a file."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sync_folder(folder: Path) -> None:

@@ -7,7 +7,6 @@ all losses and gradient norms up to it were seen to be finite. In between nothin
 """
 
 import csv
-import errno
 import io
 import json
 import math
@@ -24,7 +23,7 @@ from mambascope.errors import InputError, MambascopeError
 from mambascope.storage import write_bytes
 from mambascope.training.checkpoint import latest_checkpoint, load_checkpoint, require_room, save_checkpoint
 from mambascope.training.feed import Feed
-from mambascope.training.files import only_writer
+from mambascope.training.files import disk_is_full, only_writer
 from mambascope.training.floor import Floor
 from mambascope.training.graph import StepGraph
 from mambascope.training.head import answer_loss
@@ -255,7 +254,7 @@ class _Run:
             write_bytes(self.out / "curve.csv", table.getvalue().encode())
             write_bytes(self.out / "curve.json", json.dumps(curve).encode())
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if not disk_is_full(error):
                 raise
             newest = latest_checkpoint(self.out)
             raise TrainingError(

@@ -11,6 +11,7 @@ import argparse
 import csv
 import dataclasses
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -130,7 +131,12 @@ def main() -> None:
         settings = dataclasses.replace(train, cuda_graph=graph)
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        trainer, ms = run(recipe, settings, args.device, source, loss, args.steps)
+        try:
+            trainer, ms = run(recipe, settings, args.device, source, loss, args.steps)
+        except Exception:
+            traceback.print_exc()
+            print(f"{name:<24} failed, see above")
+            continue
         peak = torch.cuda.max_memory_allocated() / 1e9 if on_gpu else 0.0
         rate, share = 1e3 * floor.tokens / ms, 1e3 * floor.seconds / ms
         print(f"{name:<24} {ms:>9.2f} {rate:>12,.0f} {share:>13.1%} {peak:>8.1f}", flush=True)
@@ -140,7 +146,7 @@ def main() -> None:
             profile(trainer)
         trainer.feed.close()
         del trainer
-    if args.csv:
+    if args.csv and rows:
         about |= {"model": recipe.name, "parameters": count, "batch": train.batch, "length": train.length}
         about |= {"gate": verdict, "commit": commit()}
         about |= {"floor_products_ms": round(1e3 * floor.products, 3), "floor_scans_ms": round(1e3 * floor.scans, 3)}

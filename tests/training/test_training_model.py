@@ -1,8 +1,10 @@
 """The whole line on a real, tiny Mamba: text -> tokens -> training -> resume -> model folder -> bits per byte."""
 
+import errno
 import json
 import lzma
 import math
+import os
 import random
 import re
 
@@ -144,6 +146,18 @@ def test_text_tasks_go_into_the_card(home, tmp_path, capsys):
     arguments = ["evaluate", "tiny-lm", "--folder", str(folder), "--text-tasks", str(tmp_path), "--device", "cpu"]
     assert main(arguments) == 1
     assert "'ioi' reads ioi_pairs.csv" in capsys.readouterr().err
+
+
+def test_a_full_disk_while_preparing_is_one_line(home, tmp_path, capsys, monkeypatch):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["prepare", str(home / "tiny.toml"), "--data", str(home), "--out", str(tmp_path / "data")]) == 1
+    assert "could not be written: No space left on device; make room" in capsys.readouterr().err
+    monkeypatch.setattr("mambascope.training.build.write_bytes", lambda *_: None)
+    assert main(["prepare", str(home / "tiny.toml"), "--data", str(home), "--out", str(tmp_path / "data")]) == 1
+    assert list((tmp_path / "data").iterdir()) == [], "no half file is left"
 
 
 def test_prepared_data_of_other_sources_is_refused(home, tmp_path):

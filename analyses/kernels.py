@@ -120,7 +120,9 @@ def effective_kernel(model: "HookedMamba", source: Source, layer: int, query: in
 def row_of(reading: Reading, layer: int, query: int) -> KernelRow:
     """The row of one layer and query of a text that was read."""
     row, stop = reading.cache.effective_kernel(layer, query), query + 1
-    alpha, u, carry, y = (x if x.ndim == n else x[0] for x, n in zip(row.parts, (2, 2, 1, 1), strict=True))
+    alpha, u, carry, y = row.weights, row.inputs, row.before, row.total
+    if reading.cache.has_batch_dim:
+        alpha, u, carry, y = alpha[0], u[0], carry[0], y[0]
     if not row.error < _AGREES:
         raise CacheError(
             f"layer {layer}, query {query}: Σ alpha·u differs from y by {row.error:.1e} of its terms; the cache's "

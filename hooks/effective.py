@@ -63,11 +63,6 @@ class EffectiveKernel:
     total: Float[Tensor, "*B D"]
 
     @property
-    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """weights, inputs, before, total."""
-        return self.weights, self.inputs, self.before, self.total
-
-    @property
     def amounts(self) -> Float[Tensor, "*B S D"]:
         """weights · inputs: what each token adds to ``total``."""
         return self.weights * self.inputs.to(self.weights)

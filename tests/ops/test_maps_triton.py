@@ -77,7 +77,7 @@ def test_rows_maps_and_columns_are_the_formula(
 
 
 @pytest.mark.parametrize(
-    "plan", [Plan(32, 4, "ieee", 1, 1), Plan(64, 4, "tf32x3", 3, 2, 4), Plan(32, 4, "ieee", 2, 3, 32, 16)]
+    "plan", [Plan(32, 4, "ieee", 1, 1), Plan(64, 4, "tf32x3", 5, 2, 4), Plan(32, 4, "ieee", 2, 5, 32, 16)]
 )
 def test_a_map_does_not_depend_on_its_plan(plan: Plan) -> None:
     x = given(("taps", "read") if plan.tile == 32 else (), 70, 2, D=7, scale=0.02)

@@ -63,6 +63,11 @@ def plan_of(p: Problem, rows: range, cols: range) -> Plan:
     return Plan(tile, 8 if tile == 128 else 4, "tf32x3", far, near)
 
 
+def _shares(channels: int, wanted: int) -> int:
+    """How many equal shares of the channels there are when each is as large as ``wanted`` of them make it."""
+    return -(-channels // -(-channels // wanted))
+
+
 def _padded(N: int) -> int:
     return max(16, 1 << (N - 1).bit_length())
 
@@ -79,7 +84,7 @@ def kernel_map(p: Problem, reduce: Reduction, rows: range, cols: range, plan: Pl
     call = _Call(p, reduce, plan)
     pairs = _far_pairs(rows, cols, T, across, reach, out.device)
     window = (rows.start, rows.stop, cols.start, cols.stop)
-    far = p.delta.new_empty(plan.far if len(pairs) else 0, *out.shape)
+    far = p.delta.new_empty(_shares(channels, plan.far) if len(pairs) else 0, *out.shape)
     if len(pairs):
         between = p.delta.new_empty(batch, len(pairs), channels)
         since = call.sums(T)
@@ -90,10 +95,10 @@ def kernel_map(p: Problem, reduce: Reduction, rows: range, cols: range, plan: Pl
         sizes = (channels, call.tiles(across), len(pairs))
         launch(between_kernel, programs, out.device, call.total, pairs, between, *sizes, RATIO=T // across, BD=128)
         place = (far.stride(0), far.stride(1), len(cols), 0)
-        call.pairs((T, across), since, pairs, between, far, plan.far, window, place, 0, plan.warps)
+        call.pairs((T, across), since, pairs, between, far, len(far), window, place, 0, plan.warps)
     first = max(cols.start // T, (rows.start - reach) // T, 0)
     last = min((cols.stop - 1) // T, (rows.stop - 1) // T)
-    near = p.delta.new_empty(plan.near, batch, max(0, last - first + 1), T + reach, T)
+    near = p.delta.new_empty(_shares(channels, plan.near), batch, max(0, last - first + 1), T + reach, T)
     if near.shape[2]:
         _fill_near(call, near, first)
     programs = -(-len(rows) // 16) * -(-len(cols) // 128) * batch

@@ -318,11 +318,14 @@ class Bound:
             return addressed(hook)
         if hook.pos is None or (self.site.index is None):
             return None
-        pos = torch.as_tensor(hook.pos)
-        if not isinstance(self.site.index, PerRow) and hook.clock.padding is None:
+        pos, batch = torch.as_tensor(hook.pos).cpu(), hook.clock.batch
+        every_row = pos.ndim == 0 or not (isinstance(self.site.index, PerRow) or hook.clock.padding or pos.ndim == 2)
+        if every_row and hook.rows is None:
             return {(-1, t) for t in pos.flatten().tolist()}
+        if every_row:
+            pos = pos.reshape(1, -1).expand(batch, -1)
         pos = pos[:, None] if pos.ndim == 1 else pos  # B k
-        on = torch.ones_like(pos, dtype=torch.bool) if hook.rows is None else hook.rows.reshape(pos.shape[0], -1)
+        on = torch.ones_like(pos, dtype=torch.bool) if hook.rows is None else hook.rows.cpu().reshape(batch, -1)
         return {(b, int(pos[b, k])) for b, k in on.expand_as(pos).nonzero().tolist()}
 
     def _meets(self, other: "Bound", mine: set[tuple[int, int]] | None, theirs: set[tuple[int, int]] | None) -> bool:

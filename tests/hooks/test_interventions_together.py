@@ -14,7 +14,7 @@ PLACES = ("mixer.hook_B", "mixer.hook_delta", "mixer.hook_u", "mixer.hook_y", "m
 
 
 def some_edits(rng: random.Random, lengths: list[int], rows: list[int], donor: Any = None) -> list[Any]:
-    """One to three edits, each in a layer of its own, at places of their own in every row; the same for the same seed."""
+    """One to three edits, each in a layer of its own, at places of their own in every row; the same for one seed."""
     out: list[Any] = []
     kinds = ["decay", "scale", "clamp", "knockout", "conv"] + ["patch", "freeze", "later"] * (donor is not None)
     for layer in rng.sample(range(3), rng.randint(1, 3)):

@@ -1,6 +1,7 @@
 """Shared fixtures: small random models whose numbers are far from degenerate."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches the network
 
@@ -52,3 +53,21 @@ def tokens() -> torch.Tensor:
 def error(a: torch.Tensor, b: torch.Tensor) -> float:
     """max|a - b| / max|b|."""
     return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+
+
+_early: list[str] = []
+"""The first test module that brought Triton in before its interpreter was chosen."""
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if not _early and "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        _early.append(report.nodeid)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Without a GPU the kernels' tests need Triton's interpreter; brought in too early, they would all be skipped."""
+    if _early and not torch.cuda.is_available() and any("triton" in item.path.name for item in session.items):
+        raise pytest.UsageError(
+            f"{_early[0]} imports triton (transformers brings it in) before the kernels' tests can ask for its "
+            "interpreter: import it inside the test functions"
+        )

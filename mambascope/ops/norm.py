@@ -1,6 +1,6 @@
 """Root-mean-square normalisation, with its scale and normalised value open to hooks."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from mambascope.errors import InputError
 from mambascope.ops import operators
 from mambascope.ops.checks import check_norm, compute_dtype
 from mambascope.ops.dispatch import KERNEL_BACKENDS, Backend, choose, kernels
-from mambascope.ops.ready import Ready
+from mambascope.ops.ready import Ready, plain, unwatched
 
 __all__ = ["AddNormOutput", "NormOutput", "add_norm", "rms_norm"]
 
@@ -108,9 +108,44 @@ def add_norm(
     check_norm(residual, weight, eps)
     name = choose(backend, x, residual, weight)
     kernel = getattr(kernels(name), "add_norm_forward", None) if name in KERNEL_BACKENDS else None
+    if kernel is not None and weight is not None and not expose and _differentiable(x, residual, weight):
+        return AddNormOutput(*_AddNorm.apply(x, residual, weight, eps, name), None, None)  # type: ignore[misc]
     if kernel is None or not operators.direct(x, residual, weight):
         added = residual + x
         return AddNormOutput(added, *rms_norm(added, weight, eps, expose=expose, backend=backend))
     output = AddNormOutput(*kernel(x, residual, weight, eps, expose=expose))
     _add_ready.learn(key, kernel, ("expose", expose), rest=(eps,))
     return output
+
+
+def _differentiable(*tensors: Tensor) -> bool:
+    """Whether a gradient is asked for, in plain eager mode."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors) and unwatched() and plain(tensors)
+
+
+class _AddNorm(torch.autograd.Function):
+    """`add_norm` with its gradient in one pass as well; higher derivatives by torch formulas."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float, backend: str) -> Any:
+        added, out, _, _ = kernels(backend).add_norm_forward(x, residual, weight, eps, expose=False)  # type: ignore[attr-defined]
+        ctx.save_for_backward(added, weight)
+        ctx.eps, ctx.backend, ctx.dtypes = eps, backend, (x.dtype, residual.dtype)
+        ctx.set_materialize_grads(False)
+        return added, out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        beside, dout = grads
+        added, weight = ctx.saved_tensors
+        narrow, wide = ctx.dtypes
+        if dout is None:
+            none = beside is None
+            return None if none else beside.to(narrow), None if none else beside.to(wide), None, None, None
+        kernel = operators.norm_kernel(ctx.backend, added, weight, dout)
+        if kernel is not None and wide == added.dtype:
+            dx, dnarrow, dweight = kernel(added, weight, dout, beside, ctx.eps, None if narrow == wide else narrow)
+            return dx if dnarrow is None else dnarrow, dx, dweight.to(weight.dtype), None, None
+        dx, dweight = operators.norm_gradients(added, weight, dout, ctx.eps)
+        dx = dx if beside is None else dx + beside.to(dx.dtype)
+        return dx.to(narrow), dx.to(wide), dweight, None, None

@@ -29,6 +29,8 @@ __all__ = [
     "direct",
     "function",
     "kept_interval",
+    "norm_gradients",
+    "norm_kernel",
     "registered",
     "scan",
     "scan_gradients",
@@ -357,12 +359,46 @@ def _norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
+def _norm_autograd(backend: str) -> Callable[..., Any]:
+    def backward(ctx: Any, dout: Tensor | None, *others: Tensor | None) -> Any:
+        x, weight = ctx.saved_tensors
+        if not ctx.expose and weight is not None and dout is not None:
+            kernel = norm_kernel(backend, x, weight, dout)
+            if kernel is not None:
+                dx, _, dweight = kernel(x, weight, dout, None, ctx.eps)
+                return dx, dweight.to(weight.dtype), None, None
+        return _norm_backward(ctx, dout, *others)
+
+    return backward
+
+
+def norm_kernel(backend: str, *tensors: Tensor) -> Any:
+    """The backward kernel of the norm, where it may run: there is one, and nobody differentiates what it gives."""
+    found = getattr(scan_module(backend), "norm_backward", None)
+    if found is None or torch.is_grad_enabled() or not unwatched() or not plain(tensors) or not tensors[0].numel():
+        return None
+    return found
+
+
 def _norm_backward(ctx: Any, dout: Tensor | None, dnormalized: Tensor | None, dscale: Tensor | None) -> Any:
     x, weight = ctx.saved_tensors
     if not ctx.expose:  # whatever comes for the empty placeholders
         dnormalized = dscale = None
+    dx, dweight = norm_gradients(x, weight, dout, ctx.eps, dnormalized, dscale)
+    return dx.to(x.dtype), dweight, None, None
+
+
+def norm_gradients(
+    x: Tensor,
+    weight: Tensor | None,
+    dout: Tensor | None,
+    eps: float,
+    dnormalized: Tensor | None = None,
+    dscale: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Of x, in the compute dtype, and of the weight: from gradients at the norm's three outputs, by torch formulas."""
     wide = x.to(compute_dtype(x))
-    scale = torch.sqrt(wide.square().mean(-1, keepdim=True) + ctx.eps)
+    scale = torch.sqrt(wide.square().mean(-1, keepdim=True) + eps)
     normalized = wide / scale
     through = torch.zeros_like(wide) if dnormalized is None else dnormalized  # gradient at x / scale
     dweight = None
@@ -374,8 +410,7 @@ def _norm_backward(ctx: Any, dout: Tensor | None, dnormalized: Tensor | None, ds
     at_scale = -(through * normalized).sum(-1, keepdim=True) / scale
     if dscale is not None:
         at_scale = at_scale + dscale
-    dx = through / scale + at_scale * normalized / x.shape[-1]
-    return dx.to(x.dtype), dweight, None, None
+    return through / scale + at_scale * normalized / x.shape[-1], dweight
 
 
 def _refusing(operator: str, backend: str, what: str, way: str) -> Callable[..., Any]:
@@ -394,7 +429,7 @@ def _register(backend: str, devices: str | Sequence[str], operators: Sequence[st
         "softplus": (_save_all, _softplus_backward),
         "silu": (_save_all, _silu_backward),
         "gate": (_save_all, _gate_backward),
-        "rms_norm": (_norm_setup, _norm_backward),
+        "rms_norm": (_norm_setup, _norm_autograd(backend)),
         "state_window": (
             _nothing,
             _refusing("state_window", backend, "gradient", "use backend='torch' or 'reference'"),

@@ -1,10 +1,17 @@
-"""Whole-model timings at 130m size on a GPU, with a correctness gate first.
+"""Whole-model timings at 130m size on a GPU: correctness gate first, then medians by CUDA events, bars beside them.
 
-python -m tests.bench.bench_gpu_model [--csv FILE] [--only PART …]
+    python -m tests.bench.bench_gpu_model [--csv FILE] [--only PART …] [--limit SECONDS]
+
+The gate: a replayed pass gives the bits of the eager one (logits, states, what a cache keeps, after edits of weights),
+a hook that returns None changes no bit, a step is as near to float64 as the whole text. Every timed call is the public
+one, starts on an idle device and includes its host time. What the limit left out is said.
 """
 
 import argparse
+import copy
 import csv
+import gc
+import os
 import statistics
 import subprocess
 import sys
@@ -14,26 +21,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from mambascope.config import MambaConfig
-from mambascope.model import HookedMamba
+from mambascope.model import HookedMamba, State
 
 LAYERS, WIDTH, INNER, VOCAB, RANK = 24, 768, 1536, 50280, 48
 DEVICE = "cuda"
 
 
-def build(dtype: torch.dtype, layers: int = LAYERS) -> HookedMamba:
+def build(dtype: torch.dtype, layers: int = LAYERS, vocabulary: int = VOCAB) -> HookedMamba:
     torch.manual_seed(0)
-    model = HookedMamba(MambaConfig(d_model=WIDTH, n_layers=layers, d_vocab=VOCAB), device=DEVICE, dtype=dtype)
+    model = HookedMamba(MambaConfig(d_model=WIDTH, n_layers=layers, d_vocab=vocabulary), device=DEVICE, dtype=dtype)
     return model.requires_grad_(False)
 
 
-def ids(batch: int, length: int, seed: int = 0, vocabulary: int = VOCAB) -> torch.Tensor:
+def ids(batch: int, length: int, seed: int = 0, vocabulary: int = VOCAB) -> Tensor:
     return torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
-def milliseconds(fn: Callable[[], Any], repeats: int = 15, warm: int = 3) -> float:
+def milliseconds(fn: Callable[[], Any], repeats: int = 11, warm: int = 3) -> float:
     """Median by CUDA events; each call starts on an idle device."""
     for _ in range(warm):
         fn()
@@ -49,6 +57,17 @@ def milliseconds(fn: Callable[[], Any], repeats: int = 15, warm: int = 3) -> flo
     return statistics.median(times)
 
 
+def peak(fn: Callable[[], Any]) -> float:
+    """The most bytes allocated while a call runs, in MB."""
+    fn(), fn(), gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = fn()
+    torch.cuda.synchronize()
+    del held
+    return torch.cuda.max_memory_allocated() / 1e6
+
+
 class Table:
     """Rows of what was measured, and the bar beside it."""
 
@@ -58,7 +77,7 @@ class Table:
     def add(self, what: str, value: float, bar: str = "", passed: bool | None = None) -> None:
         verdict = "" if passed is None else "pass" if passed else "FAIL"
         self.rows.append((what, value, bar, verdict))
-        print(f"{what:64s} {value:12.4g}  {bar:14s} {verdict}", flush=True)
+        print(f"{what:66s} {value:12.4g}  {bar:10s} {verdict}", flush=True)
 
     def at_most(self, what: str, value: float, bar: float) -> None:
         self.add(what, value, f"<= {bar:g}", value <= bar)
@@ -67,9 +86,10 @@ class Table:
         self.add(what, value, f">= {bar:g}", value >= bar)
 
     def write(self, path: Path) -> None:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
         import triton
 
+        head = ["git", "rev-parse", "--short", "HEAD"]
+        commit = os.environ.get("BENCH_COMMIT") or subprocess.run(head, capture_output=True, text=True).stdout.strip()
         about = [torch.cuda.get_device_name(), torch.__version__, triton.__version__, commit]
         with path.open("w", newline="") as out:
             writer = csv.writer(out)
@@ -85,125 +105,279 @@ def eager(model: HookedMamba, fn: Callable[[], Any]) -> Any:
         model.graphs.enabled = True
 
 
+def relative(a: Tensor, b: Tensor) -> float:
+    return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
+
+
+class Gate:
+    """Collects comparisons; each that fails becomes a row."""
+
+    def __init__(self, table: Table) -> None:
+        self.table, self.good, self.count = table, True, 0
+
+    def same(self, what: str, a: Tensor, b: Tensor) -> None:
+        self.need(what, torch.equal(a, b))
+
+    def need(self, what: str, fine: bool) -> None:
+        self.count += 1
+        if not fine:
+            self.good = False
+            self.table.add(f"gate: {what}", 0, "", False)
+
+
+def form(model: HookedMamba) -> str:
+    return model.explain_path()[0].form
+
+
 @torch.no_grad()
-def gate_graphs(table: Table) -> bool:
-    """A replayed pass gives the eager pass' bits: logits, losses, states, in pieces, after weight edits."""
-    good = True
-
-    def same(what: str, a: torch.Tensor, b: torch.Tensor) -> None:
-        nonlocal good
-        equal = bool(torch.equal(a, b))
-        good &= equal
-        if not equal:
-            table.add(f"gate: graph = eager, {what}", (a.double() - b.double()).abs().max().item(), "0", False)
-
-    for dtype in (torch.bfloat16, torch.float32):
-        model = build(dtype, 4)
-        for batch, length in ((1, 64), (1, 65), (2, 1000), (8, 2048)):
-            x = ids(batch, length)
-            want, state = eager(model, lambda x=x: model(x, return_state=True))
-            for seed in (0, 1, 0):
-                got, after = model(ids(batch, length, seed), return_state=True)
-            name = f"{dtype} {batch} x {length}"
-            if model.explain_path()[0].form != "graph":
-                table.add(f"gate: {name} was not recorded: {model.explain_path()[0]}", 0, "", False)
-                good = False
-            same(name, got, want)
-            same(f"{name} h", after.ssm, state.ssm)
-            same(f"{name} conv", after.conv, state.conv)
-            more = eager(model, lambda x=x, state=state: model(x, state=state, return_type="loss"))
-            for _ in range(3):
-                got = model(x, state=state, return_type="loss")
-            same(f"{name} continued, loss", got, more)
-            model.blocks[1].mixer.in_proj.weight.mul_(1.5)  # in place: the recording reads it
-            model.blocks[0].mixer.A_log.data.add_(0.1)
-            got = model(x)
-            if model.explain_path()[0].form == "graph":
-                table.add(f"gate: {name}: without states a shape of its own", 0, "", False)
-            got = model(x)
-            same(f"{name} after an edit", got, eager(model, lambda x=x: model(x)))
-            model.blocks[1].mixer.out_proj.weight.data = model.blocks[1].mixer.out_proj.weight.data.flip(0).clone()
-            for _ in range(2):
-                got = model(x)
-            same(f"{name} after reassigning", got, eager(model, lambda x=x: model(x)))
-        with torch.inference_mode():
-            want = eager(model, lambda x=x: model(x, logits_to_keep=1))
-            for _ in range(2):
-                got = model(x, logits_to_keep=1)
-            same("inference mode", got, want)
-        long = ids(1, 70000)
-        want = eager(model, lambda: model(long, logits_to_keep=3))
+def gate_graphs(gate: Gate, dtype: torch.dtype) -> None:
+    """A replayed pass gives the eager pass' bits: logits, losses, states, caches, in pieces, after weight edits."""
+    model = build(dtype, 3, 1000)
+    for batch, length in ((1, 65), (2, 1000)):
+        x, name = ids(batch, length, vocabulary=1000), f"{dtype} {batch} x {length}"
+        want, state = eager(model, lambda x=x: model(x, return_state=True))
+        for seed in (0, 1, 0):
+            got, after = model(ids(batch, length, seed, 1000), return_state=True)
+        gate.need(f"{name} is recorded", form(model) == "graph")
+        gate.same(f"{name}, logits", got, want)
+        gate.same(f"{name}, h", after.ssm, state.ssm)
+        gate.same(f"{name}, conv", after.conv, state.conv)
+        more = eager(model, lambda x=x, state=state: model(x, state=state, return_type="loss"))
+        for _ in range(3):
+            got = model(x, state=state, return_type="loss")
+        gate.same(f"{name}, continued", got, more)
+        hooked = model.run_with_hooks(x, fwd_hooks=[("blocks.1.mixer.hook_delta", lambda v, hook: None)])
+        gate.need(f"{name} with a hook is not recorded", form(model) != "graph")
+        gate.same(f"{name}, a hook that returns None", hooked, want)
+        _gate_cache(gate, model, x, name)
+        model.blocks[1].mixer.in_proj.weight.mul_(1.5)  # in place: the recording reads it
+        model.blocks[0].mixer.A_log.data.add_(0.1)
         for _ in range(2):
-            got = model(long, logits_to_keep=3)
-        same(f"{dtype} in pieces", got, want)
-    print(f"graphs = eager bits: {'yes' if good else 'NO'}", flush=True)
-    return good
+            got = model(x)
+        gate.same(f"{name}, after an edit", got, eager(model, lambda x=x: model(x)))
+        model.blocks[1].mixer.out_proj.weight.data = model.blocks[1].mixer.out_proj.weight.data.flip(0).clone()
+        for _ in range(3):
+            got = model(x)
+        gate.same(f"{name}, after reassigning", got, eager(model, lambda x=x: model(x)))
+    long = ids(1, 70000, vocabulary=1000)
+    want = eager(model, lambda: model(long, logits_to_keep=3))
+    for _ in range(2):
+        got = model(long, logits_to_keep=3)
+    gate.same(f"{dtype} in pieces", got, want)
+
+
+def _gate_cache(gate: Gate, model: HookedMamba, x: Tensor, name: str) -> None:
+    want, cache = eager(model, lambda: model.run_with_cache(x))
+    for _ in range(3):
+        got, kept = model.run_with_cache(x)
+    gate.need(f"{name}, a cache is recorded", form(model) == "graph")
+    gate.same(f"{name}, cached, logits", got, want)
+    for n, value in cache.recording.top.items():
+        gate.same(f"{name}, cached, {n}", kept.recording.top[n], value)
+    for i, block in cache.recording.blocks.items():
+        mine = kept.recording.blocks[i]
+        gate.same(f"{name}, cached, input of block {i}", mine.x, block.x)
+        gate.same(f"{name}, cached, states of block {i}", mine.anchors.states, block.anchors.states)
+    gate.same(f"{name}, a delta read", kept["delta", 1], cache["delta", 1])
 
 
 @torch.no_grad()
-def forwards(table: Table) -> None:
-    for dtype, batch, length, bar in (
-        (torch.bfloat16, 1, 2048, 4.0),
-        (torch.bfloat16, 8, 2048, 14.0),
-        (torch.float32, 1, 2048, None),
-    ):
-        model = build(dtype)
-        x = ids(batch, length)
-        name = f"{str(dtype)[6:]} {batch} x {length}"
-        slow = eager(model, lambda model=model, x=x: milliseconds(lambda: model(x), 7))
-        table.add(f"forward {name}, eager, ms", slow)
-        fast = milliseconds(lambda model=model, x=x: model(x))
-        if bar is None:
-            table.add(f"forward {name}, ms", fast)
-        else:
-            table.at_most(f"forward {name}, ms", fast, bar)
-        products = milliseconds(Products(model, batch * length).forward)
-        table.add(f"its matrix products {name}, ms", products)
+def gate_steps(gate: Gate, dtype: torch.dtype) -> None:
+    """Steps against float64, beside the whole text on the ordinary path; the same bits twice."""
+    model, x = build(dtype, 4, 1000), ids(2, 24, vocabulary=1000)
+    exact = copy.deepcopy(model).double()
+    exact.backend = "reference"
+    want, truth = exact(x, return_state=True)
+    whole, after = eager(model, lambda: model(x, return_state=True))
+    state: State | None = None
+    far = 0.0
+    for t in range(x.shape[1]):
+        logits, state = model.step(x[:, t], state)
+        far = max(far, relative(logits, want[:, t]))
+    gate.need("steps run by the step kernels", form(model) == "step")
+    assert state is not None
+    bar = 2 * max(relative(whole, want), 1e-6)
+    gate.table.add(f"gate: {dtype} step, error against float64", far, f"<= {bar:.1e}", far <= bar)
+    gate.need(f"{dtype} step, logits", far <= bar)
+    for n in ("ssm", "conv"):
+        mine, theirs = (relative(getattr(s, n), getattr(truth, n)) for s in (state, after))
+        gate.need(f"{dtype} step, {n}: {mine:.1e}, whole text {theirs:.1e}", mine <= 2 * max(theirs, 1e-6))
+    first = model.step(x[:, 0], state)
+    for _ in range(10):
+        again = model.step(x[:, 0], state)
+        gate.same(f"{dtype} step twice", first[0], again[0])
+        gate.same(f"{dtype} step twice, h", first[1].ssm, again[1].ssm)
+    ordinary = eager(model, lambda: model.generate(x, 12))
+    gate.need(f"{dtype} greedy text", bool((model.generate(x, 12) == ordinary).float().mean() > 0.9))
 
 
 class Products:
     """The model's own matrix products, replayed as one graph: the floor."""
 
-    def __init__(self, model: HookedMamba, rows: int) -> None:
-        self.weights = [
-            [m.in_proj.weight, m.x_proj.weight, m.dt_proj.weight, m.out_proj.weight]
-            for m in (block.mixer for block in model.blocks)
-        ]
-        self.head = model.unembed.weight
-        self.inputs = [torch.randn(rows, n, device=DEVICE, dtype=model.dtype) for n in (WIDTH, INNER, RANK, INNER)]
+    def __init__(self, model: HookedMamba, rows: int, backward: bool = False) -> None:
+        layers = [block.mixer for block in model.blocks]
+        weights = [[m.in_proj.weight, m.x_proj.weight, m.dt_proj.weight, m.out_proj.weight] for m in layers]
+        self.weights = [w.detach() for layer in weights for w in layer] + [model.unembed.weight.detach()]
+        self.inputs = {n: torch.randn(rows, n, device=DEVICE, dtype=model.dtype) for n in (WIDTH, INNER, RANK)}
+        widths = {w.shape[0] for w in self.weights} if backward else set()
+        self.grads = {n: torch.randn(rows, n, device=DEVICE, dtype=model.dtype) for n in widths}
         self._run()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self._run()
 
     def _run(self) -> None:
-        for layer in self.weights:
-            for x, w in zip(self.inputs, layer, strict=True):
-                F.linear(x, w)
-        F.linear(self.inputs[0], self.head)
+        for w in self.weights:
+            x = self.inputs[w.shape[1]]
+            F.linear(x, w)
+            if self.grads:
+                g = self.grads[w.shape[0]]
+                torch.mm(g, w), torch.mm(g.t(), x)
 
-    def forward(self) -> None:
+    def __call__(self) -> None:
         self.graph.replay()
 
 
-PARTS: dict[str, Callable[[Table], Any]] = {"forwards": forwards}
+@torch.no_grad()
+def forwards(table: Table) -> None:
+    model = build(torch.bfloat16)
+    for batch, bar in ((1, 4.0), (8, 14.0)):
+        x, name = ids(batch, 2048), f"forward bf16 {batch} x 2048"
+        table.at_most(f"{name}, ms", milliseconds(lambda x=x: model(x)), bar)
+        table.add(f"{name}, without graphs, ms", eager(model, lambda x=x: milliseconds(lambda: model(x), 5)))
+        table.add(f"{name}, its matrix products, ms", milliseconds(Products(model, batch * 2048)))
+
+
+@torch.no_grad()
+def caches(table: Table) -> None:
+    x = ids(1, 2048)
+    for dtype in (torch.bfloat16, torch.float32):
+        model, name = build(dtype), {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+        plain, everything = milliseconds(lambda m=model: m(x)), milliseconds(lambda m=model: m.run_with_cache(x))
+        table.add(f"{name} 1 x 2048 plain forward, ms", plain)
+        if dtype == torch.float32:
+            table.at_most("fp32 open forward of 2,048 tokens (run_with_cache, no filter), ms", everything, 15.0)
+            table.add("fp32 1 x 2048 its matrix products, ms", milliseconds(Products(model, 2048)))
+        else:
+            table.add("bf16 open forward of 2,048 tokens, ms", everything)
+        table.at_most(f"{name} run_with_cache / plain", everything / plain, 1.1)
+        before, after = peak(lambda m=model: m(x)), peak(lambda m=model: m.run_with_cache(x))
+        table.add(f"{name} plain forward, peak MB", before)
+        table.at_most(f"{name} run_with_cache, peak memory / plain", after / before, 1.5)
+
+
+@torch.no_grad()
+def windows(table: Table) -> None:
+    model, x = build(torch.bfloat16), ids(1, 131072)
+    cache = model.run_with_cache(x, names_filter="blocks.12.mixer.hook_h", return_type=None)[1]
+    h = cache["blocks.12.mixer.hook_h"]
+    for at in (37, 70000, 131000):
+        ms = milliseconds(lambda at=at: h[:, at : at + 64])
+        table.at_most(f"64 states of one layer at position {at:,} of 131,072, ms", ms, 1.0)
+
+
+@torch.no_grad()
+def generation(table: Table) -> None:
+    model = build(torch.bfloat16)
+    speeds = {}
+    for position in (100, 100_000):
+        x = ids(1, position)
+        _, state = model(x[:, :-1], return_state=True, return_type=None)
+
+        def run(n: int, x: Tensor = x, state: State = state) -> None:
+            model.generate(x[:, -1:], n, state=state)
+
+        run(600)
+        few, many = (milliseconds(lambda n=n: run(n), 5, 1) for n in (128, 640))
+        speeds[position] = (many - few) / 512 * 1e3
+        table.add(f"generation bf16 batch 1 at position {position:,}, us a token", speeds[position])
+    table.at_least("generation bf16 batch 1, tokens/s", 1e6 / speeds[100], 3000)
+    slower = speeds[100_000] / speeds[100] - 1
+    table.at_most("time a token at 100,000 against 100, %", abs(slower) * 100, 5.0)
+    for batch in (8,):
+        x = ids(batch, 100)
+        model.generate(x, 64)
+        few, many = (milliseconds(lambda n=n, x=x: model.generate(x, n), 3, 1) for n in (64, 192))
+        table.add(f"generation bf16 batch {batch}, tokens/s of all rows", batch * 128e3 / (many - few))
+    x = ids(1, 100)
+    few, many = (milliseconds(lambda n=n: model.generate(x, n, 1.0, seed=0), 3, 1) for n in (32, 96))
+    table.add("generation bf16 batch 1, sampled, tokens/s", 64e3 / (many - few))
+
+
+@torch.no_grad()
+def million(table: Table) -> None:
+    import mambascope
+
+    model = mambascope.load("induction-2l", device=DEVICE)
+    x = ids(1, 1 << 20, vocabulary=16)
+    table.at_most(
+        "2^20 tokens through induction-2l, last logits, ms", milliseconds(lambda: model(x, logits_to_keep=1)), 50
+    )
+    large, y = build(torch.bfloat16), ids(1, 1 << 20)
+    large(y[:, : 1 << 16], logits_to_keep=1)
+    ms = milliseconds(lambda: large(y, logits_to_keep=1), 2, 0)
+    table.add("2^20 tokens at 130m size bf16, one sequence, tokens/s", (1 << 20) / ms * 1e3)
+
+
+def backwards(table: Table) -> None:
+    model, x = build(torch.bfloat16).requires_grad_(True), ids(8, 2048)
+
+    def both() -> None:
+        model.zero_grad(set_to_none=True)
+        model(x, return_type="loss").backward()
+
+    both()
+    first = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    both()
+    again = [p.grad for p in model.parameters() if p.grad is not None]
+    table.add("forward + backward twice: same bits", 1, "= 1", all(map(torch.equal, first, again)))
+    del first, again
+    ms = milliseconds(both, 5, 0)
+    model.zero_grad(set_to_none=True)
+    products = milliseconds(Products(model, 8 * 2048, backward=True), 5)
+    table.add("forward + backward bf16 8 x 2048, ms", ms)
+    table.add("its matrix products, ms", products)
+    table.at_most("forward + backward / its matrix products", ms / products, 2.2)
+
+
+PARTS: dict[str, Callable[[Table], Any]] = {
+    "forwards": forwards,
+    "caches": caches,
+    "generation": generation,
+    "backwards": backwards,
+    "million": million,
+    "windows": windows,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--only", nargs="*", choices=[*PARTS, "gate"])
+    parser.add_argument("--limit", type=float, default=600, help="seconds after which no further part begins")
     options = parser.parse_args()
-    table = Table()
-    begin = time.perf_counter()
-    if not gate_graphs(table):
+    table, begin = Table(), time.perf_counter()
+    gate = Gate(table)
+    for dtype in (torch.bfloat16, torch.float32):
+        gate_graphs(gate, dtype)
+        gate_steps(gate, dtype)
+    took = time.perf_counter() - begin
+    print(f"gate: {'passed' if gate.good else 'FAILED'}, {gate.count} comparisons, {took:.1f} s", flush=True)
+    if not gate.good:
+        if options.csv:
+            table.write(options.csv)
         sys.exit("the correctness gate failed: no timings")
-    print(f"gate took {time.perf_counter() - begin:.1f} s", flush=True)
     for name, part in PARTS.items():
-        if options.only is None or name in options.only:
-            part(table)
-    if options.csv:
-        table.write(options.csv)
+        if options.only is not None and name not in options.only:
+            continue
+        if time.perf_counter() - begin > options.limit:
+            print(f"left out for lack of time: {name}", flush=True)
+            continue
+        gc.collect()
+        torch.cuda.empty_cache()
+        part(table)
+        if options.csv:
+            table.write(options.csv)
 
 
 if __name__ == "__main__":

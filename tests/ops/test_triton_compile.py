@@ -90,6 +90,8 @@ def layers(dtype):
             triton.conv_backward(x, weight, *rest, y, new, silu=True)
     triton.softplus_forward(x), triton.silu_forward(x), triton.gate_forward(x.float(), x)
     triton.add_norm_forward(x, x.float(), weight[:, 0], 1e-5, expose=True)
+    for beside, narrow in ((None, None), (x.float(), dtype)):
+        triton.norm_backward(x.float(), weight[:, 0], x, beside, 1e-5, narrow)
     triton.norm_forward(x, weight[:, 0], 1e-5, expose=True), triton.norm_forward(x, None, 1e-5, expose=False)
     window = (x, x, torch.empty(96, 16), x[:, :, :16], torch.empty(2, 96, 16))
     triton.state_window(*window)

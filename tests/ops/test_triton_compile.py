@@ -52,7 +52,7 @@ class Driver:
 
 driver.set_active(Driver())
 torch.cuda.current_device = lambda: 0
-from mambascope.ops.scan import triton, triton_conv, triton_launch, triton_layers, triton_window
+from mambascope.ops.scan import triton, triton_conv, triton_launch, triton_layers, triton_norm, triton_window
 
 
 class Gpu:
@@ -63,7 +63,7 @@ def launch(kernel, programs, device, *arguments, **options):
     triton_launch.launch(kernel, programs, Gpu, *arguments, **options)
 
 
-for module in (triton, triton_conv, triton_layers, triton_window):
+for module in (triton, triton_conv, triton_layers, triton_norm, triton_window):
     module.launch, module.check = launch, lambda *a, **k: None
 triton.processor_count = lambda device: 132
 

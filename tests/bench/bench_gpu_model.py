@@ -31,9 +31,9 @@ LAYERS, WIDTH, INNER, VOCAB, RANK = 24, 768, 1536, 50280, 48
 DEVICE = "cuda"
 
 
-def build(dtype: torch.dtype, layers: int = LAYERS, vocabulary: int = VOCAB) -> HookedMamba:
+def build(dtype: torch.dtype, layers: int = LAYERS) -> HookedMamba:
     torch.manual_seed(0)
-    model = HookedMamba(MambaConfig(d_model=WIDTH, n_layers=layers, d_vocab=vocabulary), device=DEVICE, dtype=dtype)
+    model = HookedMamba(MambaConfig(d_model=WIDTH, n_layers=layers, d_vocab=VOCAB), device=DEVICE, dtype=dtype)
     return model.requires_grad_(False)
 
 
@@ -132,12 +132,12 @@ def form(model: HookedMamba) -> str:
 @torch.no_grad()
 def gate_graphs(gate: Gate, dtype: torch.dtype) -> None:
     """A replayed pass gives the eager pass' bits: logits, losses, states, caches, in pieces, after weight edits."""
-    model = build(dtype, 3, 1000)
+    model = build(dtype, 3)
     for batch, length in ((1, 65), (2, 1000)):
-        x, name = ids(batch, length, vocabulary=1000), f"{dtype} {batch} x {length}"
+        x, name = ids(batch, length), f"{dtype} {batch} x {length}"
         want, state = eager(model, lambda x=x: model(x, return_state=True))
         for seed in (0, 1, 0):
-            got, after = model(ids(batch, length, seed, 1000), return_state=True)
+            got, after = model(ids(batch, length, seed), return_state=True)
         gate.need(f"{name} is recorded", form(model) == "graph")
         gate.same(f"{name}, logits", got, want)
         gate.same(f"{name}, h", after.ssm, state.ssm)
@@ -159,7 +159,7 @@ def gate_graphs(gate: Gate, dtype: torch.dtype) -> None:
         for _ in range(3):
             got = model(x)
         gate.same(f"{name}, after reassigning", got, eager(model, lambda x=x: model(x)))
-    long = ids(1, 70000, vocabulary=1000)
+    long = ids(1, 70000)
     want = eager(model, lambda: model(long, logits_to_keep=3))
     for _ in range(2):
         got = model(long, logits_to_keep=3)
@@ -184,7 +184,7 @@ def _gate_cache(gate: Gate, model: HookedMamba, x: Tensor, name: str) -> None:
 @torch.no_grad()
 def gate_steps(gate: Gate, dtype: torch.dtype) -> None:
     """Steps against float64, beside the whole text on the ordinary path; the same bits twice."""
-    model, x = build(dtype, 4, 1000), ids(2, 24, vocabulary=1000)
+    model, x = build(dtype, 4), ids(2, 24)
     exact = copy.deepcopy(model).double()
     exact.backend = "reference"
     want, truth = exact(x, return_state=True)
@@ -354,6 +354,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path)
     parser.add_argument("--only", nargs="*", choices=[*PARTS, "gate"])
+    parser.add_argument("--anyway", action="store_true", help="timings although the gate failed (the CSV shows that)")
     parser.add_argument("--limit", type=float, default=600, help="seconds after which no further part begins")
     options = parser.parse_args()
     table, begin = Table(), time.perf_counter()
@@ -363,7 +364,7 @@ def main() -> None:
         gate_steps(gate, dtype)
     took = time.perf_counter() - begin
     print(f"gate: {'passed' if gate.good else 'FAILED'}, {gate.count} comparisons, {took:.1f} s", flush=True)
-    if not gate.good:
+    if not gate.good and not options.anyway:
         if options.csv:
             table.write(options.csv)
         sys.exit("the correctness gate failed: no timings")

@@ -144,23 +144,23 @@ def layer(w: Layer, resid: Tensor, ssm: Tensor, conv: Tensor, scratch: Scratch, 
     launch(
         enter_kernel, 2 * tiles * batch, resid.device,
         resid, w.norm, w.in_proj, w.in_bias, w.conv, w.conv_bias, conv, w.x_proj, scratch.z, scratch.u, scratch.shares,
-        w.eps,
-        BATCH=batch, M=size, D=channels, J=joint, JP=_padded(joint), K=width, KP=_padded(width),
+        w.eps, batch,
+        M=size, D=channels, J=joint, JP=_padded(joint), K=width, KP=_padded(width),
         BR=_ENTER, BK=_columns(size), HAS_IN_BIAS=w.in_bias is not None, HAS_CONV_BIAS=w.conv_bias is not None,
         **options(overlap and not first, _WARPS["enter"]),
     )  # fmt: skip
     launch(
         state_kernel, triton.cdiv(channels, _STATE) * batch, resid.device,
         scratch.shares, w.dt_proj, w.dt_bias, w.A_log, w.D, ssm, scratch.u, scratch.z, scratch.gated,
-        w.mixer_eps or 0.0,
-        BATCH=batch, D=channels, N=states, NP=_padded(states), R=rank, RP=_padded(rank), TILES=tiles,
+        w.mixer_eps or 0.0, batch,
+        D=channels, N=states, NP=_padded(states), R=rank, RP=_padded(rank), TILES=tiles,
         TP=_padded(tiles), BD=_STATE, HAS_DT_BIAS=w.dt_bias is not None, NORMED=w.mixer_eps is not None,
         **options(overlap, _WARPS["state"]),
     )  # fmt: skip
     launch(
         leave_kernel, triton.cdiv(size, _LEAVE) * batch, resid.device,
-        scratch.gated, w.out_proj, w.out_bias, resid,
-        BATCH=batch, M=size, D=channels, BR=_LEAVE, BK=_columns(channels), HAS_OUT_BIAS=w.out_bias is not None,
+        scratch.gated, w.out_proj, w.out_bias, resid, batch,
+        M=size, D=channels, BR=_LEAVE, BK=_columns(channels), HAS_OUT_BIAS=w.out_bias is not None,
         **options(overlap, _WARPS["leave"]),
     )  # fmt: skip
 
@@ -172,8 +172,8 @@ def head(w: Head, resid: Tensor, logits: Tensor, choice: Choice | None) -> None:
     best, where = (None, None) if choice is None else (choice.best, choice.where)
     launch(
         logits_kernel, triton.cdiv(vocabulary, _LOGITS) * batch, resid.device,
-        resid, w.norm, w.unembed, logits, best, where, w.eps,
-        BATCH=batch, M=size, V=vocabulary, BR=_LOGITS, BK=_columns(size), BEST=choice is not None,
+        resid, w.norm, w.unembed, logits, best, where, w.eps, batch,
+        M=size, V=vocabulary, BR=_LOGITS, BK=_columns(size), BEST=choice is not None,
         PDL=pdl, num_warps=_WARPS["logits"], **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 

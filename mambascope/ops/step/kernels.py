@@ -48,10 +48,10 @@ def _normed_product(
     return total / tl.sqrt_rn(squares / M + eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def enter_kernel(
-    resid, norm, in_proj, in_bias, conv, conv_bias, conv_state, x_proj, z, u, shares, eps,
-    BATCH: tl.constexpr, M: tl.constexpr, D: tl.constexpr, J: tl.constexpr, JP: tl.constexpr, K: tl.constexpr,
+    resid, norm, in_proj, in_bias, conv, conv_bias, conv_state, x_proj, z, u, shares, eps, batch,
+    M: tl.constexpr, D: tl.constexpr, J: tl.constexpr, JP: tl.constexpr, K: tl.constexpr,
     KP: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
     HAS_IN_BIAS: tl.constexpr, HAS_CONV_BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -59,9 +59,9 @@ def enter_kernel(
     if PDL:
         gdc_launch_dependents()
     tiles: tl.constexpr = (D + BR - 1) // BR
-    b = tl.program_id(0) % BATCH
-    is_x = tl.program_id(0) < tiles * BATCH
-    tile = (tl.program_id(0) // BATCH) % tiles
+    b = tl.program_id(0) % batch
+    is_x = tl.program_id(0) < tiles * batch
+    tile = (tl.program_id(0) // batch) % tiles
     d = tile * BR + tl.arange(0, BR)
     inside = d < D
     row = tl.where(is_x, d, d + D)
@@ -128,18 +128,18 @@ def _rounded(v, inside, count: tl.constexpr, eps, kind: tl.constexpr, NORMED: tl
     return v
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def state_kernel(
-    shares, dt_proj, dt_bias, A_log, D_skip, h, u, z, gated, eps,
-    BATCH: tl.constexpr, D: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    shares, dt_proj, dt_bias, A_log, D_skip, h, u, z, gated, eps, batch,
+    D: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     TILES: tl.constexpr, TP: tl.constexpr, BD: tl.constexpr,
     HAS_DT_BIAS: tl.constexpr, NORMED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of BD channels, rows of the batch innermost. ``h`` ``B D N`` is replaced by the state after."""
     if PDL:
         gdc_launch_dependents()
-    b = tl.program_id(0) % BATCH
-    d = (tl.program_id(0) // BATCH) * BD + tl.arange(0, BD)
+    b = tl.program_id(0) % batch
+    d = (tl.program_id(0) // batch) * BD + tl.arange(0, BD)
     inside = d < D
     r, n = tl.arange(0, RP), tl.arange(0, NP)
     r_in, n_in = r < R, n < N
@@ -176,17 +176,17 @@ def state_kernel(
     tl.store(gated + b * D + d, (y * silu(gate)).to(kind), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def leave_kernel(
-    gated, out_proj, out_bias, resid,
-    BATCH: tl.constexpr, M: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    gated, out_proj, out_bias, resid, batch,
+    M: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
     HAS_OUT_BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of BR entries of the residual stream, which are added to in place; rows of the batch innermost."""
     if PDL:
         gdc_launch_dependents()
-    b = tl.program_id(0) % BATCH
-    m = (tl.program_id(0) // BATCH) * BR + tl.arange(0, BR)
+    b = tl.program_id(0) % batch
+    m = (tl.program_id(0) // batch) * BR + tl.arange(0, BR)
     inside = m < M
     at_rows = m.to(tl.int64)[:, None] * D
     k = tl.arange(0, BK)[None, :] + at_rows * 0
@@ -208,18 +208,18 @@ def leave_kernel(
     tl.store(resid + b * M + m, after.to(resid.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def logits_kernel(
-    resid, norm, unembed, logits, best, where, eps,
-    BATCH: tl.constexpr, M: tl.constexpr, V: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    resid, norm, unembed, logits, best, where, eps, batch,
+    M: tl.constexpr, V: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
     BEST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of BR tokens, rows of the batch innermost. With BEST each tile's largest logit and its token,
     ``B tiles``; NaN is the largest."""
     if PDL:
         gdc_launch_dependents()
-    b = tl.program_id(0) % BATCH
-    tile = tl.program_id(0) // BATCH
+    b = tl.program_id(0) % batch
+    tile = tl.program_id(0) // batch
     v = tile * BR + tl.arange(0, BR)
     inside = v < V
     k = tl.arange(0, BK)[None, :]

@@ -37,12 +37,12 @@ from mambascope.ops.ready import unwatched
 if TYPE_CHECKING:
     from mambascope.model.language_model import HookedMamba
 
-__all__ = ["Graphs", "Stack"]
+__all__ = ["Graphs", "Stack", "piece_tokens"]
 
 T = TypeVar("T")
 
 RECORDED_BACKENDS = ("triton",)
-_MOST_TOKENS = 16_384  # of one recording: beyond, kernels are long enough to hide their launches
+_PIECE, _PIECE_WIDTH = 16_384, 1536  # tokens (batch x length) that a pass takes at a time up to that d_inner
 _MOST_GRAPHS = 32
 _MOST_SEEN = 1024
 _LEAST_LIMIT = 2 << 30  # bytes that recordings may hold, or a sixteenth of the device's memory
@@ -50,6 +50,12 @@ _LEAST_LIMIT = 2 << 30  # bytes that recordings may hold, or a sixteenth of the 
 
 def _switched_on() -> bool:
     return os.environ.get("MAMBASCOPE_GRAPHS", "1").lower() not in ("0", "false", "off", "no")
+
+
+def piece_tokens(d_inner: int) -> int:
+    """Tokens that a forward pass without gradient, hooks or cache takes at a time, and that are recorded at most:
+    beyond, kernels run for longer than their launches take, and memory grows for nothing."""
+    return max(_PIECE, _PIECE * _PIECE_WIDTH // d_inner)
 
 
 @dataclass(frozen=True)
@@ -265,7 +271,7 @@ class Stack:
         None where this piece must run eagerly. ``layers`` gets the states after the piece, if ``carry`` asks for them.
         """
         shape = (tokens.shape[0], tokens.shape[1])
-        if shape[0] * shape[1] > _MOST_TOKENS:
+        if shape[0] * shape[1] > piece_tokens(self.model.cfg.d_inner):
             return None
         taped = self._graphs.find(self, shape, layers[0] is not None, carry)
         if taped is None:

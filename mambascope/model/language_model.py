@@ -18,7 +18,7 @@ from mambascope.hooks.run import EditDone, PathTaken, Recorder, Run
 from mambascope.hooks.sites import Clock, Padding, SitePoint
 from mambascope.model.block import Block
 from mambascope.model.generation import GenerateMethods
-from mambascope.model.graphs import Graphs
+from mambascope.model.graphs import Graphs, piece_tokens
 from mambascope.model.head import Output, check_logits, last_positions, mean_loss, next_token_losses, unembed
 from mambascope.model.hooking import HookMethods
 from mambascope.model.inputs import Prepared, check_ids, padding_of, prepare
@@ -29,9 +29,6 @@ from mambascope.model.text import TextMethods
 from mambascope.ops.ready import unwatched
 
 __all__ = ["HookedMamba"]
-
-_PIECE = 16_384
-"""Tokens (batch x length) that a forward without gradient, hooks or cache takes at a time."""
 
 
 class HookedMamba(TextMethods, GenerateMethods, HookMethods):
@@ -183,7 +180,8 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         side. ``state`` continues a text. Returns logits ``B L V`` (the last ``logits_to_keep`` positions), the
         mean next-token loss in nats (``B L-1`` with ``loss_per_token``), both, or None; with
         ``stop_at_layer`` the residual stream entering that block; with ``return_state`` a pair
-        ``(output, State)``. Cost: O(L) in time; without gradient long inputs run in pieces of 16,384 tokens.
+        ``(output, State)``. Cost: O(L) in time; without gradient long inputs run in pieces of 16,384 tokens
+        (more in narrow models).
         ``recorder`` is how ``run_with_cache`` listens in.
         """
         if return_type not in ("logits", "loss", "both", None):
@@ -369,13 +367,14 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
     def _pieces_of(self, entry: "_Entry", run: Run) -> list[tuple[int, int]]:
         """Column ranges to run one after the other, the states carried between them."""
         whole = [(0, entry.length)]
-        if entry.batch * entry.length <= _PIECE or entry.tokens is None or entry.padding is not None:
+        most = piece_tokens(self.cfg.d_inner)
+        if entry.batch * entry.length <= most or entry.tokens is None or entry.padding is not None:
             return whole
         if run.needs_grad or run.recorder is not None:
             return whole
         if not run.quiet and any(cast(SitePoint, point).live for point in self.hook_dict.values()):
             return whole
-        size = max(1, _PIECE // entry.batch)
+        size = max(1, most // entry.batch)
         return [(a, min(a + size, entry.length)) for a in range(0, entry.length, size)]
 
     def check_state(self, state: State, batch: int) -> None:

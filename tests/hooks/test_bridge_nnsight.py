@@ -186,7 +186,8 @@ def test_a_cache_of_nnsight_records_the_points(lm: TracedMamba) -> None:
 
 
 def test_a_long_text_is_not_cut_into_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mambascope.model.language_model._PIECE", 4)
+    monkeypatch.setattr("mambascope.model.graphs._PIECE", 4)
+    monkeypatch.setattr("mambascope.model.graphs._PIECE_WIDTH", 1)
     lm = traced()
     with torch.no_grad():
         _, cache = inner(lm).run_with_cache(TEXT)

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from mambascope.errors import BackendError, InputError
-from mambascope.model import HookedMamba, language_model
+from mambascope.model import HookedMamba, graphs
 from mambascope.model import head as head_module
 from tests.conftest import error, make_model
 
@@ -128,7 +128,8 @@ def test_long_texts_run_in_pieces_with_the_same_numbers(backend: str, monkeypatc
         whole, state = model(tokens, return_state=True)
         loss = model(tokens, return_type="loss", loss_per_token=True)
         last = model(tokens, logits_to_keep=40)
-        monkeypatch.setattr(language_model, "_PIECE", 64)
+        monkeypatch.setattr(graphs, "_PIECE", 64)
+        monkeypatch.setattr(graphs, "_PIECE_WIDTH", 1)
         pieces, end = model(tokens, return_state=True)
         assert error(pieces, whole) < 5e-6
         assert error(end.ssm, state.ssm) < 5e-6

@@ -121,9 +121,8 @@ def test_states_losses_and_last_logits() -> None:
 
 
 def test_long_texts_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mambascope.model import language_model
-
-    monkeypatch.setattr(language_model, "_PIECE", 16)
+    monkeypatch.setattr(graphs, "_PIECE", 16)
+    monkeypatch.setattr(graphs, "_PIECE_WIDTH", 1)
     model = frozen()
     x = ids(1, 75)
     with torch.no_grad():
@@ -291,7 +290,9 @@ def test_recordings_are_few_and_small(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         model(ids(1, 9))
     assert len(model.graphs) == 1
-    monkeypatch.setattr(graphs, "_MOST_TOKENS", 8)
+    monkeypatch.setattr(graphs, "_PIECE", 8)
+    monkeypatch.setattr(graphs, "_PIECE_WIDTH", 1)
+    mask_free = torch.zeros(1, 10, dtype=torch.long)
     for _ in range(3):
-        model(ids(1, 10))
+        model.run_with_cache(mask_free)  # a cache is not cut in pieces
     assert forms(model) == {"fused"}

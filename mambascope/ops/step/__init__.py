@@ -23,7 +23,8 @@ MOST_ROWS = 8
 MOST_STOPS = 16
 _COLUMNS = 2048  # of a tile
 _ENTER, _STATE, _LEAVE, _LOGITS = 8, 32, 8, 16  # rows of a tile
-_WARPS = {"enter": 8, "state": 4, "leave": 8, "logits": 8}
+_WARPS = {"enter": 8, "state": 4, "leave": 8, "logits": 8, "pick": 8}
+_REGISTERS: dict[str, int] = {}  # at most that many a thread, where a kernel would take more than lets all programs run
 _overlap: dict[torch.device, bool] = {}
 
 
@@ -127,6 +128,16 @@ def _padded(n: int) -> int:
     return triton.next_power_of_2(n)
 
 
+def _options(kernel: str, overlap: bool) -> dict[str, Any]:
+    """Triton's options of a launch, and whether it may start early."""
+    found: dict[str, Any] = {"PDL": overlap, "num_warps": _WARPS[kernel]}
+    if overlap:
+        found["launch_pdl"] = True
+    if kernel in _REGISTERS and not INTERPRETED:
+        found["maxnreg"] = _REGISTERS[kernel]
+    return found
+
+
 def layer(w: Layer, resid: Tensor, ssm: Tensor, conv: Tensor, scratch: Scratch, first: bool) -> None:
     """One token through a layer: ``resid`` ``B M``, ``ssm`` ``B D N`` and ``conv`` ``B D K-1`` are updated in place.
 
@@ -138,16 +149,13 @@ def layer(w: Layer, resid: Tensor, ssm: Tensor, conv: Tensor, scratch: Scratch, 
     tiles = triton.cdiv(channels, _ENTER)
     overlap = _overlaps(resid.device)
 
-    def options(pdl: bool, warps: int) -> dict[str, Any]:
-        return {"PDL": pdl, "num_warps": warps} | ({"launch_pdl": True} if pdl else {})
-
     launch(
         enter_kernel, 2 * tiles * batch, resid.device,
         resid, w.norm, w.in_proj, w.in_bias, w.conv, w.conv_bias, conv, w.x_proj, scratch.z, scratch.u, scratch.shares,
         w.eps, batch,
         M=size, D=channels, J=joint, JP=_padded(joint), K=width, KP=_padded(width),
         BR=_ENTER, BK=_columns(size), HAS_IN_BIAS=w.in_bias is not None, HAS_CONV_BIAS=w.conv_bias is not None,
-        **options(overlap and not first, _WARPS["enter"]),
+        **_options("enter", overlap and not first),
     )  # fmt: skip
     launch(
         state_kernel, triton.cdiv(channels, _STATE) * batch, resid.device,
@@ -155,36 +163,34 @@ def layer(w: Layer, resid: Tensor, ssm: Tensor, conv: Tensor, scratch: Scratch, 
         w.mixer_eps or 0.0, batch,
         D=channels, N=states, NP=_padded(states), R=rank, RP=_padded(rank), TILES=tiles,
         TP=_padded(tiles), BD=_STATE, HAS_DT_BIAS=w.dt_bias is not None, NORMED=w.mixer_eps is not None,
-        **options(overlap, _WARPS["state"]),
+        **_options("state", overlap),
     )  # fmt: skip
     launch(
         leave_kernel, triton.cdiv(size, _LEAVE) * batch, resid.device,
         scratch.gated, w.out_proj, w.out_bias, resid, batch,
         M=size, D=channels, BR=_LEAVE, BK=_columns(channels), HAS_OUT_BIAS=w.out_bias is not None,
-        **options(overlap, _WARPS["leave"]),
+        **_options("leave", overlap),
     )  # fmt: skip
 
 
 def head(w: Head, resid: Tensor, logits: Tensor, choice: Choice | None) -> None:
     """Logits ``B V`` of the residual stream; for a greedy ``choice`` also each tile's best token."""
     (batch, size), vocabulary = resid.shape, w.unembed.shape[0]
-    pdl = _overlaps(resid.device)
     best, where = (None, None) if choice is None else (choice.best, choice.where)
     launch(
         logits_kernel, triton.cdiv(vocabulary, _LOGITS) * batch, resid.device,
         resid, w.norm, w.unembed, logits, best, where, w.eps, batch,
         M=size, V=vocabulary, BR=_LOGITS, BK=_columns(size), BEST=choice is not None,
-        PDL=pdl, num_warps=_WARPS["logits"], **({"launch_pdl": True} if pdl else {}),
+        **_options("logits", _overlaps(resid.device)),
     )  # fmt: skip
 
 
 def pick(w: Head, resid: Tensor, choice: Choice) -> None:
     """Choose the most likely tokens of the last `head` and put their embeddings into ``resid``."""
     (batch, size), (vocabulary, tiles) = resid.shape, (w.embed.shape[0], choice.best.shape[1])
-    pdl = _overlaps(resid.device)
     launch(
         pick_kernel, batch, resid.device,
         choice.best, choice.where, choice.stops, choice.done, choice.ids, choice.told, choice.count, w.embed, resid,
         M=size, MP=_padded(size), TILES=tiles, TP=_padded(tiles), V=vocabulary, STOPS=MOST_STOPS,
-        MOST=choice.told.shape[1], PDL=pdl, num_warps=8, **({"launch_pdl": True} if pdl else {}),
+        MOST=choice.told.shape[1], **_options("pick", _overlaps(resid.device)),
     )  # fmt: skip

@@ -360,14 +360,17 @@ def _norm_setup(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _norm_autograd(backend: str) -> Callable[..., Any]:
-    def backward(ctx: Any, dout: Tensor | None, *others: Tensor | None) -> Any:
-        x, weight = ctx.saved_tensors
+    def backward(ctx: Any, dout: Tensor | None, dnormalized: Tensor | None, dscale: Tensor | None) -> Any:
+        x, weight = ctx.saved_tensors  # once: a checkpoint gives them a single time
         if not ctx.expose and weight is not None and dout is not None:
             kernel = norm_kernel(backend, x, weight, dout)
             if kernel is not None:
                 dx, _, dweight = kernel(x, weight, dout, None, ctx.eps)
                 return dx, dweight.to(weight.dtype), None, None
-        return _norm_backward(ctx, dout, *others)
+        if not ctx.expose:  # whatever comes for the empty placeholders
+            dnormalized = dscale = None
+        dx, dweight = norm_gradients(x, weight, dout, ctx.eps, dnormalized, dscale)
+        return dx.to(x.dtype), dweight, None, None
 
     return backward
 
@@ -378,14 +381,6 @@ def norm_kernel(backend: str, *tensors: Tensor) -> Any:
     if found is None or torch.is_grad_enabled() or not unwatched() or not plain(tensors) or not tensors[0].numel():
         return None
     return found
-
-
-def _norm_backward(ctx: Any, dout: Tensor | None, dnormalized: Tensor | None, dscale: Tensor | None) -> Any:
-    x, weight = ctx.saved_tensors
-    if not ctx.expose:  # whatever comes for the empty placeholders
-        dnormalized = dscale = None
-    dx, dweight = norm_gradients(x, weight, dout, ctx.eps, dnormalized, dscale)
-    return dx.to(x.dtype), dweight, None, None
 
 
 def norm_gradients(

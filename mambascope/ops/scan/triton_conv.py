@@ -16,9 +16,9 @@ from mambascope.ops.scan.triton_replay import replayed
 
 __all__ = ["conv_backward", "conv_forward"]
 
-_STEPS, _CHANNELS = 16, 64  # one program's tile
+_STEPS, _CHANNELS = 64, 64  # one program's tile
 _WALKED = 4  # taps that are kept in registers
-_WIDE, _ENOUGH = 256, 8  # channels of a walking program; programs a multiprocessor
+_WIDE, _ENOUGH = 256, 16  # bytes of a step that a walking program takes; programs a multiprocessor
 _SUMS, _TERMS = 32, 64  # entries of a sum a program, terms at a time: few entries, many terms
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -296,7 +296,8 @@ def conv_forward(
         options = {"BT": _STEPS, "BD": _CHANNELS, **_OPTIONS}
         launch(_conv_kernel, _programs(x), x.device, *arguments, **flags, **options)
         return y, new_state
-    block, many = min(_WIDE, max(32, triton.next_power_of_2(channels))), _ENOUGH * processor_count(x.device)
+    block = min(_WIDE // x.element_size(), max(32, triton.next_power_of_2(channels)))
+    many = _ENOUGH * processor_count(x.device)
     columns = batch * triton.cdiv(channels, block)
     steps = next((n for n in (64, 32, 16) if columns * triton.cdiv(length, n) >= many), 8)
     options = {"BT": steps, "BD": block, "num_warps": 1, "enable_fp_fusion": False}

@@ -16,11 +16,13 @@ from mambascope.ops.scan.triton_replay import replayed
 
 __all__ = ["conv_backward", "conv_forward"]
 
-_STEPS, _CHANNELS = 64, 64  # one program's tile
+_STEPS, _CHANNELS = 16, 64  # one program's tile, forward
+_BACK = 64  # steps of a tile of the backward
 _WALKED = 4  # taps that are kept in registers
 _WIDE, _ENOUGH = 256, 16  # bytes of a step that a walking program takes; programs a multiprocessor
 _SUMS, _TERMS = 32, 64  # entries of a sum a program, terms at a time: few entries, many terms
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+_BACK_OPTIONS = {"num_warps": 16, "enable_fp_fusion": False}
 
 
 @triton.jit
@@ -267,9 +269,9 @@ def _conv_input_kernel(
             tl.store(dstate + at_state + (t + K - 1), total.to(dstate.dtype.element_ty), mask=before)
 
 
-def _programs(x: Tensor) -> int:
+def _programs(x: Tensor, steps: int) -> int:
     batch, length, channels = x.shape
-    return batch * triton.cdiv(length, _STEPS) * triton.cdiv(channels, _CHANNELS)
+    return batch * triton.cdiv(length, steps) * triton.cdiv(channels, _CHANNELS)
 
 
 @replayed(tensors=5)
@@ -294,7 +296,7 @@ def conv_forward(
     arguments = (x, weight, bias, state, lengths, y, new_state, *strides(x), length, channels)
     if width > _WALKED:
         options = {"BT": _STEPS, "BD": _CHANNELS, **_OPTIONS}
-        launch(_conv_kernel, _programs(x), x.device, *arguments, **flags, **options)
+        launch(_conv_kernel, _programs(x, _STEPS), x.device, *arguments, **flags, **options)
         return y, new_state
     block = min(_WIDE // x.element_size(), max(32, triton.next_power_of_2(channels)))
     many = _ENOUGH * processor_count(x.device)
@@ -328,19 +330,19 @@ def conv_backward(
         return torch.empty(shape, dtype=torch.float32, device=x.device)
 
     pre = new(*x.shape) if silu else dy
-    parts = batch * triton.cdiv(length, _STEPS)
+    parts = batch * triton.cdiv(length, _BACK)
     dweight = new(parts, channels, width)
     dbias = None if bias is None else new(parts, channels)
-    flags: dict[str, Any] = {"K": width, "HAS_STATE": state is not None and width > 1, "BT": _STEPS, "BD": _CHANNELS}
+    flags: dict[str, Any] = {"K": width, "HAS_STATE": state is not None and width > 1, "BT": _BACK, "BD": _CHANNELS}
     pointers = (x, weight, bias, state, dy, pre, dweight, dbias)
     own = {"HAS_BIAS": bias is not None, "SILU": silu}
     arguments = (*pointers, *strides(x, dy), length, channels)
-    launch(_conv_weight_kernel, _programs(x), x.device, *arguments, **flags, **own, **_OPTIONS)
+    launch(_conv_weight_kernel, _programs(x, _BACK), x.device, *arguments, **flags, **own, **_BACK_OPTIONS)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dbefore = None if state is None else torch.empty(state.shape, dtype=state.dtype, device=x.device)
     own = {"HAS_DNEW": dnew is not None and width > 1, "HAS_LENGTHS": lengths is not None}
     arguments = (weight, lengths, pre, dnew, dx, dbefore, *strides(pre), length, channels)
-    launch(_conv_input_kernel, _programs(x), x.device, *arguments, **flags, **own, **_OPTIONS)
+    launch(_conv_input_kernel, _programs(x, _BACK), x.device, *arguments, **flags, **own, **_BACK_OPTIONS)
     sums = new(channels, width), None if dbias is None else new(channels)
     programs = triton.cdiv(channels * width, _SUMS) + (0 if dbias is None else triton.cdiv(channels, _SUMS))
     flags = {"HAS_BIAS": dbias is not None, "TERMS": _TERMS, "BLOCK": _SUMS}

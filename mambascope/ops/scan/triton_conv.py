@@ -17,12 +17,12 @@ from mambascope.ops.scan.triton_replay import replayed
 __all__ = ["conv_backward", "conv_forward"]
 
 _STEPS, _CHANNELS = 16, 64  # one program's tile, forward
-_BACK = 64  # steps of a tile of the backward
+_BACK = 32  # steps of a tile of the backward
 _WALKED = 4  # taps that are kept in registers
 _WIDE, _ENOUGH = 256, 16  # bytes of a step that a walking program takes; programs a multiprocessor
 _SUMS, _TERMS = 32, 64  # entries of a sum a program, terms at a time: few entries, many terms
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-_BACK_OPTIONS = {"num_warps": 16, "enable_fp_fusion": False}
+_BACK_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
 
 @triton.jit

@@ -1,15 +1,17 @@
 """The unembedding: logits where they are asked for, and a loss that never holds length x vocabulary."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mambascope import ops
 from mambascope.errors import InputError
 from mambascope.hooks.sites import Padding
 from mambascope.memory import require_bytes
+from mambascope.model.mixer import watched
 
 if TYPE_CHECKING:
     from mambascope.model.language_model import HookedMamba
@@ -35,7 +37,13 @@ def check_logits(model: "HookedMamba", rows: int) -> None:
 
 def unembed(model: "HookedMamba", normed: Tensor) -> Tensor:
     """Logits ``… V`` of the normalised residual."""
-    return model.unembed(normed.reshape(-1, normed.shape[-1])).view(*normed.shape[:-1], -1)
+    head, rows = model.unembed, normed.reshape(-1, normed.shape[-1])
+    if type(head) is nn.Linear and not watched(head):
+        backend, _ = ops.resolve_backend(model.backend, rows.device, rows.dtype)
+        logits = ops.linear(rows, head.weight, head.bias, backend=cast(ops.Backend, backend))
+    else:
+        logits = head(rows)
+    return logits.view(*normed.shape[:-1], -1)
 
 
 def last_positions(x: Tensor, keep: int, padding: Padding | None) -> Tensor:
@@ -62,7 +70,7 @@ def next_token_losses(model: "HookedMamba", normed: Tensor, targets: Tensor) -> 
     size = max(1, _CHUNK // model.cfg.d_vocab)
 
     def chunk(x: Tensor, y: Tensor) -> Tensor:
-        logits = model.unembed(x)
+        logits = unembed(model, x)
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         return F.cross_entropy(logits, y, reduction="none")
 

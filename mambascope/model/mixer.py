@@ -16,7 +16,7 @@ from mambascope.hooks.state_point import StatePoint
 from mambascope.model.recurrence import Inputs, Points, anchors_of, run_recurrence
 from mambascope.model.state import MambaState
 
-__all__ = ["MambaMixer"]
+__all__ = ["MambaMixer", "watched"]
 
 _ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "identity": lambda x: x}
 
@@ -100,7 +100,7 @@ class MambaMixer(nn.Module):
     def forward(self, r: Tensor, run: Run, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
         """Mix the normalised residual ``B L M``; the output ``B L M`` and the state after the last real token."""
         D = self.cfg.d_inner
-        xz = _project(r, self.in_proj)  # B L 2D
+        xz = _project(r, self.in_proj, run.backend)  # B L 2D
         x = run.emit(self.hook_x, xz[..., :D])
         z = run.emit(self.hook_gate_in, xz[..., D:])
         u, conv_state = self._conv(x, run, state)
@@ -109,7 +109,7 @@ class MambaMixer(nn.Module):
         u_write = run.emit(self.hook_u_write, u, fork=True)
         u_skip = run.emit(self.hook_u_skip, u, fork=True)
         dt_low, B, C = self._select(u_select, run)
-        raw = _project(dt_low, self.dt_proj)  # B L D
+        raw = _project(dt_low, self.dt_proj, run.backend)  # B L D
         raw = run.emit(self.hook_delta_raw, raw)
         h0 = state.ssm if state is not None else None
         why = self._why_open(run, u_write, u_skip)
@@ -118,7 +118,7 @@ class MambaMixer(nn.Module):
         else:
             gated, h_last = self._fused(raw, u_write, B, C, z, h0, run)
         gated = run.emit(self.hook_gated, gated)
-        out = _project(gated, self.out_proj)  # B L M
+        out = _project(gated, self.out_proj, run.backend)  # B L M
         return out, MambaState(h_last, conv_state)
 
     def _conv(self, x: Tensor, run: Run, state: MambaState | None) -> tuple[Tensor, Tensor]:
@@ -150,7 +150,7 @@ class MambaMixer(nn.Module):
 
     def _select(self, u: Tensor, run: Run) -> tuple[Tensor, Tensor, Tensor]:
         cfg = self.cfg
-        dt_low, B, C = _project(u, self.x_proj).split([cfg.dt_rank, cfg.d_state, cfg.d_state], -1)
+        dt_low, B, C = _project(u, self.x_proj, run.backend).split([cfg.dt_rank, cfg.d_state, cfg.d_state], -1)
         if cfg.mixer_norm_eps is not None:  # Falcon-Mamba (2410.05355): weightless RMSNorm of all three
             dt_low, B, C = (
                 ops.rms_norm(v, None, cfg.mixer_norm_eps, backend=run.backend).out.to(u.dtype) for v in (dt_low, B, C)
@@ -230,19 +230,17 @@ class MambaMixer(nn.Module):
         return (total * self._activate(z, run).to(total.dtype)).to(z.dtype), h_last
 
 
-def _project(x: Tensor, linear: nn.Module) -> Tensor:
+def _project(x: Tensor, linear: nn.Module, backend: ops.Backend) -> Tensor:
     """x W^T + b for ``B L *`` with any row stride, as one matrix product over all B*L rows.
 
     A module that was exchanged (adapters do that) or that carries hooks of torch's own is called as it is.
     """
-    if not isinstance(linear, nn.Linear) or type(linear) is not nn.Linear or _watched(linear):
+    if not isinstance(linear, nn.Linear) or type(linear) is not nn.Linear or watched(linear):
         return linear(x)
-    rows, weight, bias = x.reshape(-1, x.shape[-1]), linear.weight, linear.bias
-    out = torch.addmm(bias, rows, weight.t()) if bias is not None else torch.mm(rows, weight.t())
-    return out.view(*x.shape[:-1], weight.shape[0])
+    return ops.linear(x, linear.weight, linear.bias, backend=backend)
 
 
-def _watched(module: nn.Module) -> bool:
+def watched(module: nn.Module) -> bool:
     """Whether somebody hooked this module itself or replaced its forward."""
     return _hooked(module) or "forward" in module.__dict__
 

@@ -91,25 +91,22 @@ def _mix(
     mixer: MambaMixer, r: Tensor, state: MambaState | None, A: Tensor, backend: ops.Backend, boundaries: int | None
 ) -> tuple[Tensor, MambaState, ops.ScanOutput]:
     modules, cfg = mixer._modules, mixer.cfg
-    xz = _linear(r, modules["in_proj"])  # B L 2D
+    xz = _linear(r, modules["in_proj"], backend)  # B L 2D
     x, z = xz[..., : cfg.d_inner], xz[..., cfg.d_inner :]
     taps = cast(Any, modules["conv1d"])._parameters
     conv_in, h0 = (None, None) if state is None else (state.conv, state.ssm)
     u, conv_state = ops.causal_conv(x, taps["weight"], taps["bias"], activation="silu", state=conv_in, backend=backend)
-    dt_low, B, C = _linear(u, modules["x_proj"]).split([cfg.dt_rank, cfg.d_state, cfg.d_state], -1)
+    dt_low, B, C = _linear(u, modules["x_proj"], backend).split([cfg.dt_rank, cfg.d_state, cfg.d_state], -1)
     if cfg.mixer_norm_eps is not None:
         dt_low, B, C = (
             ops.rms_norm(v, None, cfg.mixer_norm_eps, backend=backend).out.to(u.dtype) for v in (dt_low, B, C)
         )
-    raw = _linear(dt_low, modules["dt_proj"])  # B L D
+    raw = _linear(dt_low, modules["dt_proj"], backend)  # B L D
     D = cast(Tensor, mixer._parameters["D"])
     scan = ops.selective_scan(u, raw, A, B, C, D, z, dt_softplus=True, h0=h0, boundaries=boundaries, backend=backend)
-    return _linear(scan.y, modules["out_proj"]), MambaState(scan.h_last, conv_state), scan
+    return _linear(scan.y, modules["out_proj"], backend), MambaState(scan.h_last, conv_state), scan
 
 
-def _linear(x: Tensor, linear: Any) -> Tensor:
-    """As the mixer's own: one matrix product over all B*L rows."""
-    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-    rows = x.reshape(-1, x.shape[-1])
-    out = torch.addmm(bias, rows, weight.t()) if bias is not None else torch.mm(rows, weight.t())
-    return out.view(*x.shape[:-1], weight.shape[0])
+def _linear(x: Tensor, linear: Any, backend: ops.Backend) -> Tensor:
+    """As the mixer's own."""
+    return ops.linear(x, linear._parameters["weight"], linear._parameters["bias"], backend=backend)

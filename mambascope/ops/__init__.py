@@ -7,6 +7,7 @@ from mambascope.ops.compat import selective_scan_fn
 from mambascope.ops.conv import ConvOutput, causal_conv
 from mambascope.ops.dispatch import BACKENDS, Backend, resolve_backend
 from mambascope.ops.elementwise import gate, silu, softplus
+from mambascope.ops.linear import linear
 from mambascope.ops.maps import KernelRow, kernel_column, kernel_map, kernel_row, over_channels
 from mambascope.ops.norm import AddNormOutput, NormOutput, add_norm, rms_norm
 from mambascope.ops.scan import ScanOutput, linear_scan, selective_scan, state_window, window_dot
@@ -27,6 +28,7 @@ __all__ = [
     "kernel_column",
     "kernel_map",
     "kernel_row",
+    "linear",
     "linear_scan",
     "over_channels",
     "resolve_backend",

@@ -52,7 +52,7 @@ class Driver:
 
 driver.set_active(Driver())
 torch.cuda.current_device = lambda: 0
-from mambascope.ops.scan import triton, triton_conv, triton_launch, triton_layers, triton_norm, triton_window
+from mambascope.ops.scan import triton, triton_conv, triton_launch, triton_layers, triton_matmul, triton_norm, triton_window
 
 
 class Gpu:
@@ -63,7 +63,7 @@ def launch(kernel, programs, device, *arguments, **options):
     triton_launch.launch(kernel, programs, Gpu, *arguments, **options)
 
 
-for module in (triton, triton_conv, triton_layers, triton_norm, triton_window):
+for module in (triton, triton_conv, triton_layers, triton_matmul, triton_norm, triton_window):
     module.launch, module.check = launch, lambda *a, **k: None
 triton.processor_count = lambda device: 132
 
@@ -98,7 +98,13 @@ def layers(dtype):
     triton.window_dot(*window, torch.empty(1, 1, 96, 16).expand(*x.shape, 16))
 
 
+def products():
+    for rows in (200, 4096):
+        triton.linear_forward(torch.empty(rows, 768), torch.empty(3072, 768), torch.empty(3072) if rows > 200 else None)
+
+
 def all_of_it():
+    products()
     scan(1, 256, 512, 16, 32, torch.bfloat16, True)
     scan(96, 8, 1536, 16, 32, torch.float32, False)
     scan(1, 200, 40, 7, 100, torch.float16, True)

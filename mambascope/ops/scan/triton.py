@@ -29,6 +29,7 @@ from mambascope.ops.scan.triton_layers import (
     silu_forward,
     softplus_forward,
 )
+from mambascope.ops.scan.triton_matmul import linear_forward, serves
 from mambascope.ops.scan.triton_norm import norm_backward
 from mambascope.ops.scan.triton_replay import replayed
 from mambascope.ops.scan.triton_table import BackwardPlan, ForwardPlan, backward_plan, forward_plan, padded
@@ -43,11 +44,13 @@ __all__ = [
     "forward_plan_of",
     "gate_forward",
     "hopper",
+    "linear_forward",
     "norm_backward",
     "norm_forward",
     "preferred_interval",
     "scan_backward",
     "scan_forward",
+    "serves",
     "silu_forward",
     "softplus_forward",
     "state_window",

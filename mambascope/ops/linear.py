@@ -1,4 +1,4 @@
-"""The model's matrix products: torch's, but for float32 on Hopper GPUs: three TF32 terms are faster and nearer there."""
+"""The model's matrix products: torch's; for float32 on Hopper GPUs three TF32 terms, faster and nearer."""
 
 import torch
 from torch import Tensor

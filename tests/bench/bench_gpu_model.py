@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mambascope import ops
 from mambascope.config import MambaConfig
 from mambascope.model import HookedMamba, State
 
@@ -211,6 +212,15 @@ def gate_steps(gate: Gate, dtype: torch.dtype) -> None:
     gate.need(f"{dtype} greedy text", bool((model.generate(x, 12) == ordinary).float().mean() > 0.9))
 
 
+@torch.no_grad()
+def gate_products(gate: Gate) -> None:
+    """The model's float32 products against float64: no further off than 1e-6 of the largest entry."""
+    for rows, depth, width in ((2048, WIDTH, 2 * INNER), (1999, INNER, WIDTH), (300, WIDTH, VOCAB)):
+        x, w = torch.randn(rows, depth, device=DEVICE), torch.randn(width, depth, device=DEVICE)
+        found = relative(ops.linear(x, w, backend="triton"), x.double() @ w.double().t())
+        gate.need(f"fp32 product {rows} x {depth} x {width}, error {found:.1e}", found <= 1e-6)
+
+
 class Products:
     """The model's own matrix products, replayed as one graph: the floor."""
 
@@ -362,6 +372,7 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         gate_graphs(gate, dtype)
         gate_steps(gate, dtype)
+    gate_products(gate)
     took = time.perf_counter() - begin
     print(f"gate: {'passed' if gate.good else 'FAILED'}, {gate.count} comparisons, {took:.1f} s", flush=True)
     if not gate.good and not options.anyway:

@@ -52,7 +52,8 @@ class Driver:
 
 driver.set_active(Driver())
 torch.cuda.current_device = lambda: 0
-from mambascope.ops.scan import triton, triton_conv, triton_launch, triton_layers, triton_matmul, triton_norm, triton_window
+from mambascope.ops.scan import triton, triton_conv, triton_launch, triton_layers, triton_matmul, triton_norm
+from mambascope.ops.scan import triton_window
 
 
 class Gpu:

@@ -39,6 +39,10 @@ class Scope(Protocol):
         """Run one block without hooks, for ``recorder`` to watch; the residual stream that leaves it."""
         ...
 
+    def scan_inputs(self, layer: int, resid: Tensor, state: Any, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+        """u, delta and B of one block on its input, without hooks and without the rest of the block."""
+        ...
+
     def norm_weight(self, layer: int) -> Tensor:
         """The weight of the norm before block ``layer``; ``n_layers`` means the final norm."""
         ...

@@ -467,16 +467,27 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
 
         The residual stream that leaves it, ``B L M``, without gradient.
         """
-        try:
-            name, _ = ops.resolve_backend(backend, self.device, self.dtype)
-        except BackendError:  # recorded on another machine
-            name, _ = ops.resolve_backend(self.backend, self.device, self.dtype)
-        run = Run(cast(ops.Backend, name), "replayed for the cache", Clock(), False, recorder, padding)
+        run = self._replaying(backend, recorder, padding)
         path = cast(Block, self.blocks[layer]).mixer.path
         with torch.no_grad():
             out, _ = cast(Block, self.blocks[layer])(resid, run, state)
         cast(Block, self.blocks[layer]).mixer.path = path
         return out
+
+    def scan_inputs(
+        self, layer: int, resid: Tensor, state: MambaState | None, backend: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """u, delta ``B L D`` and B ``B L N`` of one block on its input, without hooks and without the rest of it."""
+        block, run = cast(Block, self.blocks[layer]), self._replaying(backend, None, None)
+        with torch.no_grad():
+            return block.mixer.scan_inputs(block.norm(resid, run), run, state)
+
+    def _replaying(self, backend: str, recorder: Recorder | None, padding: Padding | None) -> Run:
+        try:
+            name, _ = ops.resolve_backend(backend, self.device, self.dtype)
+        except BackendError:  # recorded on another machine
+            name, _ = ops.resolve_backend(self.backend, self.device, self.dtype)
+        return Run(cast(ops.Backend, name), "replayed for the cache", Clock(), False, recorder, padding)
 
 
 @dataclass(frozen=True)

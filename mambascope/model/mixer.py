@@ -121,6 +121,13 @@ class MambaMixer(nn.Module):
         out = _project(gated, self.out_proj, run.backend)  # B L M
         return out, MambaState(h_last, conv_state)
 
+    def scan_inputs(self, r: Tensor, run: Run, state: MambaState | None) -> tuple[Tensor, Tensor, Tensor]:
+        """u, delta ``B L D`` and B ``B L N``: what the state's recurrence reads, and no more of the mixer."""
+        x = _project(r, self.in_proj, run.backend)[..., : self.cfg.d_inner]  # B L D
+        u, _ = self._conv(x, run, state)
+        dt_low, B, _ = self._select(u, run)
+        return u, ops.softplus(_project(dt_low, self.dt_proj, run.backend), backend=run.backend), B
+
     def _conv(self, x: Tensor, run: Run, state: MambaState | None) -> tuple[Tensor, Tensor]:
         conv = self.conv1d
         if type(conv) is not nn.Conv1d or _hooked(conv):

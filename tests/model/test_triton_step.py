@@ -103,6 +103,8 @@ def test_wide_layers_take_several_tiles_of_columns(monkeypatch: pytest.MonkeyPat
     with torch.no_grad():
         want = eager(model, lambda: model(x))
         monkeypatch.setattr(step, "_COLUMNS", 16)
+        monkeypatch.setattr(step, "_TILE", 2)
+        assert step._columns(40) == {"BK": 8, "PRE": 2}  # five tiles, two of them loaded ahead
         state = None
         for t in range(3):
             logits, state = model.step(x[:, t], state)

@@ -21,7 +21,8 @@ __all__ = ["MOST_ROWS", "MOST_STOPS", "Choice", "Head", "Layer", "Scratch", "hea
 
 MOST_ROWS = 8
 MOST_STOPS = 16
-_COLUMNS = 2048  # of a tile
+_COLUMNS = 2048  # of a row that are loaded ahead
+_TILE = 256  # columns of a tile of such a row, a quarter of those of a longer one
 _ENTER, _STATE, _LEAVE, _LOGITS = 8, 32, 8, 16  # rows of a tile
 _WARPS = {"enter": 8, "state": 4, "leave": 8, "logits": 8, "pick": 8}
 _REGISTERS: dict[str, int] = {}  # at most that many a thread, where a kernel would take more than lets all programs run
@@ -120,8 +121,10 @@ def _overlaps(device: torch.device) -> bool:
     return _overlap[device]
 
 
-def _columns(n: int) -> int:
-    return min(_COLUMNS, triton.next_power_of_2(n))
+def _columns(n: int) -> dict[str, int]:
+    """Columns of a tile, a warp's worth of 16-byte loads where rows are short, and tiles that are loaded ahead."""
+    columns = min(_TILE if n <= _COLUMNS else 4 * _TILE, triton.next_power_of_2(n))
+    return {"BK": columns, "PRE": max(1, min(-(-n // columns), _COLUMNS // columns))}
 
 
 def _padded(n: int) -> int:
@@ -154,7 +157,7 @@ def layer(w: Layer, resid: Tensor, ssm: Tensor, conv: Tensor, scratch: Scratch, 
         resid, w.norm, w.in_proj, w.in_bias, w.conv, w.conv_bias, conv, w.x_proj, scratch.z, scratch.u, scratch.shares,
         w.eps, batch,
         M=size, D=channels, J=joint, JP=_padded(joint), K=width, KP=_padded(width),
-        BR=_ENTER, BK=_columns(size), HAS_IN_BIAS=w.in_bias is not None, HAS_CONV_BIAS=w.conv_bias is not None,
+        BR=_ENTER, **_columns(size), HAS_IN_BIAS=w.in_bias is not None, HAS_CONV_BIAS=w.conv_bias is not None,
         **_options("enter", overlap and not first),
     )  # fmt: skip
     launch(
@@ -168,7 +171,7 @@ def layer(w: Layer, resid: Tensor, ssm: Tensor, conv: Tensor, scratch: Scratch, 
     launch(
         leave_kernel, triton.cdiv(size, _LEAVE) * batch, resid.device,
         scratch.gated, w.out_proj, w.out_bias, resid, batch,
-        M=size, D=channels, BR=_LEAVE, BK=_columns(channels), HAS_OUT_BIAS=w.out_bias is not None,
+        M=size, D=channels, BR=_LEAVE, **_columns(channels), HAS_OUT_BIAS=w.out_bias is not None,
         **_options("leave", overlap),
     )  # fmt: skip
 
@@ -180,7 +183,7 @@ def head(w: Head, resid: Tensor, logits: Tensor, choice: Choice | None) -> None:
     launch(
         logits_kernel, triton.cdiv(vocabulary, _LOGITS) * batch, resid.device,
         resid, w.norm, w.unembed, logits, best, where, w.eps, batch,
-        M=size, V=vocabulary, BR=_LOGITS, BK=_columns(size), BEST=choice is not None,
+        M=size, V=vocabulary, BR=_LOGITS, **_columns(size), BEST=choice is not None,
         **_options("logits", _overlaps(resid.device)),
     )  # fmt: skip
 

@@ -30,29 +30,60 @@ __all__ = ["enter_kernel", "leave_kernel", "logits_kernel", "pick_kernel", "stat
 
 
 @triton.jit
+def _tile(matrix, at_rows, rows_in, k, c: tl.constexpr, N: tl.constexpr, BK: tl.constexpr):
+    """Columns [c BK, (c + 1) BK) of some rows; ``k`` are the first BK, once for each row."""
+    at = k + c * BK
+    return tl.load(matrix + at_rows + at, mask=rows_in & (at < N), other=0.0)
+
+
+@triton.jit
+def _part(vector, k, c: tl.constexpr, N: tl.constexpr, BK: tl.constexpr):
+    """The same columns of a vector, loaded once for each row, so that no warp waits for another."""
+    at = k + c * BK
+    return tl.load(vector + at, mask=at < N, other=0.0)
+
+
+@triton.jit
+def _ahead(matrix, at_rows, rows_in, k, N: tl.constexpr, BK: tl.constexpr, PRE: tl.constexpr):
+    """The first PRE tiles."""
+    tiles = ()
+    for c in tl.static_range(PRE):
+        tiles = tiles + (_tile(matrix, at_rows, rows_in, k, c, N, BK),)  # noqa: RUF005 - what Triton understands
+    return tiles
+
+
+@triton.jit
+def _parts_ahead(vector, k, N: tl.constexpr, BK: tl.constexpr, PRE: tl.constexpr):
+    parts = ()
+    for c in tl.static_range(PRE):
+        parts = parts + (_part(vector, k, c, N, BK),)  # noqa: RUF005
+    return parts
+
+
+@triton.jit
 def _normed_product(
-    first, weight, matrix, at_rows, rows_in, x, norm, eps, M: tl.constexpr, BK: tl.constexpr,
+    tiles, norms, matrix, at_rows, rows_in, k, x, norm, eps, N: tl.constexpr, BK: tl.constexpr, PRE: tl.constexpr,
 ):  # fmt: skip
-    """Σ_k matrix[row, k] · x[k] norm[k] / sqrt(mean(x²) + eps); ``first`` and ``weight`` hold the first BK columns."""
-    k = tl.arange(0, BK)[None, :] + at_rows * 0  # one x for each row: no exchange between warps
-    v = tl.load(x + k, mask=k < M, other=0.0).to(tl.float32)
-    total = tl.sum(first.to(tl.float32) * (v * weight), axis=1)
-    squares = tl.sum(v * v, axis=1)
-    for c in tl.static_range(1, (M + BK - 1) // BK):
-        more = k + c * BK
-        inside = more < M
-        w = tl.load(matrix + at_rows + more, mask=rows_in & inside, other=0.0).to(tl.float32)
-        v = tl.load(x + more, mask=inside, other=0.0).to(tl.float32)
-        total += tl.sum(w * (v * tl.load(norm + more, mask=inside, other=0.0).to(tl.float32)), axis=1)
-        squares += tl.sum(v * v, axis=1)
-    return total / tl.sqrt_rn(squares / M + eps)
+    """Σ_k matrix[row, k] · x[k] norm[k] / sqrt(mean(x²) + eps); ``tiles`` and ``norms`` hold the first PRE tiles."""
+    v = _part(x, k, 0, N, BK).to(tl.float32)
+    total = tiles[0].to(tl.float32) * (v * norms[0].to(tl.float32))
+    squares = v * v
+    for c in tl.static_range(1, (N + BK - 1) // BK):
+        v = _part(x, k, c, N, BK).to(tl.float32)
+        if c < PRE:
+            total += tiles[c].to(tl.float32) * (v * norms[c].to(tl.float32))
+        else:
+            w = _tile(matrix, at_rows, rows_in, k, c, N, BK).to(tl.float32)
+            total += w * (v * _part(norm, k, c, N, BK).to(tl.float32))
+        squares += v * v
+    return tl.sum(total, axis=1) / tl.sqrt_rn(tl.sum(squares, axis=1) / N + eps)
 
 
 @triton.jit(do_not_specialize=["batch"])
 def enter_kernel(
     resid, norm, in_proj, in_bias, conv, conv_bias, conv_state, x_proj, z, u, shares, eps, batch,
     M: tl.constexpr, D: tl.constexpr, J: tl.constexpr, JP: tl.constexpr, K: tl.constexpr,
-    KP: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    KP: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, PRE: tl.constexpr,
     HAS_IN_BIAS: tl.constexpr, HAS_CONV_BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of BR channels, first of x, then of z; rows of the batch innermost."""
@@ -65,11 +96,11 @@ def enter_kernel(
     d = tile * BR + tl.arange(0, BR)
     inside = d < D
     row = tl.where(is_x, d, d + D)
-    k = tl.arange(0, BK)[None, :]
+    k = tl.arange(0, BK)[None, :] + (d * 0)[:, None]
     at_rows = row.to(tl.int64)[:, None] * M
     rows_in = inside[:, None]
-    first = tl.load(in_proj + at_rows + k, mask=rows_in & (k < M), other=0.0)
-    weight = tl.load(norm + (k + at_rows * 0), mask=(k < M) & rows_in, other=0.0).to(tl.float32)
+    tiles_in = _ahead(in_proj, at_rows, rows_in, k, M, BK, PRE)
+    norms = _parts_ahead(norm, k, M, BK, PRE)
     kind = z.dtype.element_ty
     x = resid + b * M
     if is_x:
@@ -86,7 +117,7 @@ def enter_kernel(
             bias = tl.load(conv_bias + d, mask=inside, other=0.0).to(tl.float32)
         if PDL:
             gdc_wait()
-        x_in = _normed_product(first, weight, in_proj, at_rows, rows_in, x, norm, eps, M, BK)
+        x_in = _normed_product(tiles_in, norms, in_proj, at_rows, rows_in, k, x, norm, eps, M, BK, PRE)
         if HAS_IN_BIAS:
             x_in += tl.load(in_bias + row, mask=inside, other=0.0).to(tl.float32)
         x_now = x_in.to(kind)
@@ -105,7 +136,7 @@ def enter_kernel(
     else:
         if PDL:
             gdc_wait()
-        z_out = _normed_product(first, weight, in_proj, at_rows, rows_in, x, norm, eps, M, BK)
+        z_out = _normed_product(tiles_in, norms, in_proj, at_rows, rows_in, k, x, norm, eps, M, BK, PRE)
         if HAS_IN_BIAS:
             z_out += tl.load(in_bias + row, mask=inside, other=0.0).to(tl.float32)
         tl.store(z + b * D + d, z_out.to(kind), mask=inside)
@@ -180,7 +211,7 @@ def state_kernel(
 def leave_kernel(
     gated, out_proj, out_bias, resid, batch,
     M: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
-    HAS_OUT_BIAS: tl.constexpr, PDL: tl.constexpr,
+    PRE: tl.constexpr, HAS_OUT_BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of BR entries of the residual stream, which are added to in place; rows of the batch innermost."""
     if PDL:
@@ -189,18 +220,21 @@ def leave_kernel(
     m = (tl.program_id(0) // batch) * BR + tl.arange(0, BR)
     inside = m < M
     at_rows = m.to(tl.int64)[:, None] * D
-    k = tl.arange(0, BK)[None, :] + at_rows * 0
+    k = tl.arange(0, BK)[None, :] + (m * 0)[:, None]
     rows_in = inside[:, None]
-    first = tl.load(out_proj + at_rows + k, mask=rows_in & (k < D), other=0.0)
+    tiles = _ahead(out_proj, at_rows, rows_in, k, D, BK, PRE)
     if PDL:
         gdc_wait()
     before = tl.load(resid + b * M + m, mask=inside, other=0.0)
-    v = tl.load(gated + b * D + k, mask=k < D, other=0.0).to(tl.float32)
-    total = tl.sum(first.to(tl.float32) * v, axis=1)
+    x = gated + b * D
+    total = tiles[0].to(tl.float32) * _part(x, k, 0, D, BK).to(tl.float32)
     for c in tl.static_range(1, (D + BK - 1) // BK):
-        more = k + c * BK
-        w = tl.load(out_proj + at_rows + more, mask=rows_in & (more < D), other=0.0).to(tl.float32)
-        total += tl.sum(w * tl.load(gated + b * D + more, mask=more < D, other=0.0).to(tl.float32), axis=1)
+        if c < PRE:
+            total += tiles[c].to(tl.float32) * _part(x, k, c, D, BK).to(tl.float32)
+        else:
+            w = _tile(out_proj, at_rows, rows_in, k, c, D, BK).to(tl.float32)
+            total += w * _part(x, k, c, D, BK).to(tl.float32)
+    total = tl.sum(total, axis=1)
     if HAS_OUT_BIAS:
         total += tl.load(out_bias + m, mask=inside, other=0.0).to(tl.float32)
     after = before.to(tl.float32) + total.to(gated.dtype.element_ty).to(tl.float32)
@@ -212,7 +246,7 @@ def leave_kernel(
 def logits_kernel(
     resid, norm, unembed, logits, best, where, eps, batch,
     M: tl.constexpr, V: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
-    BEST: tl.constexpr, PDL: tl.constexpr,
+    PRE: tl.constexpr, BEST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: tiles of BR tokens, rows of the batch innermost. With BEST each tile's largest logit and its token,
     ``B tiles``; NaN is the largest."""
@@ -222,15 +256,15 @@ def logits_kernel(
     tile = tl.program_id(0) // batch
     v = tile * BR + tl.arange(0, BR)
     inside = v < V
-    k = tl.arange(0, BK)[None, :]
+    k = tl.arange(0, BK)[None, :] + (v * 0)[:, None]
     at_rows = v.to(tl.int64)[:, None] * M
     rows_in = inside[:, None]
-    first = tl.load(unembed + at_rows + k, mask=rows_in & (k < M), other=0.0)
-    weight = tl.load(norm + (k + at_rows * 0), mask=(k < M) & rows_in, other=0.0).to(tl.float32)
+    rows_ahead = _ahead(unembed, at_rows, rows_in, k, M, BK, PRE)
+    norms = _parts_ahead(norm, k, M, BK, PRE)
     if PDL:
         gdc_wait()
     tiles: tl.constexpr = (V + BR - 1) // BR
-    value = _normed_product(first, weight, unembed, at_rows, rows_in, resid + b * M, norm, eps, M, BK)
+    value = _normed_product(rows_ahead, norms, unembed, at_rows, rows_in, k, resid + b * M, norm, eps, M, BK, PRE)
     value = value.to(logits.dtype.element_ty)
     tl.store(logits + b * V + v, value, mask=inside)
     if BEST:

@@ -43,6 +43,17 @@ def token(dtype, batch, size, channels, states, rank, width, vocabulary, full):
         step.pick(head, resid, choice)
 
 
+from mambascope.ops.scan import triton_keep
+from mambascope.ops.scan.triton_keep import Place
+
+triton_keep.launch = launch
+for kind in (torch.float32, torch.bfloat16):
+    address, x = torch.zeros(1, dtype=torch.int64), torch.empty(2, 9, 768, dtype=torch.bfloat16)
+    for source in (None, Place(address, 768, kind)):
+        for weight in (None, torch.empty(768, dtype=torch.bfloat16)):
+            triton_keep.join_kept(x, source, Place(address, 0, kind), weight, 1e-5)
+triton_keep.keep_states(torch.empty(2, 3, 1536, 16), torch.empty(2, 1536, 16), Place(address, 99, torch.float32))
+
 token(torch.bfloat16, 1, 768, 1536, 16, 48, 4, 50280, False)
 token(torch.float32, 1, 768, 1536, 16, 48, 4, 50280, False)
 token(torch.bfloat16, 2, 4096, 8192, 16, 256, 4, 1000, True)
@@ -69,7 +80,9 @@ def test_step_kernels_compile_for_hopper() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     usage = json.loads(done.stdout.split("RESULT")[1])
     names = {"enter_kernel", "state_kernel", "leave_kernel", "logits_kernel", "pick_kernel"}
-    assert {name for name, *_ in usage} == names
-    assert {(name, overlaps) for name, overlaps, *_ in usage} == {(n, o) for n in names for o in (False, True)}
+    kept = {"_join_kernel", "_keep_kernel"}
+    assert {name for name, *_ in usage} == names | kept
+    pairs = {(name, overlaps) for name, overlaps, *_ in usage if name not in kept}
+    assert pairs == {(n, o) for n in names for o in (False, True)}
     spilling = {name for name, _, _, stack in usage if stack > 64}
     assert spilling <= {"enter_kernel"}, spilling

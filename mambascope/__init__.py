@@ -111,4 +111,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__, *_MODULES, *_SUBPACKAGES])
+    return sorted({*globals(), *__all__, *_MODULES, *_SUBPACKAGES})

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mambascope.errors import HookError, nearest
+from mambascope.errors import HookError, MambascopeError, nearest
 from mambascope.hooks.points import resolve_name, spec_of, tail_of
-from mambascope.hooks.positions import Index, PerRow, Site, parse_site
+from mambascope.hooks.positions import Index, PerRow, Site, at, parse_site
 from mambascope.hooks.run import EditDone
 
 __all__ = [
@@ -147,7 +147,13 @@ class Intervention:
         self._check_source(model)
         known = [Site(resolve_name(s.name, model.hook_dict), s.index) for s in self.sites]
         mine = dataclasses.replace(self, sites=tuple(known))
-        return [(site, Bound(mine, site, edit, model)) for site, edit in KINDS[self.kind].place(mine, model)]
+        try:
+            pairs = KINDS[self.kind].place(mine, model)
+        except MambascopeError:
+            raise
+        except (KeyError, IndexError, TypeError, AttributeError) as missing:
+            raise HookError(f"{self.kind}: its record is damaged ({missing!r})") from None
+        return [(site, Bound(mine, site, edit, model)) for site, edit in pairs]
 
     def _check_source(self, model: Target) -> None:
         if self.source is None or self.source is model:
@@ -178,12 +184,16 @@ class Intervention:
     def from_dict(cls, data: dict[str, Any], tensors: dict[str, Tensor] | None = None) -> "Intervention":
         """The inverse of :meth:`to_dict`; HookError where something is missing or unknown."""
         try:
-            sites = tuple(Site(str(s["name"]), index_from_json(s["index"])) for s in data["sites"])
+            sites = tuple(Site(str(s["name"]), _site_index(s["index"])) for s in data["sites"])
             held = {name: (tensors or {})[name] for name in data["tensors"]}
+            if not isinstance(data["source"], (str, type(None))):
+                raise TypeError(f"source {data['source']!r} is no hash of weights")
             return cls(data["kind"], sites, dict(data["options"]), held, data["channels"], data["dims"], data["source"])
         except KeyError as missing:
             raise HookError(f"the record of an intervention lacks {missing}") from None
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
+            if isinstance(error, HookError):
+                raise
             raise HookError(f"this is no record of an intervention: {error}") from None
 
 
@@ -199,10 +209,21 @@ def index_to_json(index: "Index | list[int]") -> Any:
 def index_from_json(value: Any) -> Any:
     """The inverse of :func:`index_to_json`."""
     if not isinstance(value, dict):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, list))):
+            raise TypeError(f"no positions: {value!r}")
         return value
     if "slice" in value:
         return slice(*value["slice"])
     return PerRow(torch.tensor(value["rows"]), None if value["on"] is None else torch.tensor(value["on"]))
+
+
+def _site_index(value: Any) -> Index:
+    if isinstance(value, list):
+        raise TypeError(f"a site has one index, got {value!r}")
+    index = index_from_json(value)
+    if isinstance(index, PerRow):  # the checks of ms.at
+        return at("a recorded site", index.positions, index.rows).index
+    return index
 
 
 class Bound:

@@ -27,6 +27,8 @@ def _packed(interventions: Iterable[Intervention]) -> tuple[list[dict[str, Any]]
 
 def _unpacked(data: list[dict[str, Any]], tensors: dict[str, Tensor]) -> list[Intervention]:
     out = []
+    if not isinstance(data, list) or not all(isinstance(one, dict) for one in data):
+        raise HookError("this is no list of interventions")
     for i, one in enumerate(data):
         prefix = f"edit/{i}/"
         mine = {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}

@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mambascope.analyses.repeats import ordinary_tokens, repeated_tokens, scores
+from mambascope.brief import Brief
 from mambascope.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 __all__ = ["Capacity", "copy_capacity"]
 
 
-@dataclass(frozen=True)
-class Capacity:
+@dataclass(frozen=True, repr=False)
+class Capacity(Brief):
     """Recall of the second copy against the number N of tokens.
 
     ``accuracy``, ``accuracy_error`` (standard error over rows), ``first_loss``, ``second_loss`` (nats): one a length.

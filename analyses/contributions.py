@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mambascope.analyses.labels import token_labels, visible
 from mambascope.analyses.source import Reading, Source, every_layer, finite, position_index, read
+from mambascope.brief import Brief
 from mambascope.errors import CacheError, InputError
 from mambascope.hooks.shares import check_direction
 
@@ -109,8 +110,8 @@ def final_stream(reading: Reading) -> Float[Tensor, "L M"]:
     return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
-@dataclass(frozen=True)
-class LogitContributions:
+@dataclass(frozen=True, repr=False)
+class LogitContributions(Brief):
     """Direct contributions to a target, in its units (logits).
 
     ``scan`` ``layers S``: of each source token through each layer's scan; ``skip``, ``carry``, ``bias`` ``layers``;

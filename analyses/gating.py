@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mambascope.analyses.source import Reading, Source, finite, layer_index, read
+from mambascope.brief import Brief
 from mambascope.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["Gating", "gates"]
 
 
-@dataclass(frozen=True)
-class Gating:
+@dataclass(frozen=True, repr=False)
+class Gating(Brief):
     """delta over a text.
 
     Shapes: ``delta``, ``open_share``, ``closed_share`` ``layers L`` (mean over channels; shares of channels);
@@ -101,8 +102,8 @@ def gates(model: "HookedMamba", source: Source, *, open_above: float = 0.5, clos
     return gating_of(reading, [layer_gating(reading, i, open_above, closed_below) for i in range(reading.n_layers)])
 
 
-@dataclass(frozen=True)
-class LayerGating:
+@dataclass(frozen=True, repr=False)
+class LayerGating(Brief):
     """One layer's part of :class:`Gating`."""
 
     delta: Tensor

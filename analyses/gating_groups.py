@@ -23,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mambascope.analyses.source import Source, finite, read, scan_layers
+from mambascope.brief import Brief
 from mambascope.errors import InputError, nearest
 
 if TYPE_CHECKING:
@@ -74,8 +75,8 @@ def _octave(position: int) -> str:
     return f"{low}–{2 * low - 1}"
 
 
-@dataclass(frozen=True)
-class GatingGroups:
+@dataclass(frozen=True, repr=False)
+class GatingGroups(Brief):
     """log delta by group.
 
     ``groups`` G names and ``count`` ``G`` tokens in each; ``mean`` ``layers G``: mean of log delta (natural

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mambascope.analyses.kernels import Reduction
 from mambascope.analyses.repeats import repeated_tokens, scores
+from mambascope.brief import Brief
 from mambascope.errors import InputError
 from mambascope.hooks.effective_path import Through
 
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["Induction", "induction_score", "passage_score"]
 
 
-@dataclass(frozen=True)
-class Induction:
+@dataclass(frozen=True, repr=False)
+class Induction(Brief):
     """Recall of repeated random tokens.
 
     ``loss`` ``2N-1`` nats by position, averaged over rows (of the tokens after the first); ``profile`` and

@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mambascope.analyses.tasks.induction import InductionHeads
+from mambascope.brief import Brief
 from mambascope.errors import InputError
 from mambascope.hooks.effective_path import Through
 from mambascope.ops.maps import Reduction
@@ -48,8 +49,8 @@ PASSAGES = (
 """Short passages for text models; what they say does not matter, only that no model has learnt them by heart."""
 
 
-@dataclass(frozen=True)
-class InductionPair:
+@dataclass(frozen=True, repr=False)
+class InductionPair(Brief):
     """``share`` and ``control`` ``layers offsets``: how much of its reading the query spends on p + offset."""
 
     offsets: tuple[int, ...]

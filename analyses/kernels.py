@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mambascope.analyses.labels import visible
 from mambascope.analyses.source import Reading, Source, layer_index, position_index, read
+from mambascope.brief import Brief
 from mambascope.errors import CacheError
 from mambascope.hooks.effective_path import Through
 from mambascope.ops.maps import REDUCTIONS, Reduction, check_reduction, over_channels
@@ -48,8 +49,8 @@ _AGREES = 1e-3  # relative; float32 gives 1e-6, an edited state gives order 1
 # ---- one row
 
 
-@dataclass(frozen=True)
-class KernelRow:
+@dataclass(frozen=True, repr=False)
+class KernelRow(Brief):
     """One row of a layer's effective kernel: what ``query`` reads.
 
     ``alpha`` ``S D`` weighs u_write ``S D`` of the tokens 0…query; ``carry`` ``D`` is the share of the state before
@@ -135,8 +136,8 @@ def row_of(reading: Reading, layer: int, query: int) -> KernelRow:
 # ---- all layers, one query
 
 
-@dataclass(frozen=True)
-class Sources:
+@dataclass(frozen=True, repr=False)
+class Sources(Brief):
     """Which tokens one query reads, in every layer.
 
     ``amount`` ``layers S``: alpha·u reduced over channels, in units of that layer's y; ``carry`` ``layers``: the same
@@ -203,8 +204,8 @@ def sources_of(rows: list[KernelRow], reduce: Reduction) -> Sources:
 # ---- the map
 
 
-@dataclass(frozen=True)
-class AttentionMap:
+@dataclass(frozen=True, repr=False)
+class AttentionMap(Brief):
     """The hidden attention of one layer: ``weights`` ``T S``, alpha reduced over channels (says ``reduce``).
 
     ``through``: whether sources are what the scan reads, or what the convolution reads, and queries what the scan gives

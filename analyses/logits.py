@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mambascope.analyses.labels import short, token_labels
 from mambascope.analyses.source import Reading, Source, read
+from mambascope.brief import Brief
 from mambascope.errors import InputError
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ __all__ = ["LogitLens", "Predictions", "TokenPredictions", "logit_lens", "predic
 _CHUNK = 1 << 23  # logits held at a time: 32 MB in float32, three times over
 
 
-@dataclass(frozen=True)
-class Predictions:
+@dataclass(frozen=True, repr=False)
+class Predictions(Brief):
     """What distributions over the vocabulary say, for ``R`` positions.
 
     ``top`` ``R k`` ids, best first, with probabilities ``p`` ``R k``; ``entropy`` ``R`` in nats; of the token that
@@ -88,8 +89,8 @@ def _check_top(model: "HookedMamba", top: int) -> None:
 # ---- the model's own prediction
 
 
-@dataclass(frozen=True)
-class TokenPredictions:
+@dataclass(frozen=True, repr=False)
+class TokenPredictions(Brief):
     """Loss and best guesses at every token.
 
     ``loss`` ``L``: nats, NaN for a first token that nothing predicts; ``next`` (at position t: of token t+1).
@@ -146,8 +147,8 @@ def predictions(model: "HookedMamba", source: Source, *, top: int = 5) -> TokenP
 # ---- by layer
 
 
-@dataclass(frozen=True)
-class LogitLens:
+@dataclass(frozen=True, repr=False)
+class LogitLens(Brief):
     """The logit lens of a text: row 0 reads the embedding, row i the stream after block i - 1.
 
     Shapes ``layers+1 L``: ``top`` ids and ``p`` their probability; ``logp`` (nats) and ``rank`` of the token that

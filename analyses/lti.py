@@ -27,6 +27,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 
 from mambascope.analyses.source import Reading, Source, finite, read, scan_layer, scan_layers
+from mambascope.brief import Brief
 from mambascope.errors import InputError
 from mambascope.hooks.cache import MambaCache
 
@@ -88,8 +89,8 @@ def fft_convolve(kernel: Float[Tensor, "K D"], u: Float[Tensor, "... L D"]) -> F
 # ---- what is held constant
 
 
-@dataclass(frozen=True)
-class Selection:
+@dataclass(frozen=True, repr=False)
+class Selection(Brief):
     """Constant delta ``layers D``, B and C ``layers N`` of some layers, averaged over ``tokens`` (0: given)."""
 
     layers: tuple[int, ...]
@@ -153,8 +154,8 @@ def mean_selection(
 # ---- one layer
 
 
-@dataclass(frozen=True)
-class LTILayer:
+@dataclass(frozen=True, repr=False)
+class LTILayer(Brief):
     """One layer with delta ``D``, B ``N``, C ``N`` held constant (A ``D N`` is), all float64.
 
     ``energy`` ``D`` is Σy² of each channel on the text, ``missed`` ``D`` Σ(y - k*u - carry)², where carry is what the

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mambascope.analyses.lti import Selection, is_text_sample, mean_selection, rows_of
 from mambascope.analyses.source import Reading, Source, read, scan_layers
+from mambascope.brief import Brief
 from mambascope.errors import InputError
 from mambascope.model.head import next_token_losses
 
@@ -39,8 +40,8 @@ PARTS = ("delta", "B", "C", "all", "removed")
 _SITES = {"delta": ("hook_delta",), "B": ("hook_B",), "C": ("hook_C",), "all": ("hook_delta", "hook_B", "hook_C")}
 
 
-@dataclass(frozen=True)
-class FreezingCost:
+@dataclass(frozen=True, repr=False)
+class FreezingCost(Brief):
     """Rises in loss, nats per token.
 
     ``loss``: of the model as it is, over ``tokens`` predicted tokens. ``rise`` and ``error`` (its standard error)

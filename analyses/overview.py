@@ -23,6 +23,7 @@ from mambascope.analyses.logits import LogitLens, TokenPredictions, logit_lens, 
 from mambascope.analyses.relevance import Relevance, token_relevance
 from mambascope.analyses.source import Reading, Source, position_index, read
 from mambascope.analyses.states import StateNorms, layer_norms
+from mambascope.brief import Brief
 from mambascope.errors import CacheError, InputError
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["Overview", "scope"]
 
 
-@dataclass(frozen=True)
-class Overview:
+@dataclass(frozen=True, repr=False)
+class Overview(Brief):
     """Everything that ``mambascope scope`` shows of one text. ``about``: model, sizes, versions, as plain values.
 
     ``relevance`` is None where the best guess cannot be traced back (a hook edited what the equations rest on, or a

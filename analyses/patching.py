@@ -21,6 +21,7 @@ from torch import Tensor
 from mambascope.analyses.labels import token_labels, visible
 from mambascope.analyses.logits import final_normed
 from mambascope.analyses.source import Reading, Source, read
+from mambascope.brief import Brief
 from mambascope.errors import CacheError, InputError
 from mambascope.hooks.metrics import LogitDifference
 from mambascope.hooks.sweeps import sweep
@@ -34,8 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["Patching", "patch"]
 
 
-@dataclass(frozen=True)
-class Patching:
+@dataclass(frozen=True, repr=False)
+class Patching(Brief):
     """Restoration by layer and position.
 
     ``restored`` ``layers L``: 0 as corrupted, 1 as clean. ``clean`` and ``corrupted``: the metric of the two

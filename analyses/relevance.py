@@ -28,6 +28,7 @@ from torch import Tensor
 from mambascope.analyses.contributions import Target, Token, final_stream, target_of
 from mambascope.analyses.relevance_block import Rule, check_rule, frozen_block
 from mambascope.analyses.source import Reading, Source, every_layer, finite, read
+from mambascope.brief import Brief
 from mambascope.errors import CacheError
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ if TYPE_CHECKING:
 __all__ = ["Relevance", "token_relevance"]
 
 
-@dataclass(frozen=True)
-class Relevance:
+@dataclass(frozen=True, repr=False)
+class Relevance(Brief):
     """Relevance to ``target``, in its units.
 
     ``stream`` ``layers+1 L``: row i of the residual stream that enters block i, the last row of the one that leaves the

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mambascope.brief import Brief
 from mambascope.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,8 +67,8 @@ def _draw(pool: Tensor, n: int, rows: int, generator: torch.Generator) -> Tensor
     return pool[torch.randint(len(pool), (rows, n), generator=generator)]
 
 
-@dataclass(frozen=True)
-class Scores:
+@dataclass(frozen=True, repr=False)
+class Scores(Brief):
     """Every predicted token, ``R L-1``: its loss in nats, and whether the model's best guess was right."""
 
     loss: Float[Tensor, "R L1"]

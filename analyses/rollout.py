@@ -36,6 +36,7 @@ from mambascope.analyses.contributions import final_stream
 from mambascope.analyses.relevance import unedited_stream
 from mambascope.analyses.relevance_block import FrozenBlock, Rule, check_rule, frozen_block
 from mambascope.analyses.source import Reading, Source, every_layer, position_index, read
+from mambascope.brief import Brief
 from mambascope.errors import InputError, nearest
 from mambascope.memory import require_bytes
 
@@ -54,8 +55,8 @@ _BIASES = ("rest", "tokens")
 _HELD = 1 << 24  # elements of a Q L D tensor in the backward pass: 64 MB in float32, several at a time
 
 
-@dataclass(frozen=True)
-class Flow:
+@dataclass(frozen=True, repr=False)
+class Flow(Brief):
     """``weights`` ``Q L``: the signed share of each source token's embedding (with ``biases="tokens"``, also of the
     biases that act there) in the last residual stream of each query, 0 after the query; ``rest`` ``Q``: of what belongs
     to no token. Rows and rest add up to 1."""

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mambascope.analyses.source import Reading, Source, read
+from mambascope.brief import Brief
 from mambascope.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ _WINDOW = 1 << 22
 """Elements of h held at a time: 16 MB in float32."""
 
 
-@dataclass(frozen=True)
-class StateNorms:
+@dataclass(frozen=True, repr=False)
+class StateNorms(Brief):
     """``norm`` ``layers L``: the Frobenius norm of each layer's state after each token."""
 
     norm: Float[Tensor, "n L"]

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from mambascope.analyses.half_life_kernel import merge_half_lives
 from mambascope.analyses.source import Reading, Source, finite, position_index, read, scan_layers
+from mambascope.brief import Brief
 from mambascope.errors import InputError
 from mambascope.hooks.effective_path import channel_index
 
@@ -88,8 +89,8 @@ def _searched(total: Float[Tensor, "D L1"], least: Float[Tensor, "D N"]) -> tupl
     return ordered[..., (length - 1) // 2], ordered[..., length // 2], gone.sum(-1)
 
 
-@dataclass(frozen=True)
-class Timescales:
+@dataclass(frozen=True, repr=False)
+class Timescales(Brief):
     """Half-lives over a text of ``length`` tokens.
 
     ``half_life`` ``layers D N``: tokens, median over the text, infinite where it is longer than the text shows;
@@ -157,8 +158,8 @@ def timescale_spectrum(model: "HookedMamba", source: Source, *, layers: Iterable
 # ---- reach
 
 
-@dataclass(frozen=True)
-class Reach:
+@dataclass(frozen=True, repr=False)
+class Reach(Brief):
     """How far back channels look, averaged over ``queries``.
 
     ``distance`` ``layers D``: mean distance of |alpha| in tokens; ``beyond`` ``layers D K``: share of Σ|alpha| at

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mambascope import ops
+from mambascope.brief import Brief
 from mambascope.errors import InputError
 from mambascope.hooks.effective_path import (
     Layer,
@@ -42,8 +43,8 @@ Channels = Any
 _STRIP = 1 << 28  # bytes of one strip
 
 
-@dataclass(frozen=True)
-class EffectiveKernel:
+@dataclass(frozen=True, repr=False)
+class EffectiveKernel(Brief):
     """One row of a layer's effective kernel: what one query reads, channel by channel.
 
     ``weights`` ``B S D`` multiply ``inputs`` ``B S D`` (u_write, or x through the convolution) of every token, 0 after

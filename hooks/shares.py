@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mambascope.brief import Brief
 from mambascope.errors import InputError, nearest
 from mambascope.hooks.effective_path import Through, activate, layer_index, tensor_of
 
@@ -25,8 +26,8 @@ Space = Literal["inner", "resid"]
 _SPACES = ("inner", "resid")
 
 
-@dataclass(frozen=True)
-class SourceContributions:
+@dataclass(frozen=True, repr=False)
+class SourceContributions(Brief):
     """Parts of y · direction (``space="inner"``) or mixer_out · direction (``"resid"``) at one query, float64.
 
     ``amounts`` ``B S``: of every token, 0 after the query and at padding. ``before`` ``B``: of the state before the

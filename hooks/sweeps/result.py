@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mambascope.brief import Brief
 from mambascope.hooks.sweeps.file import read_sweep_file
 from mambascope.hooks.sweeps.over import Grid
 
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
 __all__ = ["Sweep", "load_sweep"]
 
 
-@dataclass(frozen=True)
-class Sweep:
+@dataclass(frozen=True, repr=False)
+class Sweep(Brief):
     """The metric of every patched run, and of the clean and the corrupted text.
 
     ``values`` ``sites layers positions groups``, float64: the metric with the clean value put into the corrupted run

@@ -525,6 +525,19 @@ def test_the_model_may_be_called_inside_a_block(lm: TracedMamba) -> None:
     assert torch.equal(delta, cache["resid_post", 1])
 
 
+def test_another_model_may_be_traced_inside_a_block(lm: TracedMamba) -> None:
+    other = traced("cpu", seed=3)
+    with torch.no_grad():
+        _, cache = inner(other).run_with_cache("ddcc")
+        wanted = inner(lm).run_with_hooks(TEXT, fwd_hooks=[("h1[3]", lambda h, hook: cache["h", 1][:, 2])])
+        with lm.trace(TEXT):
+            with other.trace("ddcc"):
+                state = other.site("h1[2]").output.save()
+            lm.site("h1[3]").output = state
+            logits = lm.output.save()
+    assert error(logits, wanted) < 1e-6
+
+
 def test_values_go_from_trace_to_trace_in_a_session(lm: TracedMamba) -> None:
     with torch.no_grad():
         _, cache = inner(lm).run_with_cache(TEXT)

@@ -102,8 +102,11 @@ def train(
     with only_writer(out), _Run(model, batches, settings, out, recipe, loss, report) as run:
         run.begin(resume)
         if floor is not None and run.result.step < settings.steps:
-            run.floor = floor()
-            report(str(run.floor))
+            try:
+                run.floor = floor()
+                report(str(run.floor))
+            except RuntimeError as error:  # out of memory, most likely: a run can do without knowing its floor
+                report(f"the floor could not be measured ({str(error).splitlines()[0]}); training without its share")
         deadline = math.inf if minutes is None else time.perf_counter() + 60 * minutes
         while run.result.step < settings.steps:
             run.interval()

@@ -180,6 +180,16 @@ def test_progress_and_floor_are_told(tiny, tmp_path):
     assert json.loads((newest / "progress.json").read_text())["floor"]["products"] == 1e-9
 
 
+def test_a_floor_that_cannot_be_measured_is_said_and_stops_nothing(tiny, tmp_path):
+    def floor() -> Floor:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    lines: list[str] = []
+    result = train(tiny(), counting, settings(steps=8), tmp_path, recipe={}, report=lines.append, floor=floor)
+    assert result.finished
+    assert "the floor could not be measured (CUDA out of memory.); training without its share" in lines
+
+
 def test_a_bar_on_a_terminal_and_plain_lines_elsewhere(monkeypatch, capsys):
     with training_bar(3) as (report, progress):
         report("step 1/3")

@@ -38,6 +38,7 @@ _TOKENS = {"cpu": 1 << 12, "cuda": 1 << 16}  # rows × length that one block is 
 _PIECE = {"cpu": 1 << 14, "cuda": 1 << 18}  # the same, of a piece of the sweep at its last block
 _CALL = {"cpu": 1e-4, "cuda": 2e-4}  # seconds that a block takes however little it is given
 _SPEED = {"cpu": 5e10, "cuda": 2e13}  # multiplications and additions a second
+_READ = {"cpu": 1e10, "cuda": 2e12}  # bytes of weights a second: what a block costs that is given few tokens
 _COPY = 2e9  # bytes of kept states a second
 _STATES = 1 << 29  # bytes of kept states, at most
 _LOGITS = 1 << 26  # logits held at a time
@@ -133,7 +134,8 @@ class Engine:
             for c in columns:
                 starts[c - c % interval] = starts.get(c - c % interval, 0) + 1
             kept = 4 * n * len(group.rows) * cfg.d_inner * cfg.d_state * -(-length // interval)
-            call = n * _of(_CALL, self._device)
+            weights = 4 * 3 * cfg.d_model * cfg.d_inner
+            call = n * (_of(_CALL, self._device) + weights / _of(_READ, self._device))
             cost = kept / _COPY + sum(call + k * rows * (length - s) * token for s, k in starts.items())
             if kept <= _STATES and cost < least:
                 best, least = interval, cost

@@ -12,7 +12,7 @@ def bar(title: str, total: int, done: int = 0, show: bool | None = None) -> Iter
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, force_terminal=show or None)
     visible = (console.is_terminal or console.is_jupyter) if show is None else show
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not visible, transient=True) as progress:

@@ -80,6 +80,45 @@ def test_the_comparison_above_can_fail() -> None:
     assert abs(wrong - float(found.values[0, 1, 10, 0])) > 1e-3
 
 
+def test_small_batches_and_pieces_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (clean, corrupted) = make_model(), pair(rows=3)
+    want = ms.sweep(model, clean, corrupted, METRIC, ["resid_pre", "u", "h"]).values
+    for name, size in (("_TOKENS", 40), ("_PIECE", 500)):
+        monkeypatch.setattr(sweeps.engine, name, {"cpu": size, "cuda": size})
+    monkeypatch.setattr(sweeps.engine, "_LOGITS", 400)
+    found = ms.sweep(model, clean, corrupted, METRIC, ["resid_pre", "u", "h"]).values
+    assert float((found - want).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("options", [{"mixer_norm_eps": 1e-6}, {"d_conv": 2, "activation": "gelu"}, {"d_conv": 1}])
+def test_other_mixers(options: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeps.engine.Engine, "_interval", lambda self, group: 2)
+    model, (clean, corrupted) = make_model(**options), pair(rows=1)
+    found = ms.sweep(model, clean, corrupted, METRIC, {"sites": ["resid_pre", "h"], "positions": [3, 9]})
+    for s, site in enumerate(found.grid.sites):
+        for layer in range(3):
+            want = difference(by_hand(model, clean, corrupted, site, layer, 9))
+            assert abs(want - float(found.values[s, layer, 1, 0])) < 1e-5
+
+
+def test_bfloat16_agrees_within_its_rounding() -> None:
+    model, (clean, corrupted) = make_model(dtype=torch.bfloat16), pair(rows=1)
+    found = ms.sweep(model, clean, corrupted, METRIC, {"sites": ["resid_pre", "h"], "positions": [9]})
+    wide = ms.sweep(make_model(), clean, corrupted, METRIC, {"sites": ["resid_pre", "h"], "positions": [9]})
+    assert float((found.values - wide.values).abs().max()) < 0.2
+    predicted = ms.attribute(model, clean, corrupted, METRIC, ["resid_pre", "h"])
+    assert bool(predicted.values.isfinite().all())
+
+
+def test_progress_is_silent_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
+    model, (clean, corrupted) = make_model(), pair()
+    ms.sweep(model, clean, corrupted, METRIC, {"layers": [0]})
+    assert capsys.readouterr() == ("", "")
+    with sweeps.progress.bar("sweep", 3, show=True) as advance:
+        advance(2)
+    assert "2/3" in capsys.readouterr().err
+
+
 def test_channels_are_patched_group_by_group() -> None:
     model, (clean, corrupted) = make_model(), pair()
     groups = [[0, 3], range(4, 9), 11]

@@ -1,10 +1,12 @@
 """Whole-model timings at 130m size on a GPU: correctness gate first, then medians by CUDA events, bars beside them.
 
-    python -m tests.bench.bench_gpu_model [--csv FILE] [--only PART …] [--limit SECONDS]
+    python -m tests.bench.bench_gpu_model [--csv FILE] [--only PART …] [--limit SECONDS] [--anyway]
 
 The gate: a replayed pass gives the bits of the eager one (logits, states, what a cache keeps, after edits of weights),
-a hook that returns None changes no bit, a step is as near to float64 as the whole text. Every timed call is the public
-one, starts on an idle device and includes its host time. What the limit left out is said.
+a hook that returns None changes no bit, a step is as near to float64 as the whole text. It runs in processes beside
+others that compile what the timings need; the timings begin when all are done. Every timed call is the public one,
+starts on an idle device and includes its host time. The CSV is written after every row; what the limit left out is
+said.
 """
 
 import argparse
@@ -17,6 +19,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +31,32 @@ from torch.nn import functional as F
 from mambascope import ops
 from mambascope.config import MambaConfig
 from mambascope.model import HookedMamba, State
+from mambascope.training.head import answer_loss
+from mambascope.training.sampler import Batch
 
 LAYERS, WIDTH, INNER, VOCAB, RANK = 24, 768, 1536, 50280, 48
 DEVICE = "cuda"
 
 
+_built: dict[torch.dtype, HookedMamba] = {}
+
+
 def build(dtype: torch.dtype, layers: int = LAYERS) -> HookedMamba:
+    """A model with frozen random weights, made on the GPU."""
     torch.manual_seed(0)
-    model = HookedMamba(MambaConfig(d_model=WIDTH, n_layers=layers, d_vocab=VOCAB), device=DEVICE, dtype=dtype)
+    with torch.device(DEVICE):
+        model = HookedMamba(MambaConfig(d_model=WIDTH, n_layers=layers, d_vocab=VOCAB), dtype=dtype)
     return model.requires_grad_(False)
+
+
+def full(dtype: torch.dtype) -> HookedMamba:
+    """The one model of 24 layers of a dtype; the other dtype's goes."""
+    if dtype not in _built:
+        _built.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+        _built[dtype] = build(dtype)
+    return _built[dtype]
 
 
 def ids(batch: int, length: int, seed: int = 0, vocabulary: int = VOCAB) -> Tensor:
@@ -72,13 +93,16 @@ def peak(fn: Callable[[], Any]) -> float:
 class Table:
     """Rows of what was measured, and the bar beside it."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         self.rows: list[tuple[str, float, str, str]] = []
+        self.path = path
 
     def add(self, what: str, value: float, bar: str = "", passed: bool | None = None) -> None:
         verdict = "" if passed is None else "pass" if passed else "FAIL"
         self.rows.append((what, value, bar, verdict))
         print(f"{what:66s} {value:12.4g}  {bar:10s} {verdict}", flush=True)
+        if self.path is not None:
+            self.write(self.path)
 
     def at_most(self, what: str, value: float, bar: float) -> None:
         self.add(what, value, f"<= {bar:g}", value <= bar)
@@ -111,10 +135,11 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 class Gate:
-    """Collects comparisons; each that fails becomes a row."""
+    """Collects comparisons, and the names of those that failed."""
 
-    def __init__(self, table: Table) -> None:
-        self.table, self.good, self.count = table, True, 0
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+        self.count = 0
 
     def same(self, what: str, a: Tensor, b: Tensor) -> None:
         self.need(what, torch.equal(a, b))
@@ -122,8 +147,7 @@ class Gate:
     def need(self, what: str, fine: bool) -> None:
         self.count += 1
         if not fine:
-            self.good = False
-            self.table.add(f"gate: {what}", 0, "", False)
+            self.failed.append(what)
 
 
 def form(model: HookedMamba) -> str:
@@ -198,8 +222,7 @@ def gate_steps(gate: Gate, dtype: torch.dtype) -> None:
     gate.need("steps run by the step kernels", form(model) == "step")
     assert state is not None
     bar = 2 * max(relative(whole, want), 1e-6)
-    gate.table.add(f"gate: {dtype} step, error against float64", far, f"<= {bar:.1e}", far <= bar)
-    gate.need(f"{dtype} step, logits", far <= bar)
+    gate.need(f"{dtype} step, logits: {far:.1e}, bar {bar:.1e}", far <= bar)
     for n in ("ssm", "conv"):
         mine, theirs = (relative(getattr(s, n), getattr(truth, n)) for s in (state, after))
         gate.need(f"{dtype} step, {n}: {mine:.1e}, whole text {theirs:.1e}", mine <= 2 * max(theirs, 1e-6))
@@ -213,7 +236,7 @@ def gate_steps(gate: Gate, dtype: torch.dtype) -> None:
 
 
 @torch.no_grad()
-def gate_products(gate: Gate) -> None:
+def gate_products(gate: Gate, dtype: torch.dtype) -> None:
     """The model's float32 products against float64: no further off than 1e-6 of the largest entry."""
     for rows, depth, width in ((2048, WIDTH, 2 * INNER), (1999, INNER, WIDTH), (300, WIDTH, VOCAB)):
         x, w = torch.randn(rows, depth, device=DEVICE), torch.randn(width, depth, device=DEVICE)
@@ -250,24 +273,24 @@ class Products:
 
 @torch.no_grad()
 def forwards(table: Table) -> None:
-    model = build(torch.bfloat16)
+    model = full(torch.bfloat16)
     for batch, bar in ((1, 4.0), (8, 14.0)):
         x, name = ids(batch, 2048), f"forward bf16 {batch} x 2048"
         table.at_most(f"{name}, ms", milliseconds(lambda x=x: model(x)), bar)
-        table.add(f"{name}, without graphs, ms", eager(model, lambda x=x: milliseconds(lambda: model(x), 5)))
-        table.add(f"{name}, its matrix products, ms", milliseconds(Products(model, batch * 2048)))
+        table.add(f"{name}, its matrix products, ms", milliseconds(Products(model, batch * 2048), 5))
+        table.add(f"{name}, without graphs, ms", eager(model, lambda x=x: milliseconds(lambda: model(x), 3, 2)))
 
 
 @torch.no_grad()
 def caches(table: Table) -> None:
     x = ids(1, 2048)
     for dtype in (torch.bfloat16, torch.float32):
-        model, name = build(dtype), {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+        model, name = full(dtype), {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
         plain, everything = milliseconds(lambda m=model: m(x)), milliseconds(lambda m=model: m.run_with_cache(x))
         table.add(f"{name} 1 x 2048 plain forward, ms", plain)
         if dtype == torch.float32:
             table.at_most("fp32 open forward of 2,048 tokens (run_with_cache, no filter), ms", everything, 15.0)
-            table.add("fp32 1 x 2048 its matrix products, ms", milliseconds(Products(model, 2048)))
+            table.add("fp32 1 x 2048, its matrix products by cuBLAS, ms", milliseconds(Products(model, 2048), 5))
         else:
             table.add("bf16 open forward of 2,048 tokens, ms", everything)
         table.at_most(f"{name} run_with_cache / plain", everything / plain, 1.1)
@@ -277,18 +300,8 @@ def caches(table: Table) -> None:
 
 
 @torch.no_grad()
-def windows(table: Table) -> None:
-    model, x = build(torch.bfloat16), ids(1, 131072)
-    cache = model.run_with_cache(x, names_filter="blocks.12.mixer.hook_h", return_type=None)[1]
-    h = cache["blocks.12.mixer.hook_h"]
-    for at in (37, 70000, 131000):
-        ms = milliseconds(lambda at=at: h[:, at : at + 64])
-        table.at_most(f"64 states of one layer at position {at:,} of 131,072, ms", ms, 1.0)
-
-
-@torch.no_grad()
 def generation(table: Table) -> None:
-    model = build(torch.bfloat16)
+    model = full(torch.bfloat16)
     speeds = {}
     for position in (100, 100_000):
         x = ids(1, position)
@@ -297,57 +310,76 @@ def generation(table: Table) -> None:
         def run(n: int, x: Tensor = x, state: State = state) -> None:
             model.generate(x[:, -1:], n, state=state)
 
-        run(600)
+        run(300)
         few, many = (milliseconds(lambda n=n: run(n), 5, 1) for n in (128, 640))
         speeds[position] = (many - few) / 512 * 1e3
         table.add(f"generation bf16 batch 1 at position {position:,}, us a token", speeds[position])
     table.at_least("generation bf16 batch 1, tokens/s", 1e6 / speeds[100], 3000)
     slower = speeds[100_000] / speeds[100] - 1
     table.at_most("time a token at 100,000 against 100, %", abs(slower) * 100, 5.0)
-    for batch in (8,):
-        x = ids(batch, 100)
-        model.generate(x, 64)
-        few, many = (milliseconds(lambda n=n, x=x: model.generate(x, n), 3, 1) for n in (64, 192))
-        table.add(f"generation bf16 batch {batch}, tokens/s of all rows", batch * 128e3 / (many - few))
+    x = ids(8, 100)
+    few, many = (milliseconds(lambda n=n: model.generate(x, n), 3, 1) for n in (64, 192))
+    table.add("generation bf16 batch 8, tokens/s of all rows", 8 * 128e3 / (many - few))
     x = ids(1, 100)
     few, many = (milliseconds(lambda n=n: model.generate(x, n, 1.0, seed=0), 3, 1) for n in (32, 96))
     table.add("generation bf16 batch 1, sampled, tokens/s", 64e3 / (many - few))
 
 
 @torch.no_grad()
-def million(table: Table) -> None:
+def induction(table: Table) -> None:
     import mambascope
 
     model = mambascope.load("induction-2l", device=DEVICE)
     x = ids(1, 1 << 20, vocabulary=16)
-    table.at_most(
-        "2^20 tokens through induction-2l, last logits, ms", milliseconds(lambda: model(x, logits_to_keep=1)), 50
-    )
-    large, y = build(torch.bfloat16), ids(1, 1 << 20)
-    large(y[:, : 1 << 16], logits_to_keep=1)
-    ms = milliseconds(lambda: large(y, logits_to_keep=1), 2, 0)
+    ms = milliseconds(lambda: model(x, logits_to_keep=1), 5)
+    table.at_most("2^20 tokens through induction-2l, last logits, ms", ms, 50)
+
+
+@torch.no_grad()
+def million(table: Table) -> None:
+    model, x = full(torch.bfloat16), ids(1, 1 << 20)
+    model(x[:, : 1 << 16], logits_to_keep=1)
+    ms = milliseconds(lambda: model(x, logits_to_keep=1), 2, 0)
     table.add("2^20 tokens at 130m size bf16, one sequence, tokens/s", (1 << 20) / ms * 1e3)
 
 
+@torch.no_grad()
+def windows(table: Table) -> None:
+    model, x = full(torch.bfloat16), ids(1, 131072)
+    cache = model.run_with_cache(x, names_filter="blocks.12.mixer.hook_h", return_type=None)[1]
+    h = cache["blocks.12.mixer.hook_h"]
+    for at in (70000, 37, 131000):
+        ms = milliseconds(lambda at=at: h[:, at : at + 64])
+        table.at_most(f"64 states of one layer at position {at:,} of 131,072, ms", ms, 1.0)
+
+
 def backwards(table: Table) -> None:
-    model, x = build(torch.bfloat16).requires_grad_(True), ids(8, 2048)
+    """Through the model's own loss, and through the chunked head that training uses."""
+    model, x = full(torch.bfloat16).requires_grad_(True), ids(8, 2048)
+    batch = Batch(x, torch.cat([x[:, 1:], torch.full_like(x[:, :1], -100)], 1))
 
-    def both() -> None:
+    def both(loss: Callable[[], Tensor]) -> None:
         model.zero_grad(set_to_none=True)
-        model(x, return_type="loss").backward()
+        loss().backward()
 
-    both()
+    ways = {
+        "the training head": lambda: answer_loss(model, batch),
+        "its own loss": lambda: model(x, return_type="loss"),
+    }
+    times = {}
+    for name, loss in ways.items():
+        times[name] = milliseconds(lambda loss=loss: both(loss), 3, 2)
+        table.add(f"forward + backward bf16 8 x 2048, {name}, ms", times[name])
     first = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    both()
+    both(ways["its own loss"])
     again = [p.grad for p in model.parameters() if p.grad is not None]
     table.add("forward + backward twice: same bits", 1, "= 1", all(map(torch.equal, first, again)))
     del first, again
-    ms = milliseconds(both, 5, 0)
     model.zero_grad(set_to_none=True)
-    products = milliseconds(Products(model, 8 * 2048, backward=True), 5)
-    table.add("forward + backward bf16 8 x 2048, ms", ms)
-    table.add("its matrix products, ms", products)
-    table.at_most("forward + backward / its matrix products", ms / products, 2.2)
+    products = milliseconds(Products(model, 8 * 2048, backward=True), 3)
+    table.add("forward + backward, its matrix products, ms", products)
+    table.at_most("forward + backward / its matrix products", min(times.values()) / products, 2.2)
+    model.requires_grad_(False)
 
 
 PARTS: dict[str, Callable[[Table], Any]] = {
@@ -355,29 +387,101 @@ PARTS: dict[str, Callable[[Table], Any]] = {
     "caches": caches,
     "generation": generation,
     "backwards": backwards,
-    "million": million,
+    "induction": induction,
     "windows": windows,
+    "million": million,
 }
+
+
+def compile_text(dtype: torch.dtype, batch: int) -> None:
+    """What forwards, caches and windows launch."""
+    model, x = build(dtype, 2), ids(batch, 2048)
+    with torch.no_grad():
+        for _ in range(2):
+            model(x, logits_to_keep=1)
+            model.run_with_cache(x, logits_to_keep=1)
+        cache = model.run_with_cache(x, names_filter="blocks.1.mixer.hook_h", return_type=None)[1]
+        cache["blocks.1.mixer.hook_h"][:, 70:134]
+
+
+def compile_tokens(dtype: torch.dtype, batch: int) -> None:
+    """What generation launches."""
+    model, x = build(dtype, 2), ids(batch, 100)
+    model.generate(x, 40)
+    model.generate(x, 4, 1.0, seed=0)
+    model.generate(x[:, -1:], 3, state=model(x, return_state=True, return_type=None)[1])
+
+
+def compile_backward(dtype: torch.dtype, batch: int) -> None:
+    model, x = build(dtype, 2).requires_grad_(True), ids(batch, 2048)
+    for _ in range(2):
+        model(x, return_type="loss").backward()
+
+
+def compile_pieces(dtype: torch.dtype, batch: int) -> None:
+    import mambascope
+
+    model, narrow = build(dtype, 2), mambascope.load("induction-2l", device=DEVICE)
+    with torch.no_grad():
+        model(ids(batch, 60_000), logits_to_keep=1)
+        narrow(ids(batch, 1 << 20, vocabulary=16), logits_to_keep=1)
+
+
+def _gated(check: Callable[[Gate, torch.dtype], None], dtype: torch.dtype) -> tuple[int, list[str]]:
+    gate = Gate()
+    check(gate, dtype)
+    return gate.count, gate.failed
+
+
+def _compiled(work: Callable[[torch.dtype, int], None], dtype: torch.dtype, batch: int) -> tuple[int, list[str]]:
+    work(dtype, batch)
+    return 0, []
+
+
+def prepare(table: Table, limit: float) -> bool:
+    """The gate, and all compilation, side by side in processes; whether every comparison was made and was good."""
+    wide, half = torch.float32, torch.bfloat16
+    begin, count, failed = time.perf_counter(), 0, []
+    with ProcessPoolExecutor(12, mp_context=get_context("spawn")) as pool:
+        waiting = {}
+        for work, dtype, batch in (
+            (compile_text, half, 1), (compile_text, half, 8), (compile_text, wide, 1), (compile_tokens, half, 1),
+            (compile_tokens, half, 8), (compile_backward, half, 8), (compile_pieces, half, 1),
+        ):  # fmt: skip
+            waiting[pool.submit(_compiled, work, dtype, batch)] = f"{work.__name__} {dtype} {batch}"
+        for check in (gate_graphs, gate_steps):
+            for dtype in (half, wide):
+                waiting[pool.submit(_gated, check, dtype)] = f"{check.__name__} {dtype}"
+        waiting[pool.submit(_gated, gate_products, wide)] = "gate_products"
+        try:
+            for done in as_completed(waiting, timeout=limit):
+                name = waiting[done]
+                try:
+                    made, bad = done.result()
+                except Exception as error:  # a gate that cannot run has failed
+                    made, bad = 1, [f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"]
+                count += made
+                failed += [f"{name}: {what}" for what in bad]
+                print(f"  {name}: {made} comparisons, {time.perf_counter() - begin:.0f} s", flush=True)
+        except TimeoutError:
+            failed += [f"no answer within {limit:.0f} s: {name}" for done, name in waiting.items() if not done.done()]
+            for process in list((pool._processes or {}).values()):
+                process.kill()
+    for what in failed:
+        print(f"  FAILED {what}", flush=True)
+    table.add(f"gate: {count} comparisons, failed", len(failed), "= 0", not failed)
+    return not failed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--csv", type=Path)
-    parser.add_argument("--only", nargs="*", choices=[*PARTS, "gate"])
+    parser.add_argument("--only", nargs="*", choices=list(PARTS))
     parser.add_argument("--anyway", action="store_true", help="timings although the gate failed (the CSV shows that)")
     parser.add_argument("--limit", type=float, default=600, help="seconds after which no further part begins")
     options = parser.parse_args()
-    table, begin = Table(), time.perf_counter()
-    gate = Gate(table)
-    for dtype in (torch.bfloat16, torch.float32):
-        gate_graphs(gate, dtype)
-        gate_steps(gate, dtype)
-    gate_products(gate)
-    took = time.perf_counter() - begin
-    print(f"gate: {'passed' if gate.good else 'FAILED'}, {gate.count} comparisons, {took:.1f} s", flush=True)
-    if not gate.good and not options.anyway:
-        if options.csv:
-            table.write(options.csv)
+    table, begin = Table(options.csv), time.perf_counter()
+    if not prepare(table, options.limit * 0.6) and not options.anyway:
         sys.exit("the correctness gate failed: no timings")
     for name, part in PARTS.items():
         if options.only is not None and name not in options.only:
@@ -387,9 +491,11 @@ def main() -> None:
             continue
         gc.collect()
         torch.cuda.empty_cache()
-        part(table)
-        if options.csv:
-            table.write(options.csv)
+        try:
+            part(table)
+        except torch.OutOfMemoryError as error:
+            table.add(f"{name}: out of memory, {str(error).splitlines()[0][:80]}", 0, "", False)
+    print(f"done in {time.perf_counter() - begin:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

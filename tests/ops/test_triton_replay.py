@@ -56,7 +56,7 @@ class Driver:
 driver.set_active(Driver())
 torch.cuda.current_device = lambda: -1
 from mambascope.ops.scan import triton as scan, triton_conv, triton_layers, triton_launch, triton_packed, triton_replay
-from mambascope.ops.scan import triton_turn
+from mambascope.ops.scan import triton_norm, triton_turn
 
 launch_as_it_is = triton_launch.launch
 
@@ -69,7 +69,7 @@ def launch(kernel, programs, device, *arguments, **options):
     launch_as_it_is(kernel, programs, Gpu, *arguments, **options)
 
 
-for module in (scan, triton_conv, triton_layers, triton_turn):
+for module in (scan, triton_conv, triton_layers, triton_norm, triton_turn):
     module.launch = launch
     module.check = lambda *_, **__: None
 scan.processor_count = lambda device: 132

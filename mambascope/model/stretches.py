@@ -46,6 +46,7 @@ class Chain:
     seams: list[Seam]
     graphs: list[recording.Recorded]
     rates: recording.Recorded  # of every block's A
+    decays: list[Tensor]  # what that writes, D N each
     busy: bool = False
 
     def play(self, resid: Tensor, first: int, last: int) -> Tensor:
@@ -162,7 +163,7 @@ def _record(model: "HookedMamba", shape: tuple[int, int], backend: Any, pool: An
     width, first = model.cfg.d_model, cast("Block", model.blocks[0])
     mixers = [cast("Block", block).mixer for block in model.blocks]
     graph, rates, held = recording.record(lambda: decays(mixers), model.device, pool)
-    made = Chain([], [], graph)
+    made = Chain([], [], graph, rates)
     resid = torch.zeros(*shape, width, device=model.device, dtype=first.residual_dtype)
     made.seams.append(Seam(resid, torch.zeros(*shape, width, device=model.device, dtype=model.dtype)))
     held += 2 * resid.numel() * resid.element_size()

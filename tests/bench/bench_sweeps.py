@@ -1,7 +1,7 @@
 """What sweeps and attribution cost, each against its alternatives, interleaved in one process.
 
     python -m tests.bench.bench_sweeps [--device cuda] [--layers 24] [--width 768] [--length 64] [--positions 32]
-        [--text 1024] [--peer] [--rounds 3] [--csv FILE]
+        [--text 1024] [--peer] [--rounds 3] [--cpu-time] [--csv FILE]
 
 A correctness gate comes first: the sweep against naive runs (1e-5 of the largest
 value, or twice what naive runs in other batches differ by), attribution's state contraction against float64.
@@ -133,20 +133,23 @@ def peer_of(model: HookedMamba) -> Any:
     return NNsight(peer)
 
 
-def seconds(cases: dict[str, Callable[[], object]], rounds: int, device: str, warm: bool = True) -> dict[str, float]:
-    """Median seconds, the cases taken in turn."""
+def seconds(
+    cases: dict[str, Callable[[], object]], rounds: int, device: str, cpu_time: bool = False
+) -> dict[str, float]:
+    """Median seconds after a round that is not counted, the cases taken in turn."""
+    clock = time.process_time if cpu_time else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in cases}
-    for round_ in range(rounds + warm):
+    for round_ in range(rounds + 1):
         for name, fn in cases.items():
             gc.collect()
             if device == "cuda":
                 torch.cuda.synchronize()
-            start = time.perf_counter()
+            start = clock()
             fn()
             if device == "cuda":
                 torch.cuda.synchronize()
-            if round_ >= warm:
-                times[name].append(time.perf_counter() - start)
+            if round_:
+                times[name].append(clock() - start)
     return {name: statistics.median(t) for name, t in times.items()}
 
 
@@ -208,6 +211,9 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--only", choices=("attribution", "plain"), help="print the peak memory of one of the two")
     parser.add_argument("--attribution-first", action="store_true")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="the process's own time: for a busy machine, one thread"
+    )
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message=".*mostly noise")
@@ -274,7 +280,7 @@ def measure_sweeps(model: HookedMamba, args: argparse.Namespace, report: Report)
         found = peer_sweep(peer, clean.cpu(), corrupted.cpu(), positions)
         report("gate: nnsight on transformers against ours", float((found - ours.cpu()).abs().max()) / size)
         cases["nnsight"] = lambda: peer_sweep(peer, clean, corrupted, positions)
-    t = seconds(cases, args.rounds, device)
+    t = seconds(cases, args.rounds, device, args.cpu_time)
     for name, value in t.items():
         report(f"s: {name}", value)
     least = min(t["naive, a layer at a time"], t["naive, largest batches"])
@@ -292,7 +298,7 @@ def measure_attribution(model: HookedMamba, args: argparse.Namespace, report: Re
         "attribution": lambda: ms.attribute(model, clean, corrupted, METRIC, SITES),
         "attribution h": lambda: ms.attribute(model, clean, corrupted, METRIC, "h"),
     }
-    t = seconds(cases, args.rounds, device)
+    t = seconds(cases, args.rounds, device, args.cpu_time)
     for name, value in t.items():
         report(f"s: {name}, {args.text} tokens", value)
     report("attribution / forward + backward, time (bar 3)", t["attribution"] / t["forward + backward"])

@@ -66,7 +66,7 @@ class BackwardPlan:
 
 
 _FORWARD_WIDE = ForwardPlan()
-_FORWARD_NARROW = ForwardPlan(block=16, lanes=8, slots=3, producer_registers=96, finisher_registers=96, registers=128)
+_FORWARD_NARROW = ForwardPlan(block=16, lanes=8, slots=4, producer_registers=96, finisher_registers=96, registers=128)
 _BACKWARD_WIDE = BackwardPlan()
 _BACKWARD_NARROW = BackwardPlan(block=16, lanes=8, per_thread=1, registers=0)
 

@@ -138,7 +138,9 @@ def test_kernels_compile_for_hopper_without_a_gpu() -> None:
         assert counts["LDS.128"] > 20, f"{name}: the scan's shared loads are not 16 bytes wide: {counts}"
         # The decays of a group of four steps; softplus and gate, where they are fused, come on top.
         assert counts["MUFU.EX2"] >= 32, f"{name}: {counts}"
-        assert shared <= 75_000, f"{name}: {shared} bytes of shared memory leave no room for three programs"
+        # The narrow forward has a multiprocessor to itself: 128 registers a thread.
+        room = 100_000 if name == "forward_kernel" and registers > 56 else 75_000
+        assert shared <= room, f"{name}: {shared} bytes of shared memory leave no room for the programs beside it"
         assert stack <= 384, f"{name}: {registers} registers and {stack} bytes of spilled ones"
         if name == "forward_kernel":
             assert counts["USETMAXREG"] > 0, "the roles of warps do not share registers out"

@@ -82,7 +82,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_steps_are_as_near_to_the_truth_as_the_whole_text(shape: str) -> None:
-    model, x = frozen(**SHAPES[shape]), ids(2, 5)
+    model, x = frozen(**SHAPES[shape]), ids(2, 4)
     exact = copy.deepcopy(model).double()
     exact.backend = "reference"
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_steps_are_as_near_to_the_truth_as_the_whole_text(shape: str) -> None:
             assert form(model) == "step"
             assert error(logits, want[:, t]) < 2e-6
     assert state is not None
-    assert state.position == 5
+    assert state.position == 4
     assert error(state.ssm, after.ssm) < 1e-6
     assert not state.conv.numel() or error(state.conv, after.conv) < 1e-6
 
@@ -114,12 +114,12 @@ def test_wide_layers_take_several_tiles_of_columns(monkeypatch: pytest.MonkeyPat
 def test_half_precision_is_as_near_to_the_truth_as_the_whole_text() -> None:
     stepped, whole = [], []
     with torch.no_grad():
-        for seed in range(3):
-            model, x, state = frozen(seed=seed).to(torch.float16), ids(2, 4), None
+        for seed in range(2):
+            model, x, state = frozen(seed=seed).to(torch.float16), ids(2, 3), None
             exact = copy.deepcopy(model).double()
             exact.backend = "reference"
             want, at_once = exact(x), eager(model, lambda model=model, x=x: model(x))
-            for t in range(4):
+            for t in range(3):
                 logits, state = model.step(x[:, t], state)
                 stepped.append(error(logits, want[:, t]))
                 whole.append(error(at_once[:, t], want[:, t]))
@@ -167,29 +167,29 @@ def test_hooks_gradients_and_many_rows_take_the_ordinary_way() -> None:
 
 def test_greedy_generation_is_the_ordinary_one() -> None:
     model, x = frozen(n_layers=1), ids()
-    want = eager(model, lambda: model.generate(x, 13))
+    want = eager(model, lambda: model.generate(x, 9))
     assert form(model) == "fused"
-    assert torch.equal(model.generate(x, 13), want)
+    assert torch.equal(model.generate(x, 9), want)
     assert form(model) == "step"
     assert [new.tolist() for new in model.stream(x, 4)] == want[:, 5:9].T.tolist()
-    stop = int(want[0, 9])
+    stop = int(want[0, 8])
     first = want[0, 5:].tolist().index(stop)
-    short = eager(model, lambda: model.generate(x, 13, stop_tokens=[stop]))
-    assert torch.equal(model.generate(x, 13, stop_tokens=[stop]), short)
+    short = eager(model, lambda: model.generate(x, 9, stop_tokens=[stop]))
+    assert torch.equal(model.generate(x, 9, stop_tokens=[stop]), short)
     many = [stop, *(t for t in range(40) if t != stop)]
     assert torch.equal(
-        model.generate(x, 6, stop_tokens=many), eager(model, lambda: model.generate(x, 6, stop_tokens=many))
+        model.generate(x, 4, stop_tokens=many), eager(model, lambda: model.generate(x, 4, stop_tokens=many))
     )
-    one = eager(model, lambda: model.generate(x[:1], 13, stop_tokens=[stop]))
+    one = eager(model, lambda: model.generate(x[:1], 9, stop_tokens=[stop]))
     assert one.shape[1] == 5 + first + 1  # ends at once where the only row has met its stop token
-    assert torch.equal(model.generate(x[:1], 13, stop_tokens=[stop]), one)
+    assert torch.equal(model.generate(x[:1], 9, stop_tokens=[stop]), one)
 
 
 def test_sampled_generation_draws_the_ordinary_numbers() -> None:
     model, x = frozen(), ids()
     for options in ({"temperature": 0.7}, {"temperature": 1.5, "top_k": 5}, {"temperature": 1.0, "top_p": 0.8}):
-        want = eager(model, lambda options=options: model.generate(x, 5, seed=4, **options))
-        assert torch.equal(model.generate(x, 5, seed=4, **options), want)
+        want = eager(model, lambda options=options: model.generate(x, 4, seed=4, **options))
+        assert torch.equal(model.generate(x, 4, seed=4, **options), want)
     with torch.no_grad():
         model.unembed.weight[3, 0] = float("nan")
     with pytest.raises(InputError, match="NaN"):

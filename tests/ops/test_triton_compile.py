@@ -4,18 +4,14 @@ The interpreter accepts what the compiler refuses. A stand-in for the GPU's driv
 would have been launched; it runs in a process of its own, because here Triton may be interpreting.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 
-import pytest
+from tests.ops.triton_compiler import needs_compiler
 
-pytest.importorskip("triton", reason="triton is not installed (extra 'test')")
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton.backends.nvidia") is None, reason="triton has no NVIDIA backend here"
-)
+pytestmark = needs_compiler()
 
 PROGRAM = r"""
 import json, os, re, subprocess, sys, tempfile

@@ -4,7 +4,6 @@ A stand-in for the GPU's driver notes each launch, in a process of its own, beca
 That replayed kernels give the same bits is tested on a GPU: tests/bench/bench_hopper.py.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,10 +12,9 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton", reason="triton is not installed (extra 'test')")
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton.backends.nvidia") is None, reason="triton has no NVIDIA backend here"
-)
+from tests.ops.triton_compiler import needs_compiler
+
+pytestmark = needs_compiler()
 
 PROGRAM = r"""
 import json

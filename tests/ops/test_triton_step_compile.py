@@ -1,19 +1,14 @@
 """The step kernels compiled for sm_90 without a GPU, with and without overlapping launches; see test_triton_compile."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 
-import pytest
-
 from tests.ops.test_triton_compile import PROGRAM
+from tests.ops.triton_compiler import needs_compiler
 
-pytest.importorskip("triton", reason="triton is not installed (extra 'test')")
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton.backends.nvidia") is None, reason="triton has no NVIDIA backend here"
-)
+pytestmark = needs_compiler()
 
 STEPS = r"""
 from mambascope.ops import step

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from mambascope.ops.scan.triton_launch import launch
@@ -27,6 +26,15 @@ _ENTER, _STATE, _LEAVE, _LOGITS = 16, 32, 8, 16  # rows of a tile, as measured o
 _WARPS = {"enter": 16, "state": 4, "leave": 8, "logits": 8, "pick": 8}
 _REGISTERS: dict[str, int] = {}  # at most that many a thread, where a kernel would take more than lets all programs run
 _overlap: dict[torch.device, bool] = {}
+
+
+def _cdiv(n: int, size: int) -> int:
+    return -(-n // size)
+
+
+def _power(n: int) -> int:
+    """The power of two that n ≥ 1 fits into."""
+    return 1 << (n - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ class Scratch:
     def of(cls, weights: Layer, batch: int) -> "Scratch":
         channels = weights.A_log.shape[0]
         row = weights.in_proj.new_empty((batch, channels))
-        shares = row.new_empty((batch, triton.cdiv(channels, _ENTER), weights.x_proj.shape[0]), dtype=torch.float32)
+        shares = row.new_empty((batch, _cdiv(channels, _ENTER), weights.x_proj.shape[0]), dtype=torch.float32)
         return cls(row, torch.empty_like(row), torch.empty_like(row), shares)
 
 
@@ -93,7 +101,7 @@ class Choice:
         def new(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=weights.norm.device)
 
-        tiles = triton.cdiv(weights.unembed.shape[0], _LOGITS)
+        tiles = _cdiv(weights.unembed.shape[0], _LOGITS)
         best, where = new(batch, tiles, dtype=torch.float32), new(batch, tiles, dtype=torch.int32)
         done, ids = new(batch, dtype=torch.int32), new(batch)
         return cls(best, where, new(MOST_STOPS).fill_(-1), done, ids, new(batch, most), new(batch))
@@ -123,12 +131,8 @@ def _overlaps(device: torch.device) -> bool:
 
 def _columns(n: int) -> dict[str, int]:
     """Columns of a tile, a warp's worth of 16-byte loads where rows are short, and tiles that are loaded ahead."""
-    columns = min(_TILE if n <= _COLUMNS else 4 * _TILE, triton.next_power_of_2(n))
+    columns = min(_TILE if n <= _COLUMNS else 4 * _TILE, _power(n))
     return {"BK": columns, "PRE": max(1, min(-(-n // columns), _COLUMNS // columns))}
-
-
-def _padded(n: int) -> int:
-    return triton.next_power_of_2(n)
 
 
 def _options(kernel: str, overlap: bool) -> dict[str, Any]:
@@ -149,27 +153,27 @@ def layer(w: Layer, resid: Tensor, ssm: Tensor, conv: Tensor, scratch: Scratch, 
     batch, size = resid.shape
     channels, states = w.A_log.shape
     rank, width, joint = w.dt_proj.shape[1], w.conv.shape[1], w.x_proj.shape[0]
-    tiles = triton.cdiv(channels, _ENTER)
+    tiles = _cdiv(channels, _ENTER)
     overlap = _overlaps(resid.device)
 
     launch(
         enter_kernel, 2 * tiles * batch, resid.device,
         resid, w.norm, w.in_proj, w.in_bias, w.conv, w.conv_bias, conv, w.x_proj, scratch.z, scratch.u, scratch.shares,
         w.eps, batch,
-        M=size, D=channels, J=joint, JP=_padded(joint), K=width, KP=_padded(width),
+        M=size, D=channels, J=joint, JP=_power(joint), K=width, KP=_power(width),
         BR=_ENTER, **_columns(size), HAS_IN_BIAS=w.in_bias is not None, HAS_CONV_BIAS=w.conv_bias is not None,
         **_options("enter", overlap and not first),
     )  # fmt: skip
     launch(
-        state_kernel, triton.cdiv(channels, _STATE) * batch, resid.device,
+        state_kernel, _cdiv(channels, _STATE) * batch, resid.device,
         scratch.shares, w.dt_proj, w.dt_bias, w.A_log, w.D, ssm, scratch.u, scratch.z, scratch.gated,
         w.mixer_eps or 0.0, batch,
-        D=channels, N=states, NP=_padded(states), R=rank, RP=_padded(rank), TILES=tiles,
-        TP=_padded(tiles), BD=_STATE, HAS_DT_BIAS=w.dt_bias is not None, NORMED=w.mixer_eps is not None,
+        D=channels, N=states, NP=_power(states), R=rank, RP=_power(rank), TILES=tiles,
+        TP=_power(tiles), BD=_STATE, HAS_DT_BIAS=w.dt_bias is not None, NORMED=w.mixer_eps is not None,
         **_options("state", overlap),
     )  # fmt: skip
     launch(
-        leave_kernel, triton.cdiv(size, _LEAVE) * batch, resid.device,
+        leave_kernel, _cdiv(size, _LEAVE) * batch, resid.device,
         scratch.gated, w.out_proj, w.out_bias, resid, batch,
         M=size, D=channels, BR=_LEAVE, **_columns(channels), HAS_OUT_BIAS=w.out_bias is not None,
         **_options("leave", overlap),
@@ -181,7 +185,7 @@ def head(w: Head, resid: Tensor, logits: Tensor, choice: Choice | None) -> None:
     (batch, size), vocabulary = resid.shape, w.unembed.shape[0]
     best, where = (None, None) if choice is None else (choice.best, choice.where)
     launch(
-        logits_kernel, triton.cdiv(vocabulary, _LOGITS) * batch, resid.device,
+        logits_kernel, _cdiv(vocabulary, _LOGITS) * batch, resid.device,
         resid, w.norm, w.unembed, logits, best, where, w.eps, batch,
         M=size, V=vocabulary, BR=_LOGITS, **_columns(size), BEST=choice is not None,
         **_options("logits", _overlaps(resid.device)),
@@ -194,6 +198,6 @@ def pick(w: Head, resid: Tensor, choice: Choice) -> None:
     launch(
         pick_kernel, batch, resid.device,
         choice.best, choice.where, choice.stops, choice.done, choice.ids, choice.told, choice.count, w.embed, resid,
-        M=size, MP=_padded(size), TILES=tiles, TP=_padded(tiles), V=vocabulary, STOPS=MOST_STOPS,
+        M=size, MP=_power(size), TILES=tiles, TP=_power(tiles), V=vocabulary, STOPS=MOST_STOPS,
         MOST=choice.told.shape[1], **_options("pick", _overlaps(resid.device)),
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Where is an earlier token remembered? Both embedded models, by patching every state, and by predicting it.
 
-    python docs/examples/earlier_token.py        # writes docs/results/earlier_token.csv and two figures
+    python docs/examples/earlier_token.py    # docs/results/earlier_token.csv and, where Chromium is, two pictures
 
 `induction-2l` reads random tokens; once a special one, then the answer; at the end the special one again. `lm-mini`
 reads "The town of Lincoln lies in the north. The town of": does it say Lincoln, or the town that stands there in the
@@ -10,7 +10,11 @@ or state h.
 
 import csv
 import platform
+import shutil
+import subprocess
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -57,6 +61,21 @@ def rows(name: str, measured: ms.Sweep, predicted: ms.Sweep) -> list[list[str]]:
     ]
 
 
+def draw(figure: Any, path: Path) -> None:
+    """The figure as a picture, by a browser that is asked for nothing outside the page; a line where there is none."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        print(f"{path.name} is left as it is: no Chromium here to draw it")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "figure.html"
+        figure.write_html(page, include_plotlyjs=True, default_width="1000px", config={"displayModeBar": False})
+        size = f"--window-size=1016,{int(figure.layout.height) + 16}"
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", size]
+        command = [browser, *options, f"--screenshot={path}", page.as_uri()]
+        subprocess.run(command, check=True, capture_output=True)  # noqa: S603 - a page of our own
+
+
 def main() -> None:
     with (RESULTS / "earlier_token.csv").open("w", newline="", encoding="utf-8") as out:
         out.write(
@@ -66,8 +85,7 @@ def main() -> None:
         writer.writerow(["model", "site", "layer", "position", "token", "score", "predicted"])
         for name, (measured, predicted) in (("induction-2l", induction()), ("lm-mini", towns())):
             writer.writerows(rows(name, measured, predicted))
-            figure = sweep_figure(measured, "h")
-            figure.write_html(RESULTS / f"earlier_token_{name}.html", include_plotlyjs="cdn", div_id=name)
+            draw(sweep_figure(measured, "h"), RESULTS / f"earlier_token_{name}.png")
 
 
 if __name__ == "__main__":

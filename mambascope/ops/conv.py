@@ -26,6 +26,7 @@ class ConvOutput(NamedTuple):
 def conv_formula(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, lengths: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
+    """`causal_conv` in plain torch, differentiable to any order: y ``B L D`` and the last K-1 inputs ``B D K-1``."""
     batch, length, channels = x.shape
     width = weight.shape[1]
     wide = compute_dtype(x, weight, bias, state)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from mambascope.ops import cpu
 from mambascope.ops.scan import reference
+from tests.bench.origin import commit
 
 D, N, K, M = 1536, 16, 4, 768
 LENGTHS = (1, 64, 512)
@@ -155,13 +156,6 @@ def first_use(name: str) -> dict[str, tuple[float, float]]:
         "first forward (s): compiled, cached": (seconds[0][0], seconds[1][0]),
         "the other kernels (s): compiled, cached": (seconds[0][1], seconds[1][1]),
     }
-
-
-def commit() -> str:
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return found.stdout.strip() or "unknown"
 
 
 def processor() -> str:

@@ -12,10 +12,8 @@ import argparse
 import csv
 import gc
 import multiprocessing
-import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +26,7 @@ from torch import Tensor
 import mambascope as ms
 from mambascope.config import MambaConfig
 from mambascope.model import HookedMamba
+from tests.bench.origin import commit
 
 WIDTH, VOCAB = 768, 50280
 iv = ms.interventions
@@ -172,13 +171,6 @@ def timed(cases: dict[str, Callable[[], object]], repeats: int, device: str) -> 
             times[name].append((time.perf_counter() - start) * 1e3)
     gc.enable()
     return {name: (statistics.median(values), min(values)) for name, values in times.items()}
-
-
-def commit() -> str:
-    if os.environ.get("BENCH_COMMIT"):
-        return os.environ["BENCH_COMMIT"]
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 COLUMNS = (

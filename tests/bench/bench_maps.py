@@ -12,7 +12,6 @@ is left out, and named. On a GPU the kernels are compiled by processes side by s
 
 import argparse
 import csv
-import os
 import platform
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mambascope import ops
+from tests.bench.origin import commit
 
 D, N, R, K = 1536, 16, 48, 4
 BAR = 1e-5
@@ -311,14 +311,6 @@ def main() -> int:
     if left:
         print(f"left out, past {args.limit:g} s: {', '.join(left)}")
     return 0
-
-
-def commit() -> str:
-    """What is measured: the environment's word for it, or git's."""
-    if "BENCH_COMMIT" in os.environ:
-        return os.environ["BENCH_COMMIT"]
-    said = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return said.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

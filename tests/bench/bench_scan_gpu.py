@@ -11,7 +11,6 @@ folder of a built ``mamba_ssm`` (or of its extension ``selective_scan_cuda``); a
 import argparse
 import csv
 import os
-import subprocess
 import sys
 import time
 import traceback
@@ -28,6 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tests.bench.origin import commit
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -656,13 +657,6 @@ def state_times() -> list[dict[str, Any]]:
             rows.append(row)
             print(f"  portable, N = {states}: forward {row['fwd']:.0f}, backward {row['bwd']:.0f} us", flush=True)
     return rows
-
-
-def commit() -> str:
-    if os.environ.get("BENCH_COMMIT"):
-        return os.environ["BENCH_COMMIT"]
-    found = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
 
 
 def write(path: str, rows: list[dict[str, Any]], passed: bool | None) -> None:

@@ -14,7 +14,7 @@ import torch
 
 import mambascope as ms
 from mambascope.analyses import freezing_cost, lti_view, mean_selection, read, timescale_spectrum
-from tests.bench.bench_cpu import commit
+from tests.bench.origin import commit
 
 
 def pieces(model: ms.HookedMamba, path: Path, rows: int, length: int) -> torch.Tensor:

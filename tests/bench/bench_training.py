@@ -27,7 +27,7 @@ from mambascope.training.loop import _Run
 from mambascope.training.machine import machine
 from mambascope.training.recipe import Recipe, TrainSettings
 from mambascope.training.sampler import Batch
-from tests.bench.bench_scan_gpu import commit
+from tests.bench.origin import commit
 
 
 def whole_logits(model: nn.Module, batch: Batch) -> Tensor:

@@ -14,42 +14,11 @@ import sys
 import pytest
 
 from mambascope.ops.scan import gluon_table as table
+from tests.ops.triton_compiler import DRIVER
 
-PROGRAM = r"""
-import json, os, re, subprocess, sys, tempfile
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-
-launched = []
-
-
-class Launcher:
-    def __init__(self, source, metadata):
-        self.name = source.fn.__name__
-
-    def __call__(self, *arguments):
-        launched.append((self.name, arguments))
-
-
-class Utils:
-    def load_binary(self, *_):
-        return 1, 2, 32, 0, 1024
-
-    def get_device_properties(self, _):
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
-
-
-class Driver:
-    utils, launcher_cls = Utils(), Launcher
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device=None: 7)
-    set_current_device = staticmethod(lambda device: None)
-
-
-driver.set_active(Driver())
-torch.cuda.current_device = lambda: 0
+PROGRAM = (
+    DRIVER
+    + r"""
 from mambascope.ops.scan import gluon, triton_launch
 
 
@@ -113,6 +82,7 @@ for compiled, constants in triton_launch._compiled.values():
     usage.append([compiled.name, *(int(n) for n in numbers.groups()), compiled.metadata.shared, counts])
 print("RESULT" + json.dumps(usage))
 """
+)
 
 
 def _needs_gluon() -> None:

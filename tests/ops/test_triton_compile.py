@@ -9,45 +9,13 @@ import os
 import subprocess
 import sys
 
-from tests.ops.triton_compiler import needs_compiler
+from tests.ops.triton_compiler import DRIVER, needs_compiler
 
 pytestmark = needs_compiler()
 
-PROGRAM = r"""
-import json, os, re, subprocess, sys, tempfile
-import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-
-launched = []
-
-
-class Launcher:
-    def __init__(self, source, metadata):
-        self.name = source.fn.__name__
-
-    def __call__(self, *arguments):
-        launched.append((self.name, arguments))
-
-
-class Utils:
-    def load_binary(self, *_):
-        return 1, 2, 32, 0, 1024
-
-    def get_device_properties(self, _):
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
-
-
-class Driver:
-    utils, launcher_cls = Utils(), Launcher
-    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
-    get_current_device = staticmethod(lambda: 0)
-    get_current_stream = staticmethod(lambda device=None: 7)
-    set_current_device = staticmethod(lambda device: None)
-
-
-driver.set_active(Driver())
-torch.cuda.current_device = lambda: 0
+PROGRAM = (
+    DRIVER
+    + r"""
 from mambascope.ops.scan import triton, triton_conv, triton_launch, triton_layers, triton_matmul, triton_norm
 from mambascope.ops.scan import triton_window
 
@@ -137,6 +105,7 @@ for compiled, constants in triton_launch._compiled.values():
     usage.append([compiled.name, *(int(n) for n in numbers.groups())] if numbers else [compiled.name, 0, 0])
 print("RESULT" + json.dumps({"wrong": [str(w) for w in wrong], "usage": usage}))
 """
+)
 
 
 def test_kernels_compile_for_hopper_and_the_short_way_launches_the_same() -> None:

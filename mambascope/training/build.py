@@ -31,7 +31,7 @@ from mambascope.training.loop import TrainResult, train
 from mambascope.training.metrics import inside_metrics, largest_fall, state_metrics
 from mambascope.training.overlap import WINDOW, shared_windows
 from mambascope.training.recipe import Recipe, TextData
-from mambascope.training.sampler import Batches, TextStream, WindowSampler
+from mambascope.training.sampler import Batches, Repeats, TextStream, WindowSampler
 from mambascope.training.task_batches import TaskBatches, last_only
 
 if TYPE_CHECKING:
@@ -209,14 +209,24 @@ def _text(
         streams.append(TextStream(source.name, trained, source.share))
         if len(rest):
             held[source.name] = rest
+    cfg = recipe.model
+    special = [i for i in (cfg.bos_token_id, cfg.eos_token_id) if i is not None]
+    ordinary = np.setdiff1d(np.arange(cfg.n_tokens), special)
     sampler = WindowSampler(
-        streams, batch=settings.batch, length=settings.length, steps=settings.steps, seed=recipe.seed, hold=text.hold
+        streams,
+        batch=settings.batch,
+        length=settings.length,
+        steps=settings.steps,
+        seed=recipe.seed,
+        hold=text.hold,
+        repeats=Repeats(text.repeats, ordinary) if text.repeats else None,
     )
     headers = {name: asdict(file.header) for name, file in prepared.files.items()}
     record = {
         "epochs": sampler.epochs(),
         "sources": headers,
         "trained_tokens": settings.steps * settings.batch * settings.length,
+        "repeated_tokens": sampler.repeated(),
     }
     if (prepared.folder / _OVERLAP).is_file():
         overlap = json.loads((prepared.folder / _OVERLAP).read_text(encoding="utf-8"))

@@ -86,6 +86,8 @@ def _card(recipe: Recipe, progress: dict[str, Any], out: Path, model: torch.nn.M
             training[f"held_out_windows_of_{seen['overlap']['window']}_tokens_also_trained_on"] = ", ".join(
                 f"{name} {share:.2%}" for name, share in seen["overlap"]["shares"].items()
             )
+        if repeated := seen.get("repeated_tokens"):
+            training["of_these_random_tokens_read_twice"] = repeated
         card["sources"] = [
             {
                 "name": source.name,

@@ -20,12 +20,9 @@ from torch import Tensor, nn
 
 from mambascope.hooks.sites import SitePoint
 from mambascope.model import HookedMamba
-from mambascope.training.sampler import Batch
+from mambascope.training.sampler import IGNORED, Batch
 
-__all__ = ["IGNORED", "answer_loss", "linear_cross_entropy"]
-
-IGNORED = -100
-"""A target that is not scored."""
+__all__ = ["answer_loss", "linear_cross_entropy"]
 
 _CHUNK = 1 << 26
 """Logits held at a time: 256 MB in float32."""

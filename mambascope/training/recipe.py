@@ -48,12 +48,14 @@ class Source:
 @dataclass(frozen=True)
 class TextData:
     """Text sources; the last ``held_out`` part of each is never trained on. ``hold``: the part of
-    training in which shares stay at their start values."""
+    training in which shares stay at their start values. ``repeats``: the share of rows that are random tokens read
+    twice (:class:`mambascope.training.sampler.Repeats`); the sources share the rest."""
 
     sources: tuple[Source, ...]
     vocabulary: int = 8192
     held_out: float = 0.01
     hold: float = 0.0
+    repeats: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ class Recipe:
             raise ConfigError(f"text.vocabulary = {self.text.vocabulary} but model.d_vocab = {self.model.d_vocab}")
         if self.text is not None and not 0 <= self.text.held_out < 0.5:
             raise ConfigError(f"text.held_out must be in 0 … 0.5, got {self.text.held_out}")
+        if self.text is not None and not 0 <= self.text.repeats < 1:
+            raise ConfigError(f"text.repeats is a share of the rows, 0 ≤ repeats < 1, got {self.text.repeats}")
         if self.task is not None:
             self._check_task(self.task)
 

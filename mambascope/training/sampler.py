@@ -3,6 +3,10 @@
 Each row of a batch comes from one source, drawn with the sources' shares at that step (they may move
 linearly over the run). Within a source, rows are windows without replacement: an epoch cuts the text into
 windows at a random phase and visits them in a random order.
+
+A share of the rows may be random tokens read twice instead, in segments one after the other: ``N`` tokens, the same
+``N`` again, ``N`` log-uniform from 8 to half the row. Only what can be recalled is scored there, the second copies
+from their second token on. Text alone teaches copying late, if at all; a few such rows teach it to small models.
 """
 
 from collections.abc import Sequence
@@ -16,7 +20,10 @@ from torch import Tensor
 
 from mambascope.errors import InputError
 
-__all__ = ["Batch", "Batches", "TextStream", "WindowSampler"]
+__all__ = ["IGNORED", "Batch", "Batches", "Repeats", "TextStream", "WindowSampler"]
+
+IGNORED = -100
+"""A target that is not scored."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,27 @@ class TextStream:
     share: tuple[float, float]
 
 
+@dataclass(frozen=True)
+class Repeats:
+    """Rows of random tokens read twice: their share of all rows, and the ids to draw from."""
+
+    share: float
+    ids: np.ndarray
+
+    def row(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """``length + 1`` tokens, and which of the ``length`` next tokens are scored."""
+        tokens, scored = np.empty(length + 1, np.int64), np.zeros(length + 1, bool)
+        at = 0
+        while at <= length:
+            n = int(np.exp(rng.uniform(np.log(8), np.log(max(8, length // 2)))))
+            once = rng.choice(self.ids, n)
+            twice, recalled = np.concatenate([once, once]), np.arange(2 * n) > n
+            end = min(at + 2 * n, length + 1)
+            tokens[at:end], scored[at:end] = twice[: end - at], recalled[: end - at]
+            at = end
+        return tokens, scored[1:]
+
+
 class WindowSampler:
     """Batches of next-token windows from several sources; see the module's text.
 
@@ -51,7 +79,15 @@ class WindowSampler:
     """
 
     def __init__(
-        self, streams: Sequence[TextStream], *, batch: int, length: int, steps: int, seed: int, hold: float = 0.0
+        self,
+        streams: Sequence[TextStream],
+        *,
+        batch: int,
+        length: int,
+        steps: int,
+        seed: int,
+        hold: float = 0.0,
+        repeats: Repeats | None = None,
     ) -> None:
         for stream in streams:
             if len(stream.ids) < 2 * length + 1:
@@ -66,7 +102,13 @@ class WindowSampler:
         progress = np.arange(steps) / max(steps - 1, 1)
         move = np.clip((progress - hold) / max(1 - hold, 1e-9), 0, 1)[:, None]
         shares = (1 - move) * ends[:, 0] + move * ends[:, 1]
-        counts = np.random.default_rng([seed, 0]).multinomial(batch, shares / shares.sum(1, keepdims=True))
+        rng = np.random.default_rng([seed, 0])
+        self._repeats = repeats
+        rows: int | np.ndarray = batch
+        if repeats is not None:
+            self._repeated = rng.binomial(batch, repeats.share, steps)
+            rows = batch - self._repeated
+        counts = rng.multinomial(rows, shares / shares.sum(1, keepdims=True))
         self._counts = counts  # steps, sources
         self._before = np.cumsum(counts, 0) - counts
         self._orders: dict[int, tuple[int, int, np.ndarray]] = {}
@@ -78,8 +120,14 @@ class WindowSampler:
             for k in range(first, first + int(self._counts[step, index])):
                 start = self._start(index, k)
                 rows.append(stream.ids[start : start + self.length + 1])
-        window = torch.from_numpy(np.stack(rows).astype(np.int64))  # B L+1
-        return Batch(window[:, :-1].contiguous(), window[:, 1:].contiguous())
+        if self._repeats is None:
+            return _batch(rows)
+        rng = np.random.default_rng([self.seed, 0, step])
+        made = [self._repeats.row(rng, self.length) for _ in range(int(self._repeated[step]))]
+        batch = _batch([*rows, *(tokens for tokens, _ in made)])
+        for target, (_, scored) in zip(batch.targets[len(rows) :], made, strict=True):
+            target[torch.from_numpy(~scored)] = IGNORED
+        return batch
 
     def _start(self, index: int, k: int) -> int:
         """Where the k-th window ever drawn from a source begins."""
@@ -91,7 +139,16 @@ class WindowSampler:
         _, phase, order = self._orders[index]
         return phase + int(order[position]) * self.length
 
+    def repeated(self) -> int:
+        """Tokens of the rows that are read twice, over the whole of training."""
+        return 0 if self._repeats is None else int(self._repeated.sum()) * self.length
+
     def epochs(self, steps: int | None = None) -> dict[str, float]:
         """How often each source's text is seen in the first ``steps`` steps (all by default)."""
         seen = self._counts[:steps].sum(0) * self.length
         return {s.name: float(n / len(s.ids)) for s, n in zip(self.streams, seen, strict=True)}
+
+
+def _batch(rows: list[np.ndarray]) -> Batch:
+    window = torch.from_numpy(np.stack(rows).astype(np.int64))  # B L+1
+    return Batch(window[:, :-1].contiguous(), window[:, 1:].contiguous())

@@ -4,9 +4,8 @@ import torch
 from torch import Tensor
 
 from mambascope.analyses.tasks import Sample, Task
-from mambascope.training.head import IGNORED
 from mambascope.training.recipe import TrainSettings
-from mambascope.training.sampler import Batch, Batches
+from mambascope.training.sampler import IGNORED, Batch, Batches
 
 __all__ = ["TaskBatches", "last_only"]
 

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from mambascope.training.build import build_model
 from mambascope.training.command import recipe_for
 from mambascope.training.floor import Floor, measure_floor
-from mambascope.training.head import IGNORED, answer_loss
+from mambascope.training.head import answer_loss
 from mambascope.training.loop import _Run
 from mambascope.training.machine import machine
 from mambascope.training.recipe import Recipe, TrainSettings
-from mambascope.training.sampler import Batch
+from mambascope.training.sampler import IGNORED, Batch
 from tests.bench.origin import commit
 
 

@@ -9,9 +9,9 @@ from mambascope.errors import InputError
 from mambascope.model import HookedMamba
 from mambascope.training.feed import Feed
 from mambascope.training.floor import Floor, measure_floor
-from mambascope.training.head import IGNORED, answer_loss, linear_cross_entropy
+from mambascope.training.head import answer_loss, linear_cross_entropy
 from mambascope.training.metrics import largest_fall
-from mambascope.training.sampler import Batch
+from mambascope.training.sampler import IGNORED, Batch
 
 
 def problem(seed: int = 0, rows: int = 37, dtype: torch.dtype = torch.float64):

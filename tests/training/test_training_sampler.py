@@ -1,19 +1,21 @@
 """Batches are a function of (seed, step); windows tile each source once an epoch; shares are kept."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
 from mambascope.errors import InputError
-from mambascope.training.sampler import TextStream, WindowSampler
+from mambascope.training.sampler import IGNORED, Repeats, TextStream, WindowSampler
 
 
-def _sampler(seed=3, steps=200, shares=((0.75, 0.25), (0.25, 0.75)), hold=0.0):
+def _sampler(seed=3, steps=200, shares=((0.75, 0.25), (0.25, 0.75)), hold=0.0, **more):
     streams = [
         TextStream("a", np.arange(0, 1001, dtype=np.uint16), shares[0]),
         TextStream("b", np.arange(2000, 4000, dtype=np.uint16), shares[1]),
     ]
-    return WindowSampler(streams, batch=8, length=10, steps=steps, seed=seed, hold=hold)
+    return WindowSampler(streams, batch=8, length=10, steps=steps, seed=seed, hold=hold, **more)
 
 
 def test_targets_are_the_next_tokens_and_windows_stay_in_their_source():
@@ -61,3 +63,33 @@ def test_bad_sources():
         WindowSampler([short], batch=1, length=10, steps=5, seed=0)
     with pytest.raises(InputError, match=r"add up to 1, got sums \[0.75"):
         _sampler(shares=((0.5, 0.5), (0.25, 0.5)))
+
+
+def test_rows_read_twice_score_what_can_be_recalled():
+    repeats = Repeats(1.0, np.arange(5, 4000))
+    sampler = WindowSampler(
+        [TextStream("a", np.zeros(900, np.uint16), (1.0, 1.0))], batch=4, length=300, steps=3, seed=0, repeats=repeats
+    )
+    batch = sampler(1)
+    assert torch.equal(sampler(1).tokens, batch.tokens)
+    assert int(batch.tokens.min()) >= 5
+    share = (batch.targets != IGNORED).double().mean()
+    assert 0.25 < float(share) < 0.5
+    for row, targets in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
+        for t in range(300):
+            if targets[t] == IGNORED:
+                continue
+            assert t == 299 or targets[t] == row[t + 1]
+            pairs = list(itertools.pairwise(row[: t + 1]))
+            assert (row[t], targets[t]) in pairs, "what followed this token before"
+
+
+def test_repeats_take_their_share_and_the_sources_the_rest():
+    sampler = _sampler(steps=500, repeats=Repeats(0.25, np.arange(5000, 9000)))
+    rows = torch.cat([sampler(step).tokens[:, 0] for step in range(500)])
+    share = float((rows >= 5000).double().mean())
+    assert abs(share - 0.25) < 0.03
+    assert sampler.repeated() == int((rows >= 5000).sum()) * 10
+    assert sum(n * len(s.ids) for s, n in zip(sampler.streams, sampler.epochs().values(), strict=True)) == (
+        500 * 8 * 10 - sampler.repeated()
+    )

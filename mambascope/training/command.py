@@ -1,4 +1,4 @@
-"""What ``python -m mambascope.zoo`` does: list, prepare, train, sweep, export and evaluate what has a recipe."""
+"""What ``python -m mambascope.zoo`` does: list, prepare, train, sweep, export, evaluate, compare."""
 
 import argparse
 import sys
@@ -101,28 +101,49 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     folder = arguments.folder or zoo.model_folder(arguments.model)
     task = zoo.task_of(folder)
-    if arguments.text_tasks is not None:
+    more = {"device": arguments.device, "write": not arguments.dry}
+    if arguments.copying or arguments.context or arguments.generation:
+        from mambascope.training.measure import evaluate_context, evaluate_copying, evaluate_generation
+
+        values: dict[str, Any] = {}
+        if arguments.copying:
+            values |= evaluate_copying(folder, seed=arguments.seed, **more)
+        if arguments.context:
+            values |= evaluate_context(folder, arguments.data, **more)
+        if arguments.generation:
+            values |= evaluate_generation(folder, **more)
+    elif arguments.text_tasks is not None:
         values = evaluate_text_tasks(
             folder,
             arguments.text_tasks,
             single_tokens=not arguments.long_answers,
-            device=arguments.device,
-            write=not arguments.dry,
+            **more,
         )
     elif task is None:
-        values = evaluate_text(folder, arguments.data, device=arguments.device, write=not arguments.dry)
+        values = evaluate_text(folder, arguments.data, **more)
     else:
         values = evaluate_task(
             folder,
             arguments.lengths,
             arguments.sequences,
             seed=arguments.seed,
-            device=arguments.device,
-            write=not arguments.dry,
+            **more,
         )
     print(
         "written to the card" if not arguments.dry else "not written (--dry)", "of", folder, f"({len(values)} values)"
     )
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from mambascope.training.measure import compare
+    from mambascope.zoo.card import number
+
+    folders = [Path(m) if Path(m).is_dir() else zoo.model_folder(m) for m in arguments.models]
+    table = compare(folders)
+    print(table.map(lambda value: "" if value is None else number(value)).to_string())
+    if arguments.csv is not None:
+        table.to_csv(arguments.csv, index_label="what")
+        print(f"written to {arguments.csv}")
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
@@ -148,7 +169,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m mambascope.zoo", description="The models that ship with mambascope.")
-    commands = parser.add_subparsers(required=True, metavar="list|prepare|train|sweep|export|evaluate")
+    commands = parser.add_subparsers(required=True, metavar="list|prepare|train|sweep|export|evaluate|compare")
 
     def command(name: str, run: Any, about: str) -> argparse.ArgumentParser:
         child = commands.add_parser(name, help=about, description=about)
@@ -195,11 +216,17 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--folder", type=Path, help="another model folder than the shipped one")
     evaluate.add_argument("--data", type=Path, nargs="+", default=[], help="folders that hold wikitext-2/valid.txt.xz")
     evaluate.add_argument("--text-tasks", type=Path, metavar="FOLDER", help="score the text tasks whose sets are there")
+    evaluate.add_argument("--copying", action="store_true", help="loss on second copies of N random tokens")
+    evaluate.add_argument("--context", action="store_true", help="in-context score on the text below --data")
+    evaluate.add_argument("--generation", action="store_true", help="time and state of a generated token by position")
     evaluate.add_argument("--long-answers", action="store_true", help="keep answers of several tokens, too")
     evaluate.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384])
     evaluate.add_argument("--sequences", type=int, nargs="+", default=[1000], help="one number, or one a length")
     evaluate.add_argument("--seed", type=int, default=1)
     evaluate.add_argument("--device", help="cuda, cpu, …; the GPU if there is one")
+    side = command("compare", _compare, "the cards of several models side by side")
+    side.add_argument("models", nargs="+", help="zoo models, or model folders")
+    side.add_argument("--csv", type=Path, help="write the table here as well")
     evaluate.add_argument("--dry", action="store_true", help="print only, leave the card alone")
     return parser
 

@@ -18,7 +18,7 @@ from mambascope.training.machine import machine
 from mambascope.training.recipe import Recipe
 from mambascope.zoo.card import add_evaluation, read_card, write_card
 
-__all__ = ["evaluate_task", "evaluate_text", "evaluate_text_tasks", "export_model"]
+__all__ = ["evaluate_task", "evaluate_text", "evaluate_text_tasks", "export_model", "open_model"]
 
 EVALUATION_NAMES = {"induction": "Induction heads"}
 """Headings in a card, where the task's name alone is not one."""
@@ -109,7 +109,8 @@ def _thin(rows: list[dict[str, float]], most: int = 100) -> list[list[float]]:
     return [[group[-1]["tokens"], round(sum(row["loss"] for row in group) / len(group), 5)] for group in groups]
 
 
-def _open(folder: Path, device: str | None) -> Any:
+def open_model(folder: str | Path, device: str | None) -> Any:
+    """The model of a folder, from its stored weights."""
     from mambascope.loading import load
 
     return load(Path(folder).resolve(), device=device)
@@ -130,7 +131,7 @@ def evaluate_text(
     ``reset_every`` tokens. Written into the card. Raises LoadError where the text is not below a folder of ``data``.
     """
     folder, path = Path(folder), find_file(HELD_OUT, [Path(d) for d in data])
-    model, text = _open(folder, device), read_text(path)
+    model, text = open_model(folder, device), read_text(path)
     if model.tokenizer is None:
         raise InputError(f"{folder} has no tokenizer; bits per byte needs one")
     tokenizer = model.tokenizer.backend
@@ -168,7 +169,7 @@ def evaluate_text_tasks(
 ) -> dict[str, Any]:
     """Accuracy on text tasks (:mod:`mambascope.analyses.tasks.text`) whose evaluation sets are in the folder ``sets``,
     under a model folder's stored weights; into the card, with how many items were given and kept."""
-    model = _open(Path(folder), device)
+    model = open_model(folder, device)
     rows: list[dict[str, Any]] = []
     for name in TEXT_TASKS if names is None else names:
         task = load_text_task(name, sets, model, single_tokens=single_tokens)
@@ -211,7 +212,7 @@ def evaluate_task(
     task = data.task.make()
     if len(counts) not in (1, len(lengths)):
         raise InputError(f"--sequences wants one number or {len(lengths)} (one a length), got {len(counts)}")
-    model = _open(Path(folder), device)
+    model = open_model(folder, device)
     rows: list[dict[str, Any]] = []
     for index, length in enumerate(lengths):
         count = counts[index] if len(counts) > 1 else counts[0]

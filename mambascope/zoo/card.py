@@ -7,7 +7,7 @@ from typing import Any
 from mambascope.errors import LoadError
 from mambascope.storage import write_bytes
 
-__all__ = ["add_evaluation", "markdown", "read_card", "write_card"]
+__all__ = ["add_evaluation", "markdown", "number", "read_card", "write_card"]
 
 
 def read_card(folder: Path) -> dict[str, Any]:
@@ -35,7 +35,8 @@ def add_evaluation(folder: Path, name: str, values: dict[str, Any]) -> None:
     write_card(folder, card)
 
 
-def _number(value: Any) -> str:
+def number(value: Any) -> str:
+    """A value as a person reads it: thousands apart, four digits of what is no whole number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
     if isinstance(value, int) or (value.is_integer() and abs(value) < 1e15):
@@ -46,7 +47,7 @@ def _number(value: Any) -> str:
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     keys = list(rows[0])
     lines = ["| " + " | ".join(key.replace("_", " ") for key in keys) + " |", "|" + "---|" * len(keys)]
-    return lines + ["| " + " | ".join(_number(row.get(key, "")) for key in keys) + " |" for row in rows]
+    return lines + ["| " + " | ".join(number(row.get(key, "")) for key in keys) + " |" for row in rows]
 
 
 def markdown(card: dict[str, Any]) -> str:
@@ -59,11 +60,11 @@ def markdown(card: dict[str, Any]) -> str:
         values = dict(values)
         rows = values.pop("rows", None)
         lines += [f"## {name}", ""]
-        lines += [f"- {key.replace('_', ' ')}: {_number(value)}" for key, value in values.items()]
+        lines += [f"- {key.replace('_', ' ')}: {number(value)}" for key, value in values.items()]
         lines += ([""] if rows else []) + (_table(rows) if rows else []) + [""]
     if card.get("sources"):
         lines += ["## Training text", "", *_table(card["sources"]), ""]
     lines += ["## Training", ""]
-    lines += [f"- {key.replace('_', ' ')}: {_number(value)}" for key, value in card["training"].items()]
+    lines += [f"- {key.replace('_', ' ')}: {number(value)}" for key, value in card["training"].items()]
     lines += ["", "## Recipe", "", "```json", json.dumps(recipe["model"]), json.dumps(recipe["train"]), "```", ""]
     return "\n".join(lines)

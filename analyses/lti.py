@@ -7,8 +7,8 @@ a channel (2312.00752, equation 3; 2111.00396, section 2.4):
 
 1. Hold delta ``D``, B ``N``, C ``N`` at their mean over a text or over a sample of texts, or at given values
    (:class:`Selection`).
-2. The kernel, O(L D N); each exponent is j·A·delta as it stands, so nothing is multiplied up and nothing overflows.
-3. The convolution by FFT with zero padding, O(D L log L) (:func:`fft_convolve`).
+2. The kernel, O(L D N); exponents are never positive, so nothing overflows (:mod:`mambascope.ops.lti`).
+3. The convolution by FFT with zero padding, O(D L log L) (:func:`mambascope.ops.lti.fft_convolve`).
 4. The spectrum, exact for the endless kernel: H(f) = Σ_n C[n] delta B[n] / (1 - exp(A[n] delta - 2πi f)), f in cycles
    per token; the time constants 1 / (|A| delta) in tokens.
 5. How much of the layer this is: the share of y's energy on the text that the convolution reproduces, per channel
@@ -30,6 +30,7 @@ from mambascope.analyses.source import Reading, Source, finite, read, scan_layer
 from mambascope.brief import Brief
 from mambascope.errors import InputError
 from mambascope.hooks.cache import MambaCache
+from mambascope.ops.lti import Diagonal, diagonal_kernel, fft_convolve
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,9 +38,7 @@ if TYPE_CHECKING:
 
     from mambascope.model import HookedMamba
 
-__all__ = ["LTILayer", "Selection", "fft_convolve", "lti_kernel", "lti_view", "mean_selection"]
-
-_BLOCK = 1 << 21  # elements of a block of exponentials: 8 MB in float32
+__all__ = ["LTILayer", "Selection", "lti_kernel", "lti_view", "mean_selection"]
 
 
 # ---- the convolution
@@ -51,39 +50,11 @@ def lti_kernel(
 ) -> Float[Tensor, "L D"]:
     """k[j, d] = Σ_n C[n] exp(A[d, n] delta[d] j) delta[d] B[n] for j = 0 … length - 1, in delta's dtype.
 
-    Time O(L D N); memory the kernel and a block of exponentials. Raises InputError for a length below 1.
+    Time O(L D N) (:func:`mambascope.ops.lti.diagonal_kernel`). Raises InputError for a length below 1.
     """
-    if isinstance(length, bool) or not isinstance(length, int) or length < 1:
-        raise InputError(f"a kernel's length must be a positive integer, got {length!r}")
     rate = A.to(delta.dtype) * delta[:, None]  # D N
     gain = (C * B).to(delta.dtype) * delta[:, None]  # D N
-    size = max(1, _BLOCK // rate.numel())
-    parts = []
-    for begin in range(0, length, size):
-        j = torch.arange(begin, min(begin + size, length), device=delta.device, dtype=delta.dtype)
-        parts.append(torch.exp(j[:, None, None] * rate).mul_(gain).sum(-1))  # L D
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def fft_convolve(kernel: Float[Tensor, "K D"], u: Float[Tensor, "... L D"]) -> Float[Tensor, "... L D"]:
-    """y[t, d] = Σ_{j <= t} kernel[j, d] u[t - j, d], each channel by itself: causal, nothing wraps around.
-
-    Zero-padded to a power of two >= K + L - 1. Time O(D L log L), memory some channels at a time. Taps beyond u's
-    length reach nothing and are left out. float32 in gives float32 (error about 1e-6 of the largest value).
-    """
-    length, width = u.shape[-2:]
-    if kernel.ndim != 2 or kernel.shape[1] != width or kernel.shape[0] == 0:
-        raise InputError(f"the kernel must be K {width} for an input of {width} channels, got {tuple(kernel.shape)}")
-    kernel = kernel[:length].to(u.dtype)
-    size = 2 ** math.ceil(math.log2(kernel.shape[0] + length - 1)) if length > 1 else 1
-    group = max(1, _BLOCK // size)
-    out = torch.empty_like(u)
-    for first in range(0, width, group):
-        some = slice(first, first + group)
-        product = torch.fft.rfft(kernel[:, some], size, dim=-2) * torch.fft.rfft(u[..., some], size, dim=-2)
-        out[..., some] = torch.fft.irfft(product, size, dim=-2)[..., :length, :]
-    return out
+    return diagonal_kernel(rate.double(), gain.double(), length, delta.dtype)
 
 
 # ---- what is held constant
@@ -281,12 +252,7 @@ def _carry(delta: Tensor, A: Tensor, C: Tensor, h0: Tensor, length: int) -> Tens
     if not bool(h0.any()):
         return torch.zeros(length, len(delta), dtype=delta.dtype)
     rate = A * delta[:, None]
-    size = max(1, _BLOCK // rate.numel())
-    parts = []
-    for begin in range(0, length, size):
-        steps = torch.arange(begin + 1, min(begin + size, length) + 1, dtype=delta.dtype)
-        parts.append((torch.exp(steps[:, None, None] * rate) * (C * h0)).sum(-1))
-    return torch.cat(parts)
+    return Diagonal(rate, torch.zeros_like(rate), C.expand_as(rate)).response(h0[None], length)[0]
 
 
 def is_text_sample(source: Any) -> bool:

@@ -15,7 +15,7 @@ from mambascope.errors import BackendError, CacheError, UnknownNameError
 from mambascope.hooks.effective import EffectiveMethods
 from mambascope.hooks.lazy import LazyActivation, states_between
 from mambascope.hooks.model_protocol import Scope
-from mambascope.hooks.points import LAZY, hook_names, resolve_name, tail_of
+from mambascope.hooks.points import LAZY, ON_DEMAND, hook_names, resolve_name, spec_of, tail_of
 from mambascope.hooks.recorder import BlockRecord, CacheRecorder, Recording, compact, joined, select_names
 from mambascope.hooks.residual import ResidualMethods
 from mambascope.hooks.run import Anchors, compute_dtype
@@ -30,11 +30,12 @@ _REPLAYS = 2
 
 
 class _Replay:
-    """A recorder that keeps everything one block computes, for the cache to read."""
+    """A recorder that keeps everything one block computes, for the cache to read; what is made on demand, if named."""
 
     boundaries = None
 
-    def __init__(self) -> None:
+    def __init__(self, demanded: str = "") -> None:
+        self._demanded = demanded
         self.values: dict[str, Tensor] = {}
 
     def begin(self, *_: Any) -> None:
@@ -47,7 +48,8 @@ class _Replay:
         return False
 
     def wants(self, name: str) -> bool:
-        return tail_of(name)[1] not in LAZY
+        tail = tail_of(name)[1]
+        return tail not in LAZY and (tail not in ON_DEMAND or name == self._demanded)
 
     def take(self, name: str, value: Tensor) -> None:
         self.values[name] = value
@@ -139,7 +141,7 @@ class MambaCache(EffectiveMethods, ShareMethods, ResidualMethods, LensMethods, A
         if name in self.cache_dict:
             return name
         grad = name.endswith("_grad")
-        full = resolve_name(name.removesuffix("_grad"), hook_names(self.model.cfg.n_layers))
+        full = resolve_name(name.removesuffix("_grad"), hook_names(self.model.cfg.layers))
         full += "_grad" if grad else ""
         if full not in self.cache_dict:
             why = "run with incl_bwd=True to keep gradients" if grad else "name it in names_filter"
@@ -169,28 +171,36 @@ class MambaCache(EffectiveMethods, ShareMethods, ResidualMethods, LensMethods, A
         after = self.recording.blocks.get(layer + 1)
         if name == f"blocks.{layer}.hook_resid_post" and after is not None and after.x is not None:
             return after.x
+        if tail_of(name)[1] in ON_DEMAND:  # for this reader alone: kept, it would outweigh all the rest
+            return self._replay_again(record, name)[name]
         return self._replay(record)[name]
 
     def _replay(self, record: BlockRecord) -> dict[str, Tensor]:
         layer = record.layer
         if layer not in self._replays:
-            if record.x is None:
-                raise CacheError(f"block {layer} kept no input to recompute from")
-            self.check_fresh(layer)
-            values = self._run_again(record, record.x, record.state, self.recording.padding)
-            self._check_same(layer, values)
-            self._replays[layer] = values
+            self._replays[layer] = self._replay_again(record)
             while len(self._replays) > _REPLAYS:
                 self._replays.popitem(last=False)
         self._replays.move_to_end(layer)
         return self._replays[layer]
 
-    def _run_again(self, record: BlockRecord, x: Tensor, state: Any, padding: Padding | None) -> dict[str, Tensor]:
+    def _replay_again(self, record: BlockRecord, demanded: str = "") -> dict[str, Tensor]:
+        layer = record.layer
+        if record.x is None:
+            raise CacheError(f"block {layer} kept no input to recompute from")
+        self.check_fresh(layer)
+        values = self._run_again(record, record.x, record.state, self.recording.padding, demanded)
+        self._check_same(layer, values)
+        return values
+
+    def _run_again(
+        self, record: BlockRecord, x: Tensor, state: Any, padding: Padding | None, demanded: str = ""
+    ) -> dict[str, Tensor]:
         device = self.model.device
         if x.device != device:
             x, state = x.to(device), None if state is None else state.map(lambda t: t.to(device))
             padding = None if padding is None else _padding_to(padding, device)
-        replay, dtype = _Replay(), self.recording.autocast
+        replay, dtype = _Replay(demanded), self.recording.autocast
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             self.model.replay(record.layer, x, state, padding, self.recording.backend, replay)
         return {name: value.to(self.device) for name, value in replay.values.items()}
@@ -385,13 +395,14 @@ class MambaCache(EffectiveMethods, ShareMethods, ResidualMethods, LensMethods, A
         index = Slice.unwrap(pos_slice).slice
         index = index if isinstance(index, slice) else torch.as_tensor(index)
 
-        def cut(value: Any) -> Tensor:
-            return compact(value[:, index])
+        def cut(name: str, value: Any) -> Tensor:
+            axis = spec_of(name.removesuffix("_grad")).axis
+            return compact(value[(slice(None),) * axis + (index,)])
 
         names = [name for name in self.recording.names if lazy or tail_of(name)[1] not in LAZY]
         try:
-            kept = {name: cut(self.read(name)) for name in names}
-            gradients = {name: cut(value) for name, value in self.recording.gradients.items()}
+            kept = {name: cut(name, self.read(name)) for name in names}
+            gradients = {name: cut(name, value) for name, value in self.recording.gradients.items()}
         except IndexError as error:
             raise CacheError(f"pos_slice={pos_slice!r} is outside the {self.recording.shape[1]} tokens") from error
         old = self.recording

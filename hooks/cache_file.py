@@ -120,7 +120,7 @@ def _block_from(
     return BlockRecord(
         layer,
         mine.get("x"),
-        model.state_from_tensors(state) if state else None,
+        model.state_from_tensors(state, layer) if state else None,
         bool(facts["edited"]),
         part("stored"),
         part("exposed"),

@@ -30,7 +30,7 @@ class Scope(Protocol):
     def weight_hash(self) -> str: ...
 
     def decay(self, layer: int) -> Tensor:
-        """A = -exp(A_log) of a layer, ``D N``."""
+        """A = -exp(A_log) of a Mamba layer, ``D N``."""
         ...
 
     def replay(
@@ -51,8 +51,8 @@ class Scope(Protocol):
 
     def tokens_to_residual_directions(self, tokens: Any) -> Tensor: ...
 
-    def state_from_tensors(self, tensors: dict[str, Tensor]) -> Any:
-        """A mixer state from the tensors that its own ``tensors()`` gave."""
+    def state_from_tensors(self, tensors: dict[str, Tensor], layer: int = 0) -> Any:
+        """A state of that layer's mixer from the tensors that its own ``tensors()`` gave."""
         ...
 
 

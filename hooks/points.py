@@ -1,12 +1,28 @@
 """The one table of hook points: name, shape, dtype, meaning. Code, docs and errors draw from it."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from mambascope.config import MIXERS, MambaConfig
 from mambascope.errors import UnknownNameError, nearest
 
-__all__ = ["ALIASES", "HOOK_POINTS", "LAZY", "HookSpec", "hook_names", "resolve_name", "spec_of", "tail_of"]
+__all__ = [
+    "ALIASES",
+    "HOOK_POINTS",
+    "LAZY",
+    "ON_DEMAND",
+    "HookSpec",
+    "hook_names",
+    "points_of",
+    "resolve_name",
+    "size_of",
+    "spec_of",
+    "tail_of",
+    "widths",
+]
 
 
 @dataclass(frozen=True)
@@ -16,7 +32,9 @@ class HookSpec:
     ``name`` is relative to its block (``scope="block"``) or to the model. ``shape`` uses the glossary's
     letters. ``dtype`` is ``"model"`` (the weights' dtype), ``"residual"`` (float32 where the model keeps
     its residual stream so) or ``"compute"`` (float32; float64 in a float64 model). ``lazy`` points hold
-    ``B L D N`` values that exist only when somebody asks.
+    ``B L D N`` values that exist only when somebody asks; ``on_demand`` ones are made whole, and only for those who
+    hook them or ask for them by name. ``mixers``: the letters of the layers that have the point (see
+    ``mambascope.config.MIXERS``); empty: all of them.
     """
 
     name: str
@@ -25,6 +43,14 @@ class HookSpec:
     dtype: Literal["model", "residual", "compute"]
     meaning: str
     lazy: bool = False
+    mixers: str = ""
+    on_demand: bool = False
+
+    @property
+    def axis(self) -> int:
+        """Which axis counts positions."""
+        letters = self.shape.split()
+        return letters.index("T") if "T" in letters else 1
 
 
 HOOK_POINTS: tuple[HookSpec, ...] = (
@@ -33,25 +59,37 @@ HOOK_POINTS: tuple[HookSpec, ...] = (
     HookSpec("hook_mixer_in", "block", "B L M", "residual", "copy of the residual that only this block's mixer reads"),
     HookSpec("norm.hook_scale", "block", "B L 1", "compute", "root mean square, sqrt(mean(x^2) + eps)"),
     HookSpec("norm.hook_normalized", "block", "B L M", "model", "x / scale, before the norm's weight"),
-    HookSpec("mixer.hook_x", "block", "B L D", "model", "the conv's input: first half of in_proj"),
-    HookSpec("mixer.hook_gate_in", "block", "B L D", "model", "z, the gate before SiLU: second half of in_proj"),
-    HookSpec("mixer.hook_conv", "block", "B L D", "model", "causal depthwise conv + bias, before SiLU"),
-    HookSpec("mixer.hook_u", "block", "B L D", "model", "u = SiLU(conv), read by the three below"),
-    HookSpec("mixer.hook_u_select", "block", "B L D", "model", "u as x_proj reads it (it selects delta, B, C)"),
-    HookSpec("mixer.hook_u_write", "block", "B L D", "model", "u as the recurrence writes it into the state"),
-    HookSpec("mixer.hook_u_skip", "block", "B L D", "model", "u as the skip D*u reads it"),
-    HookSpec("mixer.hook_dt_low", "block", "B L R", "model", "low-rank input of delta (after Falcon-Mamba's norm)"),
-    HookSpec("mixer.hook_B", "block", "B L N", "model", "input matrix (after Falcon-Mamba's norm)"),
-    HookSpec("mixer.hook_C", "block", "B L N", "model", "output matrix (after Falcon-Mamba's norm)"),
-    HookSpec("mixer.hook_delta_raw", "block", "B L D", "model", "dt_proj(dt_low) + bias, before softplus"),
-    HookSpec("mixer.hook_delta", "block", "B L D", "compute", "step size, softplus(delta_raw); 0 at padding"),
-    HookSpec("mixer.hook_A_bar", "block", "B L D N", "compute", "decay exp(delta*A), zero-order hold", lazy=True),
-    HookSpec("mixer.hook_B_bar", "block", "B L D N", "compute", "input gain delta*B, Euler", lazy=True),
-    HookSpec("mixer.hook_write", "block", "B L D N", "compute", "what is added to the state, B_bar*u", lazy=True),
-    HookSpec("mixer.hook_h", "block", "B L D N", "compute", "state after the step, A_bar*h + write", lazy=True),
-    HookSpec("mixer.hook_y", "block", "B L D", "compute", "y = C h, before skip and gate"),
-    HookSpec("mixer.hook_skip", "block", "B L D", "compute", "skip term D*u"),
-    HookSpec("mixer.hook_gated", "block", "B L D", "model", "(y + skip) * SiLU(z), out_proj's input"),
+    HookSpec("mixer.hook_x", "block", "B L D", "model", "the conv's input: first half of in_proj", mixers="m"),
+    HookSpec("mixer.hook_gate_in", "block", "B L D", "model", "gate z before SiLU: second half of in_proj", mixers="m"),
+    HookSpec("mixer.hook_conv", "block", "B L D", "model", "causal depthwise conv + bias, before SiLU", mixers="m"),
+    HookSpec("mixer.hook_u", "block", "B L D", "model", "u = SiLU(conv), read by the three below", mixers="m"),
+    HookSpec("mixer.hook_u_select", "block", "B L D", "model", "u as x_proj reads it: selects delta, B, C", mixers="m"),
+    HookSpec("mixer.hook_u_write", "block", "B L D", "model", "u as the recurrence writes it to the state", mixers="m"),
+    HookSpec("mixer.hook_u_skip", "block", "B L D", "model", "u as the skip D*u reads it", mixers="m"),
+    HookSpec("mixer.hook_dt_low", "block", "B L R", "model", "low-rank delta (after Falcon-Mamba's norm)", mixers="m"),
+    HookSpec("mixer.hook_B", "block", "B L N", "model", "input matrix (after Falcon-Mamba's norm)", mixers="m"),
+    HookSpec("mixer.hook_C", "block", "B L N", "model", "output matrix (after Falcon-Mamba's norm)", mixers="m"),
+    HookSpec("mixer.hook_delta_raw", "block", "B L D", "model", "dt_proj(dt_low) + bias, before softplus", mixers="m"),
+    HookSpec("mixer.hook_delta", "block", "B L D", "compute", "step, softplus(delta_raw); 0 at padding", mixers="m"),
+    HookSpec("mixer.hook_A_bar", "block", "B L D N", "compute", "exp(delta*A), zero-order hold", lazy=True, mixers="m"),
+    HookSpec("mixer.hook_B_bar", "block", "B L D N", "compute", "input gain delta*B, Euler", lazy=True, mixers="m"),
+    HookSpec("mixer.hook_write", "block", "B L D N", "compute", "added to the state, B_bar*u", lazy=True, mixers="m"),
+    HookSpec("mixer.hook_h", "block", "B L D N", "compute", "state after step, A_bar*h + write", lazy=True, mixers="m"),
+    HookSpec("mixer.hook_y", "block", "B L D", "compute", "y = C h, before skip and gate", mixers="m"),
+    HookSpec("mixer.hook_skip", "block", "B L D", "compute", "skip term D*u", mixers="m"),
+    HookSpec("mixer.hook_gated", "block", "B L D", "model", "(y + skip) * SiLU(z), out_proj's input", mixers="m"),
+    HookSpec("mixer.hook_q", "block", "B L H E", "model", "queries, before their rotation", mixers="aw"),
+    HookSpec("mixer.hook_k", "block", "B L H E", "model", "keys, before their rotation", mixers="aw"),
+    HookSpec("mixer.hook_v", "block", "B L H E", "model", "values", mixers="aw"),
+    HookSpec("mixer.hook_rot_q", "block", "B L H E", "model", "queries, turned by their position", mixers="aw"),
+    HookSpec("mixer.hook_rot_k", "block", "B L H E", "model", "keys, turned, as the cache keeps them", mixers="aw"),
+    HookSpec("mixer.hook_attn_scores", "block", "B H T S", "compute", "q k / sqrt(E)", mixers="aw", on_demand=True),
+    HookSpec("mixer.hook_pattern", "block", "B H T S", "compute", "softmax of it", mixers="aw", on_demand=True),
+    HookSpec("mixer.hook_z", "block", "B L H E", "model", "pattern times values, out_proj's input", mixers="aw"),
+    HookSpec("mixer.hook_result", "block", "B L H M", "model", "what each head adds", mixers="aw", on_demand=True),
+    HookSpec("mixer.hook_pre", "block", "B L F", "model", "SwiGLU's gate before SiLU", mixers="f"),
+    HookSpec("mixer.hook_pre_linear", "block", "B L F", "model", "what is gated", mixers="f"),
+    HookSpec("mixer.hook_post", "block", "B L F", "model", "SiLU(pre) * pre_linear, out_proj's input", mixers="f"),
     HookSpec("hook_mixer_out", "block", "B L M", "model", "what the block adds to the residual stream"),
     HookSpec("hook_resid_post", "block", "B L M", "residual", "residual stream leaving the block"),
     HookSpec("ln_final.hook_scale", "model", "B L 1", "compute", "root mean square before the unembedding"),
@@ -59,6 +97,7 @@ HOOK_POINTS: tuple[HookSpec, ...] = (
 )
 
 LAZY = frozenset(spec.name for spec in HOOK_POINTS if spec.lazy)
+ON_DEMAND = frozenset(spec.name for spec in HOOK_POINTS if spec.on_demand)
 
 # TransformerLens' short forms lack our `mixer.` and `norm.` levels: get_act_name("delta", 3) is
 # "blocks.3.hook_delta". Each block-level tail below also answers to those tails.
@@ -73,19 +112,38 @@ ALIASES: dict[str, str] = {
         for level in ("", "ln1.", "norm.")
         for tail in ("scale", "normalized")
     },
+    **{  # and what it calls them where they sit in an attention or a feed-forward layer
+        f"{level}.{spec.name.removeprefix('mixer.')}": spec.name
+        for level, letters in (("attn", "aw"), ("mlp", "f"))
+        for spec in HOOK_POINTS
+        if set(letters) & set(spec.mixers)
+    },
     "hook_attn_out": "hook_mixer_out",
+    "hook_mlp_out": "hook_mixer_out",
 }
 
 
-def hook_names(n_layers: int) -> list[str]:
-    """Every hook point's full name in a model of ``n_layers`` blocks, in the order they fire."""
-    names: list[str] = []
+def points_of(letter: str) -> tuple[HookSpec, ...]:
+    """The points of a model whose layers are all of this letter, in the order they fire in a block."""
+    return tuple(spec for spec in HOOK_POINTS if not spec.mixers or letter in spec.mixers)
+
+
+def hook_names(layers: int | str) -> list[str]:
+    """Every hook point's full name in a model, in the order they fire; ``layers``: its letters, or how many Mamba."""
     first = next(i for i, spec in enumerate(HOOK_POINTS) if spec.scope == "block")
     last = max(i for i, spec in enumerate(HOOK_POINTS) if spec.scope == "block")
-    names += [spec.name for spec in HOOK_POINTS[:first]]
-    for layer in range(n_layers):
-        names += [f"blocks.{layer}.{spec.name}" for spec in HOOK_POINTS[first : last + 1]]
+    letters = "m" * layers if isinstance(layers, int) else layers
+    tails = {letter: [s.name for s in points_of(letter) if s.scope == "block"] for letter in set(letters)}
+    names = [spec.name for spec in HOOK_POINTS[:first]]
+    for layer, letter in enumerate(letters):
+        names += [f"blocks.{layer}.{tail}" for tail in tails[letter]]
     return names + [spec.name for spec in HOOK_POINTS[last + 1 :]]
+
+
+def widths(cfg: MambaConfig) -> dict[str, int]:
+    """How long the axes of the table's shapes are, but for batch and positions."""
+    sizes = {"M": cfg.d_model, "D": cfg.d_inner, "N": cfg.d_state, "R": cfg.dt_rank, "1": 1}
+    return sizes | {"H": cfg.n_heads, "E": cfg.d_head, "F": cfg.d_ff}
 
 
 @lru_cache(1 << 14)
@@ -121,4 +179,28 @@ def resolve_name(name: str, known: dict[str, object] | frozenset[str] | set[str]
         candidate = f"blocks.{layer}.{ALIASES.get(tail, tail)}"
     if candidate in known:
         return candidate
+    _refuse_elsewhere(candidate, known)
     raise UnknownNameError(f"no hook point is called {name!r}{nearest(candidate, known) or nearest(name, known)}")
+
+
+def size_of(name: str, cfg: MambaConfig, batch: int, length: int) -> int:
+    """Entries of the value at a point, by its full name, for so many rows and tokens."""
+    sizes = widths(cfg) | {"B": batch, "L": length, "T": length, "S": length}
+    return math.prod(sizes[letter] for letter in spec_of(name).shape.split())
+
+
+def _refuse_elsewhere(name: str, known: Iterable[str]) -> None:
+    """UnknownNameError if the point exists, but not in the layer's kind of mixer: says what that layer has."""
+    parts = name.split(".", 2)
+    if len(parts) < 3 or parts[0] != "blocks":
+        return
+    spec = next((s for s in HOOK_POINTS if s.name == parts[2]), None)
+    here = [n.split(".", 2)[2] for n in known if n.startswith(f"blocks.{parts[1]}.mixer.")]
+    if spec is None or not spec.mixers or not here:
+        return
+    mine = set.intersection(*(set(s.mixers) for s in HOOK_POINTS if s.name in here))
+    kind = next(MIXERS[letter] for letter in MIXERS if letter in mine)  # windows have the points of attention
+    raise UnknownNameError(
+        f"layer {parts[1]} is {kind} and has no {parts[2]} ({', '.join(MIXERS[x] for x in spec.mixers)} has it); "
+        f"it has {', '.join(tail.removeprefix('mixer.') for tail in here)}"
+    )

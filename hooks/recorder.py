@@ -1,14 +1,16 @@
 """What a forward pass leaves behind for the cache: little stored, everything readable."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from mambascope.errors import CacheError, HookError
-from mambascope.hooks.points import LAZY, resolve_name, spec_of, tail_of
+from mambascope.hooks.points import LAZY, resolve_name, size_of, spec_of, tail_of
 from mambascope.hooks.run import Anchors
 from mambascope.hooks.sites import Padding, SitePoint
 from mambascope.hooks.weights import WeightsSeen
@@ -93,6 +95,11 @@ class Recording:
     weights: WeightsSeen
     autocast: torch.dtype | None = None  # what torch.autocast computed in, None if it was off
 
+    def forget_states(self) -> None:
+        """Drop what the mixers had read before: for a piece that will be joined to the one before it."""
+        for block in self.blocks.values():
+            block.state = None
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Recording":
         """The same recording with every tensor replaced."""
         batch = self.shape[0]
@@ -140,7 +147,8 @@ def _hooked(block: Any) -> bool:
 def joined(pieces: list[Recording]) -> Recording:
     """Recordings of consecutive pieces of a text as one, along the position axis."""
     first = pieces[0]
-    names = [n for n in first.names if all(n in set(piece.names) for piece in pieces[1:])]
+    others = [set(piece.names) for piece in pieces[1:]]
+    names = [n for n in first.names if all(n in other for other in others)]
     tokens = None if first.tokens is None else torch.cat([cast(Tensor, piece.tokens) for piece in pieces], 1)
     length = sum(piece.shape[1] for piece in pieces)
     top = {n: torch.cat([piece.top[n] for piece in pieces], 1) for n in first.top if n in names}
@@ -155,7 +163,8 @@ def _joined_block(records: list[BlockRecord], pieces: list[Recording]) -> BlockR
         return None if any(v is None for v in values) else torch.cat(values, 1)
 
     def cat_all(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        return {n: torch.cat([part[n] for part in parts], 1) for n in parts[0] if all(n in part for part in parts)}
+        shared = [n for n in parts[0] if all(n in part for part in parts)]
+        return {n: _joined_values(n, [part[n] for part in parts]) for n in shared}
 
     anchors = None
     if all(record.anchors is not None for record in records):
@@ -173,6 +182,22 @@ def _joined_block(records: list[BlockRecord], pieces: list[Recording]) -> BlockR
         exposed=cat_all([record.exposed for record in records]),
         anchors=anchors,
     )
+
+
+def _joined_values(name: str, parts: list[Tensor]) -> Tensor:
+    """Values of consecutive pieces along their positions. Where each piece has the keys that it could see as its last
+    axis, the others' columns are what a softmax over them would give: nothing."""
+    spec = spec_of(name)
+    if "S" not in spec.shape.split():
+        return torch.cat(parts, spec.axis)
+    read = [0, *accumulate(part.shape[2] for part in parts)]
+    begins = [end - part.shape[3] for end, part in zip(read[1:], parts, strict=True)]  # of its first key; < 0: before
+    first, blank = min(begins), -math.inf if name.endswith("hook_attn_scores") else 0.0
+    padded = [
+        torch.nn.functional.pad(part, (begin - first, read[-1] - end), value=blank)
+        for part, begin, end in zip(parts, begins, read[1:], strict=True)
+    ]
+    return torch.cat(padded, 2)
 
 
 class CacheRecorder:
@@ -223,12 +248,11 @@ class CacheRecorder:
     def _check_size(self, names: set[str], layers: int = 0) -> None:
         """CacheError if ``names``, and the input and states of so many layers, cannot fit."""
         cfg, (batch, length) = self._model.cfg, self.recording.shape
-        widths = {"M": cfg.d_model, "D": cfg.d_inner, "N": cfg.d_state, "R": cfg.dt_rank, "1": 1}
-        values = length * sum(widths[spec_of(name).shape.split()[-1]] for name in names)
+        values = sum(size_of(name, cfg, batch, length) for name in names)
         if layers:
             states = 2 + length // BOUNDARY if self._lazy_layers else 0
-            values += layers * (length * cfg.d_model + states * cfg.d_inner * cfg.d_state)
-        need = 4 * batch * values
+            values += batch * layers * (length * cfg.d_model + states * cfg.d_inner * cfg.d_state)
+        need = 4 * values
         way_out = "name fewer activations in names_filter, or take a shorter text"
         what = f"storing {len(names)} activations" + (f" and the inputs of {layers} blocks" if layers else "")
         require_bytes(need, self._model.device, what, way_out, CacheError)

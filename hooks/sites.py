@@ -49,9 +49,10 @@ class SitePoint(HookPoint):
 
     clock: Clock
 
-    def __init__(self, lazy: bool = False) -> None:
+    def __init__(self, lazy: bool = False, axis: int = 1) -> None:
         super().__init__()
         self.lazy = lazy
+        self.axis = axis  # of positions
         self.clock = Clock()
         self.pos: Any = None
         self.rows: Tensor | None = None
@@ -66,7 +67,7 @@ class SitePoint(HookPoint):
         """Whether any hook, of ours or of another library, sits here.
 
         nnsight replaces a wrapped module's ``forward`` instead of adding hooks. It wraps every module, so at
-        the lazy points (``B L D N``) that alone does not count: exposing them costs too much to do unasked.
+        the lazy points (``B L D N``, ``B H T S``) that alone does not count: exposing them costs too much unasked.
         """
         if self._forward_hooks or self._forward_pre_hooks or self.live_backward or self.demand is not None:
             return True
@@ -183,6 +184,26 @@ class SitePoint(HookPoint):
     def _call(self, fn: Callable[..., Any], value: Any, point: Any, index: Index, moment: Any) -> Any:
         if index is None:
             return self._told(None, fn, value, point)
+        if self.axis != 1:
+            return self._call_turned(fn, value, point, index, moment)
+        return self._call_at(fn, value, point, index, moment)
+
+    def _call_turned(self, fn: Callable[..., Any], value: Any, point: Any, index: Index, moment: Any) -> Any:
+        """As `_call_at` where another axis than the second counts positions; a hook sees the point's own layout."""
+        one = isinstance(index, int) or (isinstance(index, PerRow) and index.one_each)
+
+        def turned(piece: Tensor, hook: Any) -> Any:
+            given = piece if one else piece.movedim(1, self.axis)
+            answer = self.checked(fn(given, hook=hook), given)
+            if answer is None or answer is given:
+                return None  # what was changed in place was changed in the piece as well
+            return answer if one else answer.movedim(self.axis, 1)
+
+        out = self._call_at(turned, value.movedim(self.axis, 1), point, index, moment)
+        return None if out is None else out.movedim(1, self.axis)
+
+    def _call_at(self, fn: Callable[..., Any], value: Any, point: Any, index: Any, moment: Any) -> Any:
+        """Show a hook the values at its positions, and put its answer back there."""
         found = self._find(index, moment)
         if found is None:
             return None

@@ -7,10 +7,21 @@ from typing import Any
 
 from mambascope.errors import ConfigError, nearest
 
-__all__ = ["ACTIVATIONS", "MambaConfig"]
+__all__ = ["ACTIVATIONS", "MIXERS", "OPTIONS", "MambaConfig"]
 
 ACTIVATIONS = ("silu", "gelu", "relu", "identity")
 """Activations of conv and gate that the model can compute; ``silu`` alone has fused kernels."""
+
+MIXERS: dict[str, str] = {
+    "m": "Mamba",
+    "a": "attention",
+    "w": "sliding-window attention",
+    "f": "feed-forward",
+}
+"""What the letters of a layer pattern mean; ``mambascope.model.mixers.registry`` has the classes."""
+
+OPTIONS: dict[str, str] = {"n_heads": "aw", "rotary_base": "aw", "window": "w", "d_ff": "f"}
+"""Options of single mixers, and the letters that read them: elsewhere they may not be set."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +31,12 @@ class MambaConfig:
     ``d_vocab`` counts the rows of the embedding; ids in ``[n_tokens, d_vocab)`` are padding of the
     matrix and never valid input. ``mixer_norm_eps`` switches on Falcon-Mamba's weightless RMSNorm of
     dt_low, B and C. ``dt_*`` and ``initializer_range`` only shape fresh weights.
+
+    ``pattern``: one letter of :data:`MIXERS` a layer (``"mmam"``: the third is attention), or a shorter one that is
+    repeated (``"af"``: a Transformer); empty: Mamba everywhere. A feed-forward layer is a layer of its own, and the
+    options of the mixers are 0 for their defaults: ``n_heads`` (heads of d_model / n_heads channels; d_model / 64),
+    ``rotary_base`` (10,000), ``window`` (positions that a query sees, itself among them; no default), ``d_ff`` (inner
+    channels of SwiGLU; 8/3 d_model). Without attention ``n_heads`` is 1: TransformerLens' patchers ask for the number.
     """
 
     d_model: int
@@ -47,6 +64,11 @@ class MambaConfig:
     dt_init: str = "random"
     initializer_range: float = 0.02
     name: str = "mamba"
+    pattern: str = ""
+    n_heads: int = 0
+    rotary_base: float = 0.0
+    window: int = 0
+    d_ff: int = 0
 
     def __post_init__(self) -> None:
         def put(field: str, value: int) -> None:
@@ -76,10 +98,74 @@ class MambaConfig:
                 raise ConfigError(f"{field}={value} is outside the vocabulary of {self.n_tokens} tokens")
         if self.prepend_bos and self.bos_token_id is None:
             raise ConfigError("prepend_bos=True needs bos_token_id")
+        self._check_pattern()
+        self._check_options()
+
+    def _check_pattern(self) -> None:
+        known = ", ".join(f"{letter} ({noun})" for letter, noun in MIXERS.items())
+        if not isinstance(self.pattern, str):
+            raise ConfigError(f"pattern must be a string of letters, one a layer ({known}), got {self.pattern!r}")
+        for letter in self.pattern:
+            if letter not in MIXERS:
+                raise ConfigError(f"pattern {self.pattern!r} has an unknown letter {letter!r}; known: {known}")
+        if self.pattern and self.n_layers % len(self.pattern):
+            raise ConfigError(
+                f"pattern {self.pattern!r} of {len(self.pattern)} letters does not fill n_layers={self.n_layers}: "
+                "give a letter for each layer, or a part that repeats"
+            )
+        if set(self.pattern) == {"m"}:
+            object.__setattr__(self, "pattern", "")
+
+    def _check_options(self) -> None:
+        layers = set(self.layers)
+        for field, letters in OPTIONS.items():
+            value, unset = getattr(self, field), (0, 1) if field == "n_heads" else (0,)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ConfigError(f"{field} must be a positive number, or 0 for its default, got {value!r}")
+            if field != "rotary_base" and not isinstance(value, int):
+                raise ConfigError(f"{field} must be a positive integer, or 0 for its default, got {value!r}")
+            if value not in unset and not layers & set(letters):
+                raise ConfigError(
+                    f"{field}={value} is an option of {' and '.join(MIXERS[x] for x in letters)} "
+                    f"({', '.join(letters)}), which pattern {self.pattern or 'm'!r} does not have"
+                )
+
+        def put(field: str, value: float) -> None:
+            if getattr(self, field) == 0:
+                object.__setattr__(self, field, value)
+
+        put("n_heads", max(1, self.d_model // 64) if layers & set("aw") else 1)
+        if layers & set("aw"):
+            put("rotary_base", 10_000.0)
+            if self.d_model % self.n_heads or self.d_head % 2:
+                raise ConfigError(
+                    f"n_heads={self.n_heads} must divide d_model={self.d_model} into heads of an even width (rotary "
+                    "positions turn pairs of channels)"
+                )
+        if "w" in layers and not self.window:
+            raise ConfigError("pattern has sliding-window attention (w): give window=, the positions that a query sees")
+        if "f" in layers:
+            put("d_ff", 8 * math.ceil(self.d_model / 3))
+
+    @property
+    def layers(self) -> str:
+        """The letter of every layer, ``n_layers`` of them."""
+        pattern = self.pattern or "m"
+        return pattern * (self.n_layers // len(pattern))
+
+    @property
+    def d_head(self) -> int:
+        """Channels of one attention head."""
+        return self.d_model // self.n_heads
+
+    def with_pattern(self, pattern: str, **changes: Any) -> "MambaConfig":
+        """The same backbone with other mixers, whose options are ``changes`` or their defaults."""
+        return dataclasses.replace(self, pattern=pattern, **{**dict.fromkeys(OPTIONS, 0), **changes})
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON values."""
-        return dataclasses.asdict(self)
+        """All fields as plain JSON values; without the pattern and its options where all layers are Mamba."""
+        values = dataclasses.asdict(self)
+        return values if self.pattern else {k: v for k, v in values.items() if k != "pattern" and k not in OPTIONS}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "MambaConfig":
@@ -103,11 +189,6 @@ class MambaConfig:
     def attn_only(self) -> bool:
         """True: a block has one residual write, so the helpers add no MLP terms."""
         return True
-
-    @property
-    def n_heads(self) -> int:
-        """1: a Mamba block has no heads; TransformerLens' patchers ask for the number all the same."""
-        return 1
 
     @property
     def n_key_value_heads(self) -> None:

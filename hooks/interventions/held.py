@@ -36,7 +36,7 @@ def lengths_of(cache: MambaCache) -> list[int]:
 
 def full_name(cache: MambaCache, name: str) -> str:
     """A point's full name; errors as reading it would give."""
-    full = resolve_name(name, hook_names(cache.model.cfg.n_layers))
+    full = resolve_name(name, hook_names(cache.model.cfg.layers))
     if full not in cache:
         raise CacheError(f"{full} was not cached; name it in names_filter")
     return full

@@ -1,6 +1,5 @@
 """Which parameters a model has, and what other formats call them."""
 
-import dataclasses
 import math
 import re
 from collections.abc import Iterable
@@ -24,35 +23,49 @@ _OUR_LAYER = re.compile(r"^blocks\.([0-9]+)\.")
 
 def parameter_shapes(cfg: MambaConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter of a ``HookedMamba`` and its shape, in the model's order; a tied head is not listed."""
-    M, D, N, R, K = cfg.d_model, cfg.d_inner, cfg.d_state, cfg.dt_rank, cfg.d_conv
+    M = cfg.d_model
     shapes: dict[str, tuple[int, ...]] = {"embed.weight": (cfg.d_vocab, M)}
-    for i in range(cfg.n_layers):
-        mixer = f"blocks.{i}.mixer"
+    mixers = {letter: _mixer_shapes(cfg, letter) for letter in set(cfg.layers)}
+    for i, letter in enumerate(cfg.layers):
         shapes[f"blocks.{i}.norm.weight"] = (M,)
-        shapes[f"{mixer}.in_proj.weight"] = (2 * D, M)
-        if cfg.proj_bias:
-            shapes[f"{mixer}.in_proj.bias"] = (2 * D,)
-        shapes[f"{mixer}.conv1d.weight"] = (D, 1, K)
-        if cfg.conv_bias:
-            shapes[f"{mixer}.conv1d.bias"] = (D,)
-        shapes[f"{mixer}.x_proj.weight"] = (R + 2 * N, D)
-        shapes[f"{mixer}.dt_proj.weight"] = (D, R)
-        shapes[f"{mixer}.dt_proj.bias"] = (D,)
-        shapes[f"{mixer}.A_log"] = (D, N)
-        shapes[f"{mixer}.D"] = (D,)
-        shapes[f"{mixer}.out_proj.weight"] = (M, D)
-        if cfg.proj_bias:
-            shapes[f"{mixer}.out_proj.bias"] = (M,)
+        shapes |= {f"blocks.{i}.mixer.{name}": shape for name, shape in mixers[letter].items()}
     shapes["ln_final.weight"] = (M,)
     if not cfg.tie_embeddings:
         shapes[TIED_HEAD] = (cfg.d_vocab, M)
     return shapes
 
 
+def _mixer_shapes(cfg: MambaConfig, letter: str) -> dict[str, tuple[int, ...]]:
+    """The parameters of one mixer. Mamba's are written down, so that lists of models need no torch."""
+    if letter != "m":
+        import torch
+
+        from mambascope.model.mixers.registry import MIXERS
+
+        with torch.device("meta"):
+            return {name: tuple(p.shape) for name, p in MIXERS[letter](cfg).named_parameters()}
+    M, D, N, R, K = cfg.d_model, cfg.d_inner, cfg.d_state, cfg.dt_rank, cfg.d_conv
+    shapes = {
+        "in_proj.weight": (2 * D, M),
+        "in_proj.bias": (2 * D,) if cfg.proj_bias else None,
+        "conv1d.weight": (D, 1, K),
+        "conv1d.bias": (D,) if cfg.conv_bias else None,
+        "x_proj.weight": (R + 2 * N, D),
+        "dt_proj.weight": (D, R),
+        "dt_proj.bias": (D,),
+        "A_log": (D, N),
+        "D": (D,),
+        "out_proj.weight": (M, D),
+        "out_proj.bias": (M,) if cfg.proj_bias else None,
+    }
+    return {name: shape for name, shape in shapes.items() if shape is not None}
+
+
 def count_parameters(cfg: MambaConfig) -> int:
     """Number of scalars in the model, a tied head counted once."""
-    one_layer = parameter_shapes(dataclasses.replace(cfg, n_layers=1))
-    return sum(math.prod(shape) * (cfg.n_layers if _OUR_LAYER.match(name) else 1) for name, shape in one_layer.items())
+    each = {letter: sum(map(math.prod, _mixer_shapes(cfg, letter).values())) for letter in set(cfg.layers)}
+    layers = sum(each[letter] + cfg.d_model for letter in cfg.layers)  # and the norm's weight
+    return layers + cfg.d_model + cfg.d_vocab * cfg.d_model * (1 if cfg.tie_embeddings else 2)
 
 
 def to_our_name(name: str) -> str:

@@ -1,14 +1,15 @@
 """One residual block: norm, mixer, add. The mixer is a slot."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from mambascope.config import MambaConfig
 from mambascope.hooks.run import Run
 from mambascope.hooks.sites import SitePoint
-from mambascope.model.mixer import MambaMixer
+from mambascope.model.mixers.registry import MIXERS
 from mambascope.model.norm import RMSNorm
-from mambascope.model.state import MambaState
 
 __all__ = ["Block"]
 
@@ -18,11 +19,11 @@ class Block(nn.Module):
 
     hook_out_is_single_residual_stream = True  # what TransformerLens' readouts ask of a block
 
-    def __init__(self, cfg: MambaConfig) -> None:
+    def __init__(self, cfg: MambaConfig, letter: str = "m") -> None:
         super().__init__()
         self.cfg = cfg
         self.norm = RMSNorm(cfg.d_model, cfg.norm_eps)
-        self.mixer = MambaMixer(cfg)
+        self.mixer: Any = MIXERS[letter](cfg)  # a Mixer
         self.hook_resid_pre = SitePoint()
         self.hook_mixer_in = SitePoint()
         self.hook_mixer_out = SitePoint()
@@ -34,7 +35,7 @@ class Block(nn.Module):
         dtype = self.norm.weight.dtype
         return torch.float32 if self.cfg.residual_in_fp32 and dtype != torch.float64 else dtype
 
-    def forward(self, resid: Tensor, run: Run, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
+    def forward(self, resid: Tensor, run: Run, state: Any = None) -> tuple[Tensor, Any]:
         """The residual stream ``B L M`` after the block, and the mixer's state after the last real token."""
         resid = run.emit(self.hook_resid_pre, resid, fork=True)
         mixer_in = run.emit(self.hook_mixer_in, resid, fork=True)

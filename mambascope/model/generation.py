@@ -258,7 +258,13 @@ class GenerateMethods:
         read (prompt and new tokens but the last; rows of one length): its memory grows with the text.
         """
         caches: list[MambaCache] = []
-        watch = caches.append if return_cache else None
+
+        def keep(cache: "MambaCache") -> None:
+            if caches:  # every step would hold a key-value cache of its own
+                cache.recording.forget_states()
+            caches.append(cache)
+
+        watch = keep if return_cache else None
         entry = prepare(self, prompt, prepend_bos, attention_mask)  # type: ignore[arg-type]
         if return_cache and entry.padding is not None:
             raise InputError("return_cache needs rows of one length; generate the rows one at a time")

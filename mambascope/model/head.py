@@ -11,7 +11,7 @@ from mambascope import ops
 from mambascope.errors import InputError
 from mambascope.hooks.sites import Padding
 from mambascope.memory import require_bytes
-from mambascope.model.mixer import watched
+from mambascope.model.mixers.base import watched
 
 if TYPE_CHECKING:
     from mambascope.model.language_model import HookedMamba

@@ -60,7 +60,7 @@ class HookMethods(HookedRootModule):
     def setup(self) -> None:
         """As in TransformerLens; ``hook_dict`` lists the points in the order in which they fire."""
         super().setup()
-        order = {name: i for i, name in enumerate(hook_names(len(self.blocks)))}  # type: ignore[arg-type]
+        order = {name: i for i, name in enumerate(hook_names(cast(Any, self).cfg.layers))}
         self.hook_dict = dict(sorted(self.hook_dict.items(), key=lambda item: order.get(item[0], len(order))))
 
     def list_hooks(self, name_filter: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -22,10 +22,12 @@ from mambascope.model.graphs import Graphs, piece_tokens
 from mambascope.model.head import Output, check_logits, last_positions, mean_loss, next_token_losses, unembed
 from mambascope.model.hooking import HookMethods
 from mambascope.model.inputs import Prepared, check_ids, padding_of, prepare
+from mambascope.model.mixer import MambaMixer
 from mambascope.model.norm import RMSNorm
-from mambascope.model.state import MambaState, State
+from mambascope.model.state import State
 from mambascope.model.straight import add_and_norm, through
 from mambascope.model.text import TextMethods
+from mambascope.model.watch import why_in_turn
 from mambascope.ops.ready import unwatched
 
 __all__ = ["HookedMamba"]
@@ -54,7 +56,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         self.tokenizer = tokenizer
         self.embed = nn.Embedding(cfg.d_vocab, cfg.d_model)
         self.hook_embed = SitePoint()
-        self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layers)])
+        self.blocks = nn.ModuleList([Block(cfg, letter) for letter in cfg.layers])
         self.ln_final = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.unembed = nn.Linear(cfg.d_model, cfg.d_vocab, bias=False)
         self._init_weights()
@@ -213,7 +215,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         stop: int | None,
         return_state: bool,
     ) -> Any:
-        layers: list[MambaState | None] = [None] * self.cfg.n_layers
+        layers: list[Any] = [None] * self.cfg.n_layers
         if state is not None:
             layers = list(state.layers)
         wants_loss, wants_logits = return_type in ("loss", "both"), return_type in ("logits", "both")
@@ -272,7 +274,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         """Token embeddings ``B L M``, passed through ``hook_embed``."""
         return run.emit(self.hook_embed, self.embed(tokens))
 
-    def run_block(self, layer: int, resid: Tensor, run: Run, state: MambaState | None) -> tuple[Tensor, MambaState]:
+    def run_block(self, layer: int, resid: Tensor, run: Run, state: Any) -> tuple[Tensor, Any]:
         block = cast(Block, self.blocks[layer])
         resid = resid.to(block.residual_dtype)
         if run.recorder is not None:
@@ -288,14 +290,12 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
             raise InputError(f"logits_to_keep must be an integer from 1 to the {entry.length} tokens, got {keep!r}")
         return normed[:, max(0, entry.length - keep - begin) :]
 
-    def _with_state(
-        self, out: Any, entry: "_Entry", state: State | None, layers: list[MambaState | None], return_state: bool
-    ) -> Any:
+    def _with_state(self, out: Any, entry: "_Entry", state: State | None, layers: list[Any], return_state: bool) -> Any:
         if not return_state:
             return out
         start = state.position if state is not None else 0
         read = entry.length if entry.padding is None else entry.padding.lengths
-        return out, State(cast(list[MambaState], layers), start + read, self.model_id)
+        return out, State(layers, start + read, self.model_id)
 
     def _layers(self, start: int | None, stop: int | None, return_state: bool) -> tuple[int, int]:
         n = self.cfg.n_layers
@@ -334,6 +334,8 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
     def _new_run(self, entry: "_Entry", state: State | None, recorder: Recorder | None) -> Run:
         needs_grad = self._needs_grad(entry.resid, state)
         backend, why = ops.resolve_backend(self.backend, self.device, self.dtype, needs_grad)
+        if self.cfg.pattern:
+            why = f"{why}; {why_in_turn(self.cfg)}"
         quiet = entry.padding is None and (recorder is None or recorder.only_inputs()) and self._quiet()
         run = Run(cast(ops.Backend, backend), why, self._clock, True, recorder, entry.padding, needs_grad, quiet)
         if recorder is not None:
@@ -348,7 +350,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         return torch.is_grad_enabled() and (
             any(p.requires_grad for p in self.parameters())
             or (resid is not None and resid.requires_grad)
-            or (state is not None and any(s.ssm.requires_grad or s.conv.requires_grad for s in state.layers))
+            or (state is not None and any(t.requires_grad for s in state.layers for t in s.tensors().values()))
         )
 
     @contextmanager
@@ -367,6 +369,8 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
     def _pieces_of(self, entry: "_Entry", run: Run) -> list[tuple[int, int]]:
         """Column ranges to run one after the other, the states carried between them."""
         whole = [(0, entry.length)]
+        if "a" in self.cfg.layers:  # every piece would read all keys before it again, and hold them as well
+            return whole
         most = piece_tokens(self.cfg.d_inner)
         if entry.batch * entry.length <= most or entry.tokens is None or entry.padding is not None:
             return whole
@@ -385,24 +389,16 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
             raise StateError("the state was made by another model")
         if len(state.layers) != self.cfg.n_layers:
             raise StateError(f"the state has {len(state.layers)} layers, the model {self.cfg.n_layers}")
-        like: dict[Any, MambaState] = {}
+        like: dict[Any, Any] = {}
         for i, layer in enumerate(state.layers):
             mixer = cast(Block, self.blocks[i]).mixer
-            kind = (id(mixer.cfg), mixer.in_proj.weight.dtype, mixer.in_proj.weight.device)
+            kind = (type(mixer), id(mixer.cfg), mixer.placed.dtype, mixer.placed.device)
             if kind not in like:
                 like[kind] = mixer.initial_state(0)
-            for name, got, want in (("ssm", layer.ssm, like[kind].ssm), ("conv", layer.conv, like[kind].conv)):
-                if tuple(got.shape) != (batch, *want.shape[1:]):
-                    expected = (batch, *want.shape[1:])
-                    raise StateError(f"layer {i}: state.{name} has shape {tuple(got.shape)}, expected {expected}")
-                if got.dtype != want.dtype or got.device != want.device:
-                    raise StateError(
-                        f"layer {i}: state.{name} is {got.dtype} on {got.device}, "
-                        f"expected {want.dtype} on {want.device}"
-                    )
+            mixer.check_state(layer, like[kind], batch, f"layer {i}")
 
     def initial_state(self, batch: int = 1) -> State:
-        """The state before the first token: zeros, for ``batch`` rows."""
+        """The state before the first token, for ``batch`` rows: zeros, and empty key-value caches."""
         return State([cast(Block, b).mixer.initial_state(batch) for b in self.blocks], 0, self.model_id)
 
     def step(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -441,24 +437,30 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
     # ---- what the cache asks for (mambascope.hooks.model_protocol.Scope) ----------------------------
 
     def decay(self, layer: int) -> Tensor:
-        """A = -exp(A_log) of a layer, ``D N``."""
+        """A = -exp(A_log) of a Mamba layer, ``D N``."""
         with torch.no_grad():
-            return cast(Block, self.blocks[layer]).mixer.decay()
+            return self._mamba(layer, "decay A").decay()
+
+    def _mamba(self, layer: int, what: str) -> MambaMixer:
+        mixer = cast(Block, self.blocks[layer]).mixer
+        if not isinstance(mixer, MambaMixer):
+            raise InputError(f"layer {layer} is {mixer.noun}: it has no {what}, which Mamba layers have")
+        return mixer
 
     def norm_weight(self, layer: int) -> Tensor:
         """The weight of the norm before block ``layer``; ``n_layers`` means the final norm."""
         norm = self.ln_final if layer == self.cfg.n_layers else cast(Block, self.blocks[layer]).norm
         return norm.weight.detach()
 
-    def state_from_tensors(self, tensors: dict[str, Tensor]) -> MambaState:
-        """The inverse of ``MambaState.tensors``."""
-        return MambaState(tensors["ssm"], tensors["conv"])
+    def state_from_tensors(self, tensors: dict[str, Tensor], layer: int = 0) -> Any:
+        """A state of that layer's mixer, the inverse of its ``tensors``; KeyError where one is missing."""
+        return cast(Block, self.blocks[layer]).mixer.state_type.from_tensors(tensors)
 
     def replay(
         self,
         layer: int,
         resid: Tensor,
-        state: MambaState | None,
+        state: Any,
         padding: Padding | None,
         backend: str,
         recorder: Recorder | None,
@@ -474,13 +476,11 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         cast(Block, self.blocks[layer]).mixer.path = path
         return out
 
-    def scan_inputs(
-        self, layer: int, resid: Tensor, state: MambaState | None, backend: str
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def scan_inputs(self, layer: int, resid: Tensor, state: Any, backend: str) -> tuple[Tensor, Tensor, Tensor]:
         """u, delta ``B L D`` and B ``B L N`` of one block on its input, without hooks and without the rest of it."""
         block, run = cast(Block, self.blocks[layer]), self._replaying(backend, None, None)
         with torch.no_grad():
-            return block.mixer.scan_inputs(block.norm(resid, run), run, state)
+            return self._mamba(layer, "scan").scan_inputs(block.norm(resid, run), run, state)
 
     def _replaying(self, backend: str, recorder: Recorder | None, padding: Padding | None) -> Run:
         try:

@@ -13,20 +13,24 @@ from mambascope.errors import HookError
 from mambascope.hooks.run import PathTaken, Run, compute_dtype
 from mambascope.hooks.sites import SitePoint
 from mambascope.hooks.state_point import StatePoint
+from mambascope.model.mixers.base import Mixer, hooked, project
 from mambascope.model.recurrence import Inputs, Points, anchors_of, run_recurrence
 from mambascope.model.state import MambaState
 
-__all__ = ["MambaMixer", "watched"]
+__all__ = ["MambaMixer"]
 
 _ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "identity": lambda x: x}
 
 
-class MambaMixer(nn.Module):
+class MambaMixer(Mixer):
     """x, z = in_proj(r); u = SiLU(conv(x)); delta, B, C from u; y = scan(u); out_proj((y + D u) SiLU(z))."""
 
+    letter = "m"
+    state_type = MambaState
+    inner = "mixer.hook_gated"
+
     def __init__(self, cfg: MambaConfig) -> None:
-        super().__init__()
-        self.cfg = cfg
+        super().__init__(cfg)
         D, N, R, K = cfg.d_inner, cfg.d_state, cfg.dt_rank, cfg.d_conv
         self.in_proj = nn.Linear(cfg.d_model, 2 * D, bias=cfg.proj_bias)
         # A Conv1d for its parameter names and initialisation; ops.causal_conv does the work.
@@ -56,7 +60,6 @@ class MambaMixer(nn.Module):
         self.hook_skip = SitePoint()
         self.hook_gated = SitePoint()
         self._points = Points(self.hook_A_bar, self.hook_B_bar, self.hook_write, self.hook_h, self.hook_y)
-        self.path = PathTaken("none", "none", "has not run yet")
         self._init_delta()
 
     def _init_delta(self) -> None:
@@ -100,7 +103,7 @@ class MambaMixer(nn.Module):
     def forward(self, r: Tensor, run: Run, state: MambaState | None = None) -> tuple[Tensor, MambaState]:
         """Mix the normalised residual ``B L M``; the output ``B L M`` and the state after the last real token."""
         D = self.cfg.d_inner
-        xz = _project(r, self.in_proj, run.backend)  # B L 2D
+        xz = project(r, self.in_proj, run.backend)  # B L 2D
         x = run.emit(self.hook_x, xz[..., :D])
         z = run.emit(self.hook_gate_in, xz[..., D:])
         u, conv_state = self._conv(x, run, state)
@@ -109,7 +112,7 @@ class MambaMixer(nn.Module):
         u_write = run.emit(self.hook_u_write, u, fork=True)
         u_skip = run.emit(self.hook_u_skip, u, fork=True)
         dt_low, B, C = self._select(u_select, run)
-        raw = _project(dt_low, self.dt_proj, run.backend)  # B L D
+        raw = project(dt_low, self.dt_proj, run.backend)  # B L D
         raw = run.emit(self.hook_delta_raw, raw)
         h0 = state.ssm if state is not None else None
         why = self._why_open(run, u_write, u_skip)
@@ -118,19 +121,19 @@ class MambaMixer(nn.Module):
         else:
             gated, h_last = self._fused(raw, u_write, B, C, z, h0, run)
         gated = run.emit(self.hook_gated, gated)
-        out = _project(gated, self.out_proj, run.backend)  # B L M
+        out = project(gated, self.out_proj, run.backend)  # B L M
         return out, MambaState(h_last, conv_state)
 
     def scan_inputs(self, r: Tensor, run: Run, state: MambaState | None) -> tuple[Tensor, Tensor, Tensor]:
         """u, delta ``B L D`` and B ``B L N``: what the state's recurrence reads, and no more of the mixer."""
-        x = _project(r, self.in_proj, run.backend)[..., : self.cfg.d_inner]  # B L D
+        x = project(r, self.in_proj, run.backend)[..., : self.cfg.d_inner]  # B L D
         u, _ = self._conv(x, run, state)
         dt_low, B, _ = self._select(u, run)
-        return u, ops.softplus(_project(dt_low, self.dt_proj, run.backend), backend=run.backend), B
+        return u, ops.softplus(project(dt_low, self.dt_proj, run.backend), backend=run.backend), B
 
     def _conv(self, x: Tensor, run: Run, state: MambaState | None) -> tuple[Tensor, Tensor]:
         conv = self.conv1d
-        if type(conv) is not nn.Conv1d or _hooked(conv):
+        if type(conv) is not nn.Conv1d or hooked(conv):
             raise HookError(
                 f"{self.hook_conv.name}: conv1d was exchanged or carries a hook of torch's own, which would never "
                 "fire; hook hook_x (its input) or hook_conv (its output)"
@@ -157,7 +160,7 @@ class MambaMixer(nn.Module):
 
     def _select(self, u: Tensor, run: Run) -> tuple[Tensor, Tensor, Tensor]:
         cfg = self.cfg
-        dt_low, B, C = _project(u, self.x_proj, run.backend).split([cfg.dt_rank, cfg.d_state, cfg.d_state], -1)
+        dt_low, B, C = project(u, self.x_proj, run.backend).split([cfg.dt_rank, cfg.d_state, cfg.d_state], -1)
         if cfg.mixer_norm_eps is not None:  # Falcon-Mamba (2410.05355): weightless RMSNorm of all three
             dt_low, B, C = (
                 ops.rms_norm(v, None, cfg.mixer_norm_eps, backend=run.backend).out.to(u.dtype) for v in (dt_low, B, C)
@@ -235,23 +238,3 @@ class MambaMixer(nn.Module):
         if self.cfg.activation == "silu":
             return ops.gate(total, z, backend=run.backend), h_last
         return (total * self._activate(z, run).to(total.dtype)).to(z.dtype), h_last
-
-
-def _project(x: Tensor, linear: nn.Module, backend: ops.Backend) -> Tensor:
-    """x W^T + b for ``B L *`` with any row stride, as one matrix product over all B*L rows.
-
-    A module that was exchanged (adapters do that) or that carries hooks of torch's own is called as it is.
-    """
-    if not isinstance(linear, nn.Linear) or type(linear) is not nn.Linear or watched(linear):
-        return linear(x)
-    return ops.linear(x, linear.weight, linear.bias, backend=backend)
-
-
-def watched(module: nn.Module) -> bool:
-    """Whether somebody hooked this module itself or replaced its forward."""
-    return _hooked(module) or "forward" in module.__dict__
-
-
-def _hooked(module: nn.Module) -> bool:
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(hooks)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
+from mambascope.config import MIXERS, MambaConfig
 from mambascope.hooks.sites import SitePoint
 from mambascope.hooks.state_point import StatePoint
 from mambascope.model.block import Block
@@ -22,7 +23,7 @@ from mambascope.model.norm import RMSNorm
 if TYPE_CHECKING:
     from mambascope.model.language_model import HookedMamba
 
-__all__ = ["HOOKED", "Watch"]
+__all__ = ["HOOKED", "Watch", "why_in_turn"]
 
 HOOKED = "a hook sits in the model"
 """The last thing that is looked for: where this is the answer, nothing else stands in the way."""
@@ -104,7 +105,15 @@ def _hooked(space: dict[str, Any]) -> bool:
     return bool(forward or space["_backward_hooks"] or space["_backward_pre_hooks"] or space.get("_on_gradient"))
 
 
+def why_in_turn(cfg: MambaConfig) -> str:
+    """Why the blocks of a model with other mixers run one by one: the first of those; empty if all are Mamba."""
+    other = next((i for i, letter in enumerate(cfg.layers) if letter != "m"), None)
+    return "" if other is None else f"blocks run one by one, since layer {other} is {MIXERS[cfg.layers[other]]}"
+
+
 def _strange(model: "HookedMamba") -> Iterator[str]:
+    if model.cfg.pattern:
+        yield why_in_turn(model.cfg)
     for name, m in model.named_modules():
         if m is model:
             continue

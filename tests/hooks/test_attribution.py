@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mambascope as ms
 from mambascope.errors import HookError, InputError
-from mambascope.hooks.points import HOOK_POINTS, LAZY
+from mambascope.hooks.points import LAZY, points_of
 from mambascope.model import HookedMamba
 from tests.conftest import error, make_model
 
@@ -61,7 +61,7 @@ def test_a_wrong_sign_would_be_seen() -> None:
     assert miss(measured.change, -predicted.change) > 1.9
 
 
-ANY = [s.name for s in HOOK_POINTS if s.scope == "block" and s.name not in LAZY - {"mixer.hook_h"}]
+ANY = [s.name for s in points_of("m") if s.scope == "block" and s.name not in LAZY - {"mixer.hook_h"}]
 
 
 def test_every_path_predicts_the_same_at_every_point(backend: str) -> None:

@@ -9,7 +9,7 @@ os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())
 pytest.importorskip("triton", reason="triton is not installed (extra 'test')")
 
 import mambascope as ms
-from mambascope.hooks.points import HOOK_POINTS, LAZY
+from mambascope.hooks.points import LAZY, points_of
 from mambascope.model import HookedMamba
 from tests.conftest import error, make_model
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*mostly noise")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 METRIC = ms.LogitDifference(1, 2)
 SITES = ("resid_pre", "delta", "h")
-ANY = [s.name for s in HOOK_POINTS if s.scope == "block" and s.name not in LAZY - {"mixer.hook_h"}]
+ANY = [s.name for s in points_of("m") if s.scope == "block" and s.name not in LAZY - {"mixer.hook_h"}]
 CORRUPTED = torch.tensor([[5, 9, 14, 3, 8, 20, 14]])
 CLEAN = torch.tensor([[5, 9, 15, 3, 8, 21, 14]])
 

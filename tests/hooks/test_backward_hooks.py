@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mambascope.errors import HookError, InputError
-from mambascope.hooks.points import HOOK_POINTS
+from mambascope.hooks.points import points_of
 from mambascope.model import HookedMamba
 from tests.conftest import error, make_model
 
@@ -75,7 +75,7 @@ def test_a_backward_hook_replaces_its_positions_only(backend: str, tokens: torch
         assert plain[:, 3:5].abs().max() > 0
 
 
-@pytest.mark.parametrize("tail", [s.name for s in HOOK_POINTS if s.scope == "block"])
+@pytest.mark.parametrize("tail", [s.name for s in points_of("m") if s.scope == "block"])
 def test_edits_in_place_have_the_gradient_of_edits(backend: str, tokens: torch.Tensor, tail: str) -> None:
     def gradient(site: str, fn: object) -> torch.Tensor:
         model = make_model(backend=backend)

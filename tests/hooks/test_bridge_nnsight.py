@@ -16,7 +16,7 @@ from torch import Tensor
 import mambascope as ms
 from mambascope.errors import HookError, InputError, UnknownNameError
 from mambascope.hooks.nnsight_bridge import TracedMamba
-from mambascope.hooks.points import HOOK_POINTS, LAZY, hook_names
+from mambascope.hooks.points import LAZY, hook_names, points_of
 from mambascope.model import HookedMamba
 from tests.conftest import BACKENDS, error, make_model
 from tests.hooks.letters import letter_tokenizer
@@ -26,7 +26,7 @@ from nnsight.intervention.interleaver import OutOfOrderError  # noqa: E402
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "bridges.md"
 TEXT = "abcab abdc"
-TAILS = [spec.name for spec in HOOK_POINTS]
+TAILS = [spec.name for spec in points_of("m")]
 
 
 @pytest.fixture

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 import mambascope as ms
-from mambascope.hooks.points import HOOK_POINTS, LAZY
+from mambascope.hooks.points import LAZY, points_of
 from tests.conftest import BACKENDS, error, make_model
 
 nnsight = pytest.importorskip("nnsight")
 
 Program = list[tuple[str, str]]
-ORDER = [spec.name for spec in HOOK_POINTS if spec.scope == "block"]
+ORDER = [spec.name for spec in points_of("m") if spec.scope == "block"]
 
 
 def program(rng: random.Random, length: int, side: str) -> Program:

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from mambascope.errors import HookError
-from mambascope.hooks.points import HOOK_POINTS
+from mambascope.hooks.points import points_of
 from mambascope.model import HookedMamba
 from tests.conftest import error
 
-NAMES = [s.name if s.scope == "model" else f"blocks.1.{s.name}" for s in HOOK_POINTS]
+NAMES = [s.name if s.scope == "model" else f"blocks.1.{s.name}" for s in points_of("m")]
 
 
 def ragged() -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor, tuple[slice, slice]]:

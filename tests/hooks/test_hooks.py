@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mambascope.errors import HookError, UnknownNameError
-from mambascope.hooks.points import HOOK_POINTS, hook_names, spec_of
+from mambascope.hooks.points import hook_names, points_of, spec_of
 from mambascope.model import HookedMamba
 from tests.conftest import error, make_model
 
@@ -35,7 +35,7 @@ def test_every_hook_point_fires_once_and_reading_changes_no_bit(model: HookedMam
             assert shapes == [shape_of(name, model, 2, 70)], name
 
 
-@pytest.mark.parametrize("tail", [s.name for s in HOOK_POINTS if s.scope == "block"])
+@pytest.mark.parametrize("tail", [s.name for s in points_of("m") if s.scope == "block"])
 def test_each_hook_alone_reads_without_a_trace_and_edits_with_one(
     model: HookedMamba, tokens: torch.Tensor, tail: str
 ) -> None:

@@ -9,13 +9,13 @@ import torch
 
 import mambascope as ms
 from mambascope.errors import CacheError, HookError, InputError, UnknownNameError
-from mambascope.hooks.points import HOOK_POINTS, LAZY
+from mambascope.hooks.points import LAZY, points_of
 from mambascope.model import HookedMamba
 from tests.conftest import error, make_model
 
 iv = ms.interventions
 H = "blocks.1.mixer.hook_h"
-PLAIN = [s for s in HOOK_POINTS if s.name not in LAZY]
+PLAIN = [s for s in points_of("m") if s.name not in LAZY]
 
 
 def full(spec: Any) -> str:

@@ -8,12 +8,12 @@ import torch
 
 import mambascope as ms
 from mambascope.errors import HookError
-from mambascope.hooks.points import HOOK_POINTS
+from mambascope.hooks.points import points_of
 from mambascope.model import HookedMamba
 from tests.conftest import BACKENDS, error, make_model
 
 H = "blocks.1.mixer.hook_h"
-NAMES = [s.name if s.scope == "model" else f"blocks.1.{s.name}" for s in HOOK_POINTS if s.name != "mixer.hook_h"]
+NAMES = [s.name if s.scope == "model" else f"blocks.1.{s.name}" for s in points_of("m") if s.name != "mixer.hook_h"]
 EIGHT = [0, 3, 11, 24, 24, 40, 62, 69]
 
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 import mambascope as ms
-from mambascope.hooks.points import HOOK_POINTS
+from mambascope.hooks.points import points_of
 from mambascope.model import HookedMamba
 from tests.conftest import error, make_model
 from tests.hooks.test_positions_per_row import closed_form
 
 iv = ms.interventions
-NAMES = [s.name if s.scope == "model" else f"blocks.1.{s.name}" for s in HOOK_POINTS]
+NAMES = [s.name if s.scope == "model" else f"blocks.1.{s.name}" for s in points_of("m")]
 INDICES = {"[2]": 2, "[6]": 6, "[3:8:2]": slice(3, 8, 2), "[5:]": slice(5, None)}
 
 

@@ -1,0 +1,68 @@
+"""What a mixer remembers of the tokens it has read: one typed state for each kind of mixer."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+__all__ = ["AttentionState", "LayerState", "Stateless"]
+
+
+@dataclass
+class LayerState:
+    """The state of one mixer: a dataclass of tensors, each with the rows of the batch as its first axis."""
+
+    noun: ClassVar[str] = "a mixer"
+    """What has such a state, for error texts."""
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Self:
+        """The same state with every tensor replaced (moved, or some rows of the batch taken)."""
+        return dataclasses.replace(self, **{name: fn(value) for name, value in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, for files."""
+        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
+        """The inverse of :meth:`tensors`; KeyError where one is missing."""
+        return cls(**{f.name: tensors[f.name] for f in dataclasses.fields(cls)})
+
+
+@dataclass
+class Stateless(LayerState):
+    """The state of a mixer that looks at one token at a time: nothing, for so many rows."""
+
+    noun = "a feed-forward layer"
+
+    rows: Tensor  # B 0
+
+
+@dataclass
+class AttentionState(LayerState):
+    """Keys (turned by their positions) and values of the tokens read, the newest last, and how many each row read.
+
+    Columns are aligned on the right: column P-1 holds each row's last token. Where rows have read different numbers of
+    tokens, a shorter one's first columns hold nothing; ``even`` says that there are no such columns. Sliding-window
+    attention keeps the last ``window - 1``, which is all that a later query can see.
+    """
+
+    noun = "attention"
+
+    k: Tensor  # B P H E
+    v: Tensor  # B P H E
+    read: Tensor  # B
+    even: bool = True
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:
+        k, v, read = (tensors[name] for name in ("k", "v", "read"))
+        return cls(k, v, read, bool((read >= k.shape[1]).all()) and bool((read == read[:1]).all()))
+
+    def positions(self) -> Tensor:
+        """The position of every column, ``B P``; negative where it holds nothing."""
+        return self.read[:, None] + torch.arange(-self.k.shape[1], 0, device=self.k.device)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor
 from transformer_lens import HookedRootModule
@@ -16,6 +16,9 @@ from mambascope.hooks.points import hook_names, resolve_name
 from mambascope.hooks.sites import Site, SitePoint, parse_site
 from mambascope.hooks.transformer_lens_bridge import caching_hooks
 
+if TYPE_CHECKING:
+    from mambascope.model.graphs import Graphs
+
 __all__ = ["HookMethods"]
 
 
@@ -23,6 +26,7 @@ class HookMethods(HookedRootModule):
     """The base of HookedMamba that knows hooks but not the model."""
 
     occupancy: Occupancy
+    graphs: "Graphs"
     _at_level: dict[int, list[SitePoint]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -44,7 +48,8 @@ class HookMethods(HookedRootModule):
             self.check_hooks_to_add(point, str(point.name), hook, dir, is_permanent, prepend)
             if level is not None:
                 self._at_level.setdefault(level, []).append(point)
-            point.add_hook(hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend, index=index)
+            placed = point.add_hook(hook, dir=dir, is_permanent=is_permanent, level=level, prepend=prepend, index=index)
+            self.graphs.watch.note(point, placed.hook.id)
 
     def _points_for(self, name: str | Site | Callable[[str], bool]) -> list[tuple[SitePoint, Any]]:
         if isinstance(name, (str, Site)):

@@ -6,8 +6,6 @@ of recordings for a sweep over all layers. The same kernels on the same values, 
 """
 
 from dataclasses import dataclass
-from itertools import chain as joined
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -28,7 +26,6 @@ __all__ = ["Chain", "Stretches"]
 
 _MOST_TOKENS = 4096  # of one chain: beyond, launches are hidden, and what stands between blocks takes much memory
 _MOST_CHAINS = 4
-_LOOKS = (itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks"))
 
 
 @dataclass
@@ -65,8 +62,6 @@ class Stretches:
 
     def __init__(self) -> None:
         self._chains: dict[Any, Chain | str] = {}  # or why there is none; "" after the first time
-        self._modules: Any = None
-        self._spaces: list[list[dict[str, Any]]] = []  # the __dict__s of every block's modules
 
     def clear(self) -> None:
         self._chains.clear()
@@ -78,10 +73,7 @@ class Stretches:
         watch = model.graphs.watch
         if not unwatched() or watch.answer != HOOKED:  # the look of this very pass: it was not quiet
             return None
-        if self._modules is not watch.modules:
-            self._modules = watch.modules
-            self._spaces = [[m.__dict__ for m in cast(nn.Module, block).modules()] for block in model.blocks]
-        return [not any(joined.from_iterable(map(look, spaces) for look in _LOOKS)) for spaces in self._spaces]
+        return watch.quiet_blocks(model)
 
     def run(
         self, model: "HookedMamba", resid: Tensor, layers: list[Any], run: Run, span: tuple[int, int], carry: bool

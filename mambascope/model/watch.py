@@ -1,12 +1,15 @@
 """Whether a model is just its weights: no hook, no exchanged module, no replaced ``forward`` anywhere in it.
 
 Only then may its blocks run as something else than Python: a recorded graph, or fused kernels for one token. The look
-is made before every such run, so it must be quick: lists that C loops compare, and torch's own count of hooks.
+is made before every such run, so it must be quick: lists that C loops compare, and torch's own count of hooks. Torch
+numbers its hooks: where the numbers since the last look are all of hooks that the model itself placed, nobody else
+placed one, and only those points need to be looked at.
 """
 
 from collections.abc import Iterator
 from itertools import chain, repeat
-from typing import TYPE_CHECKING, Any
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from mambascope.config import MIXERS, MambaConfig
+from mambascope.hooks.points import tail_of
 from mambascope.hooks.sites import SitePoint
 from mambascope.hooks.state_point import StatePoint
 from mambascope.model.block import Block
@@ -27,6 +31,9 @@ __all__ = ["HOOKED", "Watch", "why_in_turn"]
 
 HOOKED = "a hook sits in the model"
 """The last thing that is looked for: where this is the answer, nothing else stands in the way."""
+
+_MOST_NOTED = 4096
+_FORWARD = (itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks"))
 
 _PLAIN = (Block, MambaMixer, RMSNorm, SitePoint, StatePoint, nn.Linear, nn.Conv1d, nn.Embedding, nn.ModuleList)
 _SLOTS: dict[type, dict[str, type]] = {
@@ -45,13 +52,21 @@ class Watch:
     """Looks at one model; holds references to its modules' dictionaries, never copies of its weights."""
 
     def __init__(self) -> None:
-        self._children: list[Any] = []  # the modules' _modules
+        self._children: list[Any] = []  # the _modules of modules that have some
         self._modules: list[nn.Module] = []  # what these held when the model was last walked through
         self._spaces: list[dict[str, Any]] = []  # the modules' __dict__
         self._owners: list[Any] = []  # the _parameters of modules that own some
         self._constants: list[Any] = []  # modules with numbers of their own
         self._why = self.answer = "was not looked at yet"
         self._hooks_at = -1  # torch's count of hooks when there were none in the model
+        self._noted: dict[int, SitePoint] = {}  # the points of hooks that came since, by torch's numbers
+        self._blocks: list[list[dict[str, Any]]] = []  # the __dict__s of every block's modules
+
+    def note(self, point: SitePoint, number: int) -> None:
+        """The model placed a hook at a point of its own, which torch gave this number."""
+        if len(self._noted) >= _MOST_NOTED:  # no look came out clean for long: forget them, and look everywhere
+            self._noted, self._hooks_at = {}, -1
+        self._noted[number] = point
 
     def why_not(self, model: "HookedMamba") -> str:
         """What stands in the way of running the weights alone; empty if nothing does. ``answer`` keeps it."""
@@ -69,25 +84,41 @@ class Watch:
             return "a module's forward was replaced"
         count = RemovableHandle.next_id
         if count != self._hooks_at:
-            if any(map(_hooked, self._spaces)):
+            if any(map(_hooked, self._noted_spaces() if self._all_noted(count) else self._spaces)):
                 return HOOKED
-            self._hooks_at = count
+            self._hooks_at, self._noted = count, {}
         return ""
 
-    @property
-    def modules(self) -> list[nn.Module]:
-        """The model's modules, the same list for as long as they are the same."""
-        return self._modules
+    def _all_noted(self, count: int) -> bool:
+        """Whether every hook that torch numbered since the last clean look is one of those noted."""
+        return self._hooks_at >= 0 and len(self._noted) == count - self._hooks_at
+
+    def _noted_spaces(self) -> list[dict[str, Any]]:
+        return [point.__dict__ for point in list(self._noted.values())]
+
+    def quiet_blocks(self, model: "HookedMamba") -> list[bool]:
+        """In which blocks no hook sees a forward pass; asked after `why_not` of the same pass answered ``HOOKED``."""
+        if self._all_noted(RemovableHandle.next_id):
+            quiet = [True] * len(model.blocks)
+            for point in list(self._noted.values()):
+                layer = tail_of(str(point.name))[0]
+                if layer is not None and (point._forward_hooks or point._forward_pre_hooks):
+                    quiet[layer] = False
+            return quiet
+        if not self._blocks:
+            self._blocks = [[m.__dict__ for m in cast(nn.Module, block).modules()] for block in model.blocks]
+        return [not any(chain.from_iterable(map(look, block) for look in _FORWARD)) for block in self._blocks]
 
     def _walk(self, model: "HookedMamba") -> None:
         self._why = "is being looked at"  # for other threads
         found = list(model.modules())
-        self._children = [m._modules for m in found]
-        self._modules = [m for m in chain.from_iterable(map(dict.values, self._children)) if m is not None]
+        self._children = [m._modules for m in found if m._modules]  # the others' forwards look for none
+        self._modules = list(chain.from_iterable(map(dict.values, self._children)))
+        self._blocks = []
         self._spaces = [m.__dict__ for m in found if m is not model]
         self._owners = [m._parameters for m in found if m._parameters]
         self._constants = [m for m in found if isinstance(m, RMSNorm)]
-        self._hooks_at = -1
+        self._hooks_at, self._noted = -1, {}
         self._why = next(_strange(model), "")
 
     def weights(self) -> list[Tensor]:

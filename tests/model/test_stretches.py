@@ -117,6 +117,34 @@ def test_what_moves_breaks_or_fails_is_seen() -> None:
     assert "graph" not in forms(model)
 
 
+def test_hooks_are_seen_whoever_placed_them() -> None:
+    """Beside hooks that the model placed and so knows of: torch's own, a point's own, one that a hook adds, one left."""
+    model = frozen(n_layers=4)
+    for _ in range(2):
+        plain = model(ids())
+    double = lambda module, args, out: 2 * out  # noqa: E731
+    ways: list[Any] = [
+        lambda: model.blocks[2].mixer.in_proj.register_forward_hook(double),
+        lambda: model.blocks[2].mixer.hook_gated.register_forward_hook(double),
+        lambda: model.blocks[2].norm.register_forward_pre_hook(lambda module, args: (2 * args[0] + 1, *args[1:])),
+        lambda: model.blocks[2].hook_mixer_out.add_hook(lambda v, hook: 2 * v).hook,
+    ]
+    look, nothing = ("blocks.1.mixer.hook_h[4]", lambda h, hook: None), lambda v, hook: None
+    everywhere = [(f"blocks.{i}.hook_mixer_in", nothing) for i in range(4)]
+    for place in ways:
+        for late in (False, True):
+            assert torch.equal(model(ids()), plain)
+            assert forms(model) == {"graph"}
+            handles: list[Any] = [] if late else [place()]
+            hooks = [("hook_embed", lambda v, hook, handles=handles, place=place: handles.append(place()))] * late
+            got = model.run_with_hooks(ids(), fwd_hooks=[*hooks, look])
+            assert torch.equal(got, model.run_with_hooks(ids(), fwd_hooks=everywhere))
+            assert not torch.equal(got, plain)
+            assert torch.equal(model(ids()), got)  # the hook of ours is gone, the other is there
+            handles[0].remove()
+            assert torch.equal(model.run_with_hooks(ids(), fwd_hooks=[look]), plain)
+
+
 def test_gradients_and_caches_walk_through_every_block() -> None:
     model, site = make_model(backend="torch", n_layers=4), "mixer.hook_h[4]"
     for _ in range(3):

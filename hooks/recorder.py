@@ -1,8 +1,9 @@
 """What a forward pass leaves behind for the cache: little stored, everything readable."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, cast
 
@@ -200,6 +201,27 @@ def _joined_values(name: str, parts: list[Tensor]) -> Tensor:
     return torch.cat(padded, 2)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What names mean to a recorder: ``lazy_layers`` keep their input and states, ``stored`` are kept as they pass."""
+
+    lazy_layers: frozenset[int]
+    stored: frozenset[str]
+
+    @staticmethod
+    @lru_cache(64)
+    def of(names: tuple[str, ...], n_layers: int, everything: bool, eager: bool) -> "Asked":
+        """The same for every pass of a model: 28 names a block are many to go through each time."""
+        tails = [(name, *tail_of(name)) for name in names]
+        lazy = frozenset(layer for _, layer, tail in tails if tail in LAZY and layer is not None)
+        if everything and not eager:
+            end = f"blocks.{n_layers - 1}.hook_resid_post"
+            stored = {name for name, layer, _ in tails if layer is None or name == end}
+        else:
+            stored = {name for name, _, tail in tails if tail not in LAZY}
+        return Asked(lazy, frozenset(stored))
+
+
 class CacheRecorder:
     """Watches one forward pass and keeps what the cache will need (see mambascope.hooks.run.Recorder)."""
 
@@ -211,17 +233,11 @@ class CacheRecorder:
         self._everything = everything
         self._explicit = not everything
         self._spelled_out = spelled_out  # every name was given by hand, so each must be reached
-        self._lazy_layers = {tail_of(n)[0] for n in names if tail_of(n)[1] in LAZY}
-        self._wanted: set[str] = set() if everything and not eager else {n for n in names if tail_of(n)[1] not in LAZY}
+        asked = Asked.of(tuple(names), model.cfg.n_layers, everything, eager)
+        self._lazy_layers, self._wanted = asked.lazy_layers, asked.stored
         self._only_inputs = everything and not eager
-        self._visible = set(names)
         self.boundaries: int | None = BOUNDARY if self._lazy_layers else None
         self._recording: Recording | None = None
-        last = model.cfg.n_layers - 1
-        for name in (
-            n for n in names if everything and (tail_of(n)[0] is None or n == f"blocks.{last}.hook_resid_post")
-        ):
-            self._wanted.add(name)
 
     def gradient_names(self) -> list[str]:
         """The names whose gradients ``incl_bwd`` keeps: all but the lazy ones."""
@@ -245,7 +261,7 @@ class CacheRecorder:
         layers = self._model.cfg.n_layers if self._everything else len(self._lazy_layers)
         self._check_size(self._wanted, layers)
 
-    def _check_size(self, names: set[str], layers: int = 0) -> None:
+    def _check_size(self, names: Set[str], layers: int = 0) -> None:
         """CacheError if ``names``, and the input and states of so many layers, cannot fit."""
         cfg, (batch, length) = self._model.cfg, self.recording.shape
         values = sum(size_of(name, cfg, batch, length) for name in names)

@@ -5,6 +5,7 @@ generation); whoever used it before gets a copy of its own, and comes back with 
 """
 
 import weakref
+from collections import OrderedDict
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from mambascope.model import recording
 from mambascope.model.block import Block
+from mambascope.model.sampling import Sampler, draw
 from mambascope.model.state import MambaState, State
 
 if TYPE_CHECKING:
@@ -24,7 +26,8 @@ __all__ = ["LOOK_AHEAD", "Decoder", "Generation", "fill", "why_no_decoder"]
 LOOK_AHEAD = 32  # the width of what a decoder can tell
 """Tokens that a generation computes before it looks whether all rows have met a stop token."""
 
-_UNROLLED = 8  # tokens of the longer greedy recording
+_UNROLLED = 8  # tokens of the longer recording, where the device chooses them
+_MOST_SAMPLERS = 4  # ways of choosing that stay recorded
 
 
 class Decoder:
@@ -44,38 +47,85 @@ class Decoder:
         self.logits = torch.zeros(batch, cfg.d_vocab, dtype=model.dtype, device=device)
         self.choice = kernels.Choice.of(head, batch, LOOK_AHEAD)
         self._scratch = kernels.Scratch.of(layers[0], batch)
-        self._recorded: dict[tuple[bool, int], recording.Recorded] = {}
+        self._sound = torch.ones((), dtype=torch.bool, device=device)  # whether all logits were a distribution
+        self._generator = torch.Generator(device)  # recordings draw from this one, put where the caller's stands
+        self._recorded: OrderedDict[Sampler | None, dict[int, recording.Recorded] | str] = OrderedDict()
         self.owner: weakref.ref[Generation] | None = None
 
-    def prepare(self, model: "HookedMamba", greedy: bool) -> None:
-        """Record what `run` will replay, if that has not been done."""
-        counts = [n for n in ((1, _UNROLLED) if greedy else (1,)) if (greedy, n) not in self._recorded]
-        if not counts:
+    def prepare(self, model: "HookedMamba", sampler: Sampler | None) -> None:
+        """Record what `run` will replay, if that has not been done; without a sampler logits are left behind."""
+        sampler = _alike(sampler)
+        if sampler in self._recorded:
+            self._recorded.move_to_end(sampler)
             return
-        memory = (self.ssm, self.conv, self.resid, self.choice.done, self.choice.ids, self.choice.count)
+        choice = self.choice
+        memory = (self.ssm, self.conv, self.resid, choice.done, choice.ids, choice.count, self._sound)
         kept = [t.clone() for t in memory]
-        self._launch(model, greedy, 1)  # compiles; what it does to the memory is undone
+        self._launch(model, sampler, 1)  # compiles; what it does to the memory is undone
         for t, before in zip(memory, kept, strict=True):
             t.copy_(before)
-        for count in counts:
-            launch = partial(self._launch, model, greedy, count)
-            self._recorded[greedy, count], _, _ = recording.record(launch, model.device)
+        generator = None if sampler is None or sampler.greedy else self._generator
+        made = {}
+        for count in (1,) if sampler is None else (1, _UNROLLED):
+            launch = partial(self._launch, model, sampler, count)
+            made[count], _, _ = recording.record(launch, model.device, generator=generator)
+        self._recorded[sampler] = made
+        chosen = [s for s in self._recorded if s is not None and not s.greedy]
+        for old in chosen[: len(chosen) - _MOST_SAMPLERS]:
+            del self._recorded[old]
 
-    def run(self, greedy: bool, tokens: int = 1) -> None:
-        """``tokens`` tokens from ``resid``; greedy ones choose the next each, else ``logits`` are left behind."""
+    def refuse(self, sampler: Sampler, why: str) -> None:
+        """Tokens cannot be chosen so in a recording; its logits still serve."""
+        self._recorded[_alike(sampler)] = why
+
+    def chooses(self, sampler: Sampler) -> bool:
+        """Whether `run` can choose tokens so."""
+        return isinstance(self._recorded.get(_alike(sampler)), dict)
+
+    def run(self, sampler: Sampler | None, tokens: int = 1) -> None:
+        """``tokens`` tokens from ``resid``; chosen the one after the other, or with None ``logits`` are left behind."""
+        found = self._recorded[_alike(sampler)]
+        assert isinstance(found, dict)
         while tokens:
-            count = _UNROLLED if greedy and tokens >= _UNROLLED else 1
-            self._recorded[greedy, count].replay()
+            count = _UNROLLED if _UNROLLED in found and tokens >= _UNROLLED else 1
+            found[count].replay()
             tokens -= count
 
-    def _launch(self, model: "HookedMamba", greedy: bool, count: int) -> None:
+    def _launch(self, model: "HookedMamba", sampler: Sampler | None, count: int) -> None:
         layers, head = weights_of(model)
+        greedy = sampler is not None and sampler.greedy
         for _ in range(count):
             for i, weights in enumerate(layers):
                 self._kernels.layer(weights, self.resid, self.ssm[i], self.conv[i], self._scratch, i == 0)
             self._kernels.head(head, self.resid, self.logits, self.choice if greedy else None)
             if greedy:
                 self._kernels.pick(head, self.resid, self.choice)
+            elif sampler is not None:
+                self._draw(model, sampler)
+
+    def _draw(self, model: "HookedMamba", sampler: Sampler) -> None:
+        """What `pick` does for the most likely tokens, for drawn ones."""
+        choice = self.choice
+        new, sound = draw(self.logits, sampler, self._generator)
+        ids = torch.where(choice.done.bool(), choice.ids, new)
+        choice.told.index_copy_(1, choice.count[:1], ids[:, None])
+        choice.ids.copy_(ids)
+        choice.done.logical_or_((ids[:, None] == choice.stops).any(1))
+        choice.count.add_(1)
+        self._sound.logical_and_(sound)
+        self.enter(model, ids)
+
+    def choose(self, tokens: int, sampler: Sampler, generator: torch.Generator | None) -> tuple[Tensor, Tensor | None]:
+        """The next ids, ``B tokens``, for whom ``choice`` describes; of drawn ones also whether logits were sound."""
+        if sampler.greedy:
+            self.run(sampler, tokens)
+            return self.choice.told[:, :tokens].clone(), None
+        theirs = generator if generator is not None else _default_generator(self.resid.device)
+        self._sound.fill_(True)
+        self._generator.set_state(theirs.get_state())
+        self.run(sampler, tokens)
+        theirs.set_state(self._generator.get_state())
+        return self.choice.told[:, :tokens].clone(), self._sound.clone()
 
     def step(self, model: "HookedMamba", ids: Tensor, state: State) -> tuple[Tensor, list[MambaState]]:
         """Logits ``B V`` after reading ids ``B`` from ``state``, and the states after them."""
@@ -85,7 +135,7 @@ class Decoder:
         self.owner = None
         self.load(state)
         self.enter(model, ids)
-        self.run(False)
+        self.run(None)
         return self.logits.clone(), self.layers()
 
     def load(self, state: State) -> None:
@@ -134,24 +184,28 @@ class Generation:
             decoder.owner, self._decoder = weakref.ref(self), decoder
             decoder.enter(model, self.ids)
 
-    def greedy(self, model: "HookedMamba", decoder: Decoder, tokens: int) -> Tensor:
-        """The next ``tokens`` most likely ids, ``B tokens``; rows repeat their last one once they are done."""
+    def ahead(
+        self, model: "HookedMamba", decoder: Decoder, tokens: int, sampler: Sampler, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The next ``tokens`` ids, ``B tokens``, and whether all logits were sound (None: that was not looked at).
+
+        Rows repeat their last id once they are done.
+        """
         self._come(model, decoder)
         choice = decoder.choice
         choice.ids.copy_(self.ids)
         choice.done.copy_(self.done)
         choice.stops.copy_(self._stops)
         choice.count.zero_()
-        decoder.run(True, tokens)
+        told, sound = decoder.choose(tokens, sampler, generator)
         self._read += tokens
-        told = choice.told[:, :tokens].clone()
         self.ids, self.done = told[:, -1], choice.done.bool()
-        return told
+        return told, sound
 
     def logits(self, model: "HookedMamba", decoder: Decoder) -> Tensor:
         """Logits ``B V`` after reading the ids, in the decoder's memory."""
         self._come(model, decoder)
-        decoder.run(False)
+        decoder.run(None)
         self._read += 1
         return decoder.logits
 
@@ -159,6 +213,17 @@ class Generation:
         """What a sampler made of the logits."""
         self.ids, self.done = ids, done
         decoder.enter(model, ids)
+
+
+def _alike(sampler: Sampler | None) -> Sampler | None:
+    """One sampler for all that take the most likely token, whatever tail they would cut."""
+    return Sampler() if sampler is not None and sampler.greedy else sampler
+
+
+def _default_generator(device: torch.device) -> torch.Generator:
+    if device.type != "cuda":
+        return torch.default_generator
+    return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
 
 
 def weights_of(model: "HookedMamba") -> "tuple[list[kernels.Layer], kernels.Head]":

@@ -10,65 +10,14 @@ from torch import Tensor
 from mambascope.errors import InputError
 from mambascope.model.decode import LOOK_AHEAD, Decoder, Generation
 from mambascope.model.inputs import prepare
+from mambascope.model.sampling import Sampler, check_sound, draw, sample
 
 if TYPE_CHECKING:
     from mambascope.hooks.cache import MambaCache
     from mambascope.model.graphs import Graphs
     from mambascope.model.state import State
 
-__all__ = ["GenerateMethods", "Sampler", "sample"]
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """How the next token is drawn: ``temperature`` 0 takes the most likely; top_k, top_p cut the tail first."""
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise InputError(f"temperature must be a number ≥ 0, got {self.temperature!r}")
-        if self.top_k is not None and (
-            isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1
-        ):
-            raise InputError(f"top_k must be a positive integer, got {self.top_k!r}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"top_p must lie in (0, 1], got {self.top_p!r}")
-
-
-def sample(logits: Tensor, sampler: Sampler, generator: torch.Generator | None = None) -> Tensor:
-    """One id per row from logits ``B V``; InputError where they are no distribution (NaN, or infinite everywhere)."""
-    ids, sound = _draw(logits, sampler, generator)
-    _check_sound(sound)
-    return ids
-
-
-def _draw(logits: Tensor, sampler: Sampler, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """The ids, and on the device whether the logits were sound: nothing here waits for it.
-
-    Ids are drawn as torch.multinomial does it (the largest p / e, e exponentially distributed), which looks at its
-    probabilities first and so waits.
-    """
-    if sampler.temperature == 0:
-        return logits.argmax(-1), ~logits.amax(-1).isnan().any()
-    scores = logits.float() / sampler.temperature
-    if sampler.top_k is not None and sampler.top_k < scores.shape[-1]:
-        least = scores.topk(sampler.top_k, -1).values[:, -1:]
-        scores = scores.masked_fill(scores < least, float("-inf"))
-    if sampler.top_p is not None:
-        ordered, order = scores.sort(-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the strictly likelier tokens
-        ordered = ordered.masked_fill(before >= sampler.top_p, float("-inf"))
-        scores = torch.empty_like(scores).scatter_(-1, order, ordered)
-    p = scores.softmax(-1)
-    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1), torch.isfinite(p).all()
-
-
-def _check_sound(sound: Tensor) -> None:
-    if not bool(sound):
-        raise InputError("the logits hold NaN or infinities, so no token can be drawn from them")
+__all__ = ["GenerateMethods"]
 
 
 @dataclass(frozen=True)
@@ -108,7 +57,7 @@ class _Block:
         if self._there is not None:
             self._there.synchronize()
         count, over, sound = self._facts.tolist()
-        _check_sound(torch.tensor(sound))
+        check_sound(bool(sound))
         return self.ids[:, :count], bool(over)
 
 
@@ -199,10 +148,10 @@ class GenerateMethods:
     def _next_block(self, going: Generation, plan: "_Plan", tokens: int) -> "_Block":
         """Up to ``tokens`` new ids ``B k``: by the step kernels where they can run, else one by an ordinary pass."""
         if plan.watch is None:
-            greedy = plan.sampler.temperature == 0 and len(plan.stop_list) <= Generation.MOST_STOPS
-            with self.graphs.decoding(self, going.ids.shape[0], greedy) as decoder:  # type: ignore[arg-type]
+            sampler = plan.sampler if len(plan.stop_list) <= Generation.MOST_STOPS else None
+            with self.graphs.decoding(self, going.ids.shape[0], sampler) as decoder:  # type: ignore[arg-type]
                 if decoder is not None:
-                    return self._decoded(going, decoder, plan, tokens, greedy)
+                    return self._decoded(going, decoder, plan, tokens)
         if bool(going.done.all()):  # hooks must not see a step that nobody takes
             return _Block(going.ids[:, None][:, :0], going.done, plan.stops, settled=True)
         logits, state = self._read(going.ids[:, None], self.graphs.settled(going), None, plan)
@@ -211,14 +160,15 @@ class GenerateMethods:
         going.read(state, ids, before | torch.isin(ids, plan.stops))
         return _Block(ids[:, None], before, plan.stops, settled=True)
 
-    def _decoded(self, going: Generation, decoder: Decoder, plan: "_Plan", tokens: int, greedy: bool) -> "_Block":
+    def _decoded(self, going: Generation, decoder: Decoder, plan: "_Plan", tokens: int) -> "_Block":
         model: Any = self
         done = going.done
-        if greedy:
-            return _Block(going.greedy(model, decoder, tokens), done, plan.stops)
+        if len(plan.stop_list) <= Generation.MOST_STOPS and decoder.chooses(plan.sampler):
+            told, sound = going.ahead(model, decoder, tokens, plan.sampler, plan.generator)
+            return _Block(told, done, plan.stops, sound)
         columns, all_sound = [], []
         for _ in range(tokens):
-            new, sound = _draw(going.logits(model, decoder), plan.sampler, plan.generator)
+            new, sound = draw(going.logits(model, decoder), plan.sampler, plan.generator)
             ids = torch.where(going.done, going.ids, new)
             going.chosen(model, decoder, ids, going.done | torch.isin(ids, plan.stops))
             columns.append(ids)

@@ -27,6 +27,7 @@ from mambascope.hooks.sites import Clock
 from mambascope.model import recording
 from mambascope.model.block import Block
 from mambascope.model.decode import Decoder, Generation, fill, why_no_decoder
+from mambascope.model.sampling import Sampler
 from mambascope.model.state import MambaState, State
 from mambascope.model.straight import add_and_norm, through
 from mambascope.model.stretches import Stretches
@@ -141,14 +142,17 @@ class Graphs:
         return Stack(self, model, run) if self._enter(model, wait=False) else None
 
     @contextmanager
-    def decoding(self, model: "HookedMamba", batch: int, greedy: bool) -> "Iterator[Decoder | None]":
-        """The decoder for ``batch`` rows while the lock is held; None where tokens must run as any other pass."""
+    def decoding(self, model: "HookedMamba", batch: int, sampler: Sampler | None) -> "Iterator[Decoder | None]":
+        """The decoder for ``batch`` rows while the lock is held; None where tokens must run as any other pass.
+
+        It chooses tokens as ``sampler`` says, if it can, and gives logits.
+        """
         backend, why = resolve_backend(model.backend, model.device, model.dtype)
         if backend != "triton" or self.watch.why_not(model) or not self._enter(model, wait=True):
             yield None
             return
         try:
-            decoder = self._decoder(model, batch, greedy)
+            decoder = self._decoder(model, batch, sampler)
             if decoder is not None:
                 self.come_to(model.device)
                 _tell(model, PathTaken(backend, "step", why))
@@ -189,22 +193,24 @@ class Graphs:
         with self._lock:
             return going.state()
 
-    def _decoder(self, model: "HookedMamba", batch: int, greedy: bool) -> Decoder | None:
+    def _decoder(self, model: "HookedMamba", batch: int, sampler: Sampler | None) -> Decoder | None:
         found = self._decoders.get(batch)
-        try:
-            if found is None:
-                found = why_no_decoder(model, batch)
-                if not found:
-                    with torch.inference_mode(False), torch.no_grad():
-                        found = Decoder(model, batch)
-                self._decoders[batch] = found
-            if isinstance(found, Decoder):
-                with torch.inference_mode(False), torch.no_grad():
-                    found.prepare(model, greedy)
-                return found
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            self._decoders[batch] = recording.notice(f"a step of {batch} rows", error)
-        return None
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                if found is None:
+                    found = self._decoders[batch] = why_no_decoder(model, batch) or Decoder(model, batch)
+                if not isinstance(found, Decoder):
+                    return None
+                found.prepare(model, sampler if sampler is not None and sampler.greedy else None)
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                self._decoders[batch] = recording.notice(f"a step of {batch} rows", error)
+                return None
+            if sampler is not None and not sampler.greedy:
+                try:
+                    found.prepare(model, sampler)
+                except (RuntimeError, torch.OutOfMemoryError) as error:
+                    found.refuse(sampler, recording.notice(f"the draw of tokens by {sampler}", error))
+        return found
 
     # ---- with the lock held
 

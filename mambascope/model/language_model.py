@@ -416,7 +416,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         if not self._needs_grad(None, state):
             check_ids(tokens, self.cfg.n_tokens)
             self.check_state(state, tokens.shape[0])
-            with self.graphs.decoding(self, tokens.shape[0], greedy=False) as decoder:
+            with self.graphs.decoding(self, tokens.shape[0], None) as decoder:
                 if decoder is not None:
                     self._edits = []
                     with torch.no_grad():

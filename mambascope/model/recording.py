@@ -23,13 +23,18 @@ def new_pool(device: torch.device) -> Any:
         return torch.cuda.graph_pool_handle()
 
 
-def record(function: Callable[[], T], device: torch.device, pool: Any = None) -> tuple[Recorded, T, int]:
+def record(
+    function: Callable[[], T], device: torch.device, pool: Any = None, generator: torch.Generator | None = None
+) -> tuple[Recorded, T, int]:
     """Record ``function``, which must have run before (so that its kernels are compiled).
 
+    What it draws from ``generator`` is drawn anew at every replay, from where the generator stands then.
     Gives the recording, what the function returned (tensors in the recording's own memory, undefined until the first
     replay), and the bytes by which the pool grew. Threads that do other work are not disturbed.
     """
     graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
     with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         before = torch.cuda.memory_reserved(device)
         result = function()

@@ -233,6 +233,11 @@ def gate_steps(gate: Gate, dtype: torch.dtype) -> None:
         gate.same(f"{dtype} step twice, h", first[1].ssm, again[1].ssm)
     ordinary = eager(model, lambda: model.generate(x, 12))
     gate.need(f"{dtype} greedy text", bool((model.generate(x, 12) == ordinary).float().mean() > 0.9))
+    many = list(range(30))  # more stop tokens than recordings look for: these texts are drawn outside of them
+    for options in ({"temperature": 0.8}, {"temperature": 1.2, "top_k": 50}, {"temperature": 1.0, "top_p": 0.9}):
+        for seed in (5, 6):
+            drawn, outside = (model.generate(x, 40, seed=seed, stop_tokens=s, **options) for s in ([], many))
+            gate.same(f"{dtype} drawn text {options}", drawn[:, : outside.shape[1]], outside)
 
 
 @torch.no_grad()

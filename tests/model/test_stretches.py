@@ -118,7 +118,7 @@ def test_what_moves_breaks_or_fails_is_seen() -> None:
 
 
 def test_hooks_are_seen_whoever_placed_them() -> None:
-    """Beside hooks that the model placed and so knows of: torch's own, a point's own, one that a hook adds, one left."""
+    """Beside hooks that the model placed, and so knows of: torch's own, a point's own, one that a hook adds."""
     model = frozen(n_layers=4)
     for _ in range(2):
         plain = model(ids())

@@ -21,6 +21,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from mambascope.errors import InputError, StateError
 from mambascope.model import HookedMamba, State, graphs, recording
 from mambascope.model.decode import Decoder
+from mambascope.model.sampling import Sampler
 from mambascope.ops import step
 from tests.conftest import error, make_model
 
@@ -38,7 +39,8 @@ class Again:
 @pytest.fixture(autouse=True)
 def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Recordings without a GPU; the step kernels for models that otherwise run on the torch backend."""
-    monkeypatch.setattr(recording, "record", lambda function, device, pool=None: (Again(function), None, 0))
+    play = lambda function, device, pool=None, generator=None: (Again(function), None, 0)  # noqa: E731
+    monkeypatch.setattr(recording, "record", play)
     monkeypatch.setattr(recording, "follow", lambda device, last: None)
     monkeypatch.setattr(graphs, "_undisturbed", lambda device: True)
     monkeypatch.setattr(graphs, "resolve_backend", lambda *args: ("triton", "in a test"))
@@ -185,11 +187,34 @@ def test_greedy_generation_is_the_ordinary_one() -> None:
     assert torch.equal(model.generate(x[:1], 9, stop_tokens=[stop]), one)
 
 
-def test_sampled_generation_draws_the_ordinary_numbers() -> None:
+def fails_to_draw(prepare: Callable[..., None]) -> Callable[..., None]:
+    def fails(model: HookedMamba, sampler: Sampler | None) -> None:
+        if sampler is not None and sampler.temperature == 0.3:
+            raise RuntimeError("no room")
+        prepare(model, sampler)
+
+    return fails
+
+
+def test_sampled_generation_draws_the_ordinary_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = frozen(), ids()
     for options in ({"temperature": 0.7}, {"temperature": 1.5, "top_k": 5}, {"temperature": 1.0, "top_p": 0.8}):
         want = eager(model, lambda options=options: model.generate(x, 4, seed=4, **options))
         assert torch.equal(model.generate(x, 4, seed=4, **options), want)
+        decoder = model.graphs._decoders[2]
+        assert isinstance(decoder, Decoder)
+        assert decoder.chooses(Sampler(**options))
+    torch.manual_seed(7)
+    want = eager(model, lambda: (model.generate(x, 3, 1.0), torch.rand(1)))
+    torch.manual_seed(7)
+    got = model.generate(x, 3, 1.0), torch.rand(1)  # and whoever draws next goes on from there
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+    monkeypatch.setattr(decoder, "prepare", fails_to_draw(decoder.prepare))
+    with pytest.warns(UserWarning, match="temperature=0.3.* cannot be recorded"):
+        got = model.generate(x, 4, 0.3, seed=1)
+    assert form(model) == "step"
+    assert torch.equal(got, eager(model, lambda: model.generate(x, 4, 0.3, seed=1)))
     with torch.no_grad():
         model.unembed.weight[3, 0] = float("nan")
     with pytest.raises(InputError, match="NaN"):

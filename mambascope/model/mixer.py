@@ -14,7 +14,7 @@ from mambascope.hooks.run import PathTaken, Run, compute_dtype
 from mambascope.hooks.sites import SitePoint
 from mambascope.hooks.state_point import StatePoint
 from mambascope.model.mixers.base import Mixer, hooked, project
-from mambascope.model.recurrence import Inputs, Points, anchors_of, run_recurrence
+from mambascope.model.recurrence import Ends, Inputs, Points, anchors_of, run_recurrence
 from mambascope.model.state import MambaState
 
 __all__ = ["MambaMixer"]
@@ -118,6 +118,8 @@ class MambaMixer(Mixer):
         why = self._why_open(run, u_write, u_skip)
         if why:
             gated, h_last = self._open(raw, u_write, u_skip, B, C, z, h0, run, why)
+        elif run.hooks and self.hook_h.live:
+            gated, h_last = self._split(raw, u_write, B, C, z, h0, run)
         else:
             gated, h_last = self._fused(raw, u_write, B, C, z, h0, run)
         gated = run.emit(self.hook_gated, gated)
@@ -173,9 +175,11 @@ class MambaMixer(Mixer):
             if run.exposes(point):
                 return f"{str(point.name).rsplit('.', 1)[-1]} is read"
         if run.hooks:
-            for point in (self.hook_A_bar, self.hook_B_bar, self.hook_write, self.hook_h):
+            for point in (self.hook_A_bar, self.hook_B_bar, self.hook_write):
                 if point.live:
                     return f"{str(point.name).rsplit('.', 1)[-1]} has a hook"
+            if self.hook_h.demand is not None:  # who asks while the recurrence runs may ask for y next
+                return "hook_h is traced"
         if u_write is not u_skip:
             return "u_write and u_skip differ"
         if run.padding is not None:
@@ -202,6 +206,22 @@ class MambaMixer(Mixer):
             run.recorder.take_anchors(str(self.hook_h.name), anchors_of(out, run.boundaries, u.shape[1]))
         self.path = PathTaken(run.backend, "fused", run.why)
         return out.y, out.h_last
+
+    def _split(
+        self, raw: Tensor, u: Tensor, B: Tensor, C: Tensor, z: Tensor, h0: Tensor | None, run: Run
+    ) -> tuple[Tensor, Tensor]:
+        """Hooks at states and nowhere else in the scan: softplus, skip and gate stay in its pieces, same bits."""
+        h0 = self.initial_state(raw.shape[0]).ssm if h0 is None else h0
+        inputs = Inputs(u, raw, self.decay(), B, C, h0, Ends(self.D, z))
+        gated, h_last, form = run_recurrence(inputs, self._points, run)
+        for point in (self.hook_y, self.hook_skip):
+            if run.exposes(point):
+                raise HookError(
+                    f"{point.name}: a hook at hook_h of the same block placed a hook here while the scan ran, which is "
+                    "too late; place it before the run"
+                )
+        self.path = PathTaken(run.backend, form, "hook_h has a hook")
+        return gated, h_last
 
     def _open(
         self,

@@ -11,6 +11,7 @@ runs on those tensors, for this layer only.
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +24,24 @@ from mambascope.hooks.sites import SitePoint
 from mambascope.hooks.state_point import Plan, StatePoint
 from mambascope.memory import require_bytes
 
-__all__ = ["Inputs", "Points", "anchors_of", "read_out", "run_recurrence"]
+__all__ = ["Ends", "Inputs", "Points", "anchors_of", "read_out", "run_recurrence"]
+
+
+@dataclass
+class Ends:
+    """What the scan does at its two ends where nobody sees it: skip and gate, and softplus while ``raw``."""
+
+    D: Tensor
+    z: Tensor  # B L D
+    raw: bool = True
 
 
 @dataclass
 class Inputs:
-    """What the recurrence reads: u, delta ``B L D`` (delta after softplus), A ``D N``, B, C ``B L N``, h0."""
+    """What the recurrence reads: u, delta ``B L D`` (delta after softplus), A ``D N``, B, C ``B L N``, h0.
+
+    With ``ends`` its y is what leaves the gate, and delta is ``delta_raw`` while these say so.
+    """
 
     u: Tensor
     delta: Tensor
@@ -36,11 +49,30 @@ class Inputs:
     B: Tensor
     C: Tensor
     h0: Tensor  # B D N
+    ends: Ends | None = None
 
     def cut(self, start: int, stop: int, h0: Tensor) -> "Inputs":
-        return Inputs(
-            self.u[:, start:stop], self.delta[:, start:stop], self.A, self.B[:, start:stop], self.C[:, start:stop], h0
-        )
+        ends = self.ends
+        if ends is not None:
+            ends = dataclasses.replace(ends, z=ends.z[:, start:stop])
+        at = slice(start, stop)
+        return Inputs(self.u[:, at], self.delta[:, at], self.A, self.B[:, at], self.C[:, at], h0, ends)
+
+    def with_steps(self, backend: ops.Backend) -> "Inputs":
+        """With delta after softplus."""
+        if self.ends is None or not self.ends.raw:
+            return self
+        delta = ops.softplus(self.delta, backend=backend)
+        return dataclasses.replace(self, delta=delta, ends=dataclasses.replace(self.ends, raw=False))
+
+    def read_out(self, h: Tensor, t: int | tuple[Tensor, Tensor], backend: ops.Backend) -> Tensor:
+        """What the scan gives at step t (or in rows at steps of their own) where the state is h: ``B D``."""
+        at: Any = (slice(None), t) if isinstance(t, int) else t
+        y = read_out(h, self.C[at])
+        if self.ends is None:
+            return y
+        skip = torch.mul(self.u[at].to(y.dtype), self.ends.D.to(y.dtype))
+        return ops.gate((y + skip)[:, None], self.ends.z[at][:, None], backend=backend)[:, 0]
 
     def scan(self, backend: ops.Backend, boundaries: int | None, lengths: Tensor | None = None) -> ops.ScanOutput:
         return ops.selective_scan(
@@ -49,6 +81,9 @@ class Inputs:
             self.A,
             self.B,
             self.C,
+            D=None if self.ends is None else self.ends.D,
+            z=None if self.ends is None else self.ends.z,
+            dt_softplus=self.ends is not None and self.ends.raw,
             h0=self.h0,
             lengths=lengths,
             boundaries=boundaries,
@@ -78,7 +113,7 @@ class Beneath:
 
 
 def run_recurrence(inputs: Inputs, points: Points, run: Run) -> tuple[Tensor, Tensor, str]:
-    """y ``B L D`` (before skip and gate), the last state ``B D N``, and the form taken (see PathTaken)."""
+    """y ``B L D`` (before skip and gate, unless the inputs have ends), the last state ``B D N``, and the form taken."""
     y, h_last, form = _recurrence(inputs, points, run)
     if run.hooks and points.y.wants_beneath:
         points.y.beneath = Beneath(inputs, h_last, form, run.backend)
@@ -168,7 +203,7 @@ def _read(
         if window is None or t >= stop or chunk * interval != begin:
             begin = chunk * interval
             stop = 1 + max(s for s in plan.steps if s // interval == chunk)
-            part = inputs.cut(begin, stop, h_boundary[:, chunk])
+            part = inputs.cut(begin, stop, h_boundary[:, chunk]).with_steps(run.backend)
             window = ops.state_window(part.u, part.delta, part.A, part.B, part.h0, backend=backend)
         h, edited = point.at(t, window[:, t - begin].contiguous(), plan)
         if edited:
@@ -181,7 +216,7 @@ def _turn_by_turn(inputs: Inputs, point: StatePoint, plan: Plan, run: Run) -> tu
 
     The scan after a turn keeps each row still (delta = 0) up to its edited step, and starts from its edited state.
     """
-    interval, edited = BOUNDARY, False
+    interval, edited, inputs = BOUNDARY, False, inputs.with_steps(run.backend)
     columns = torch.arange(inputs.u.shape[1], device=inputs.u.device)
     out = inputs.scan(run.backend, interval)
     y, h_last, now = out.y, out.h_last, inputs
@@ -196,7 +231,9 @@ def _turn_by_turn(inputs: Inputs, point: StatePoint, plan: Plan, run: Run) -> tu
         h = torch.where(on, h, h_last)
         now = dataclasses.replace(inputs, delta=inputs.delta.masked_fill(~later[..., None], 0.0), h0=h)
         out = now.scan(run.backend, interval)
-        read = read_out(h, inputs.C[torch.arange(len(turn), device=at.device), at[:, 0].clamp_min(0)])  # B D
+        read = inputs.read_out(
+            h, (torch.arange(len(turn), device=at.device), at[:, 0].clamp_min(0)), run.backend
+        )  # B D
         y = torch.where(later[..., None], out.y, torch.where(here[..., None], read[:, None], y))
         h_last = out.h_last
     return y, h_last, None, edited
@@ -258,7 +295,7 @@ class _Pieces:
 
     def put(self, t: int, h: Tensor) -> None:
         """The state after column t is h, whatever was computed."""
-        self.y.append(read_out(h, self.inputs.C[:, t])[:, None])
+        self.y.append(self.inputs.read_out(h, t, self.run.backend)[:, None])
         self.h, self.done = h, t + 1
         self._keep(t, h)
 

@@ -174,6 +174,7 @@ def gate_graphs(gate: Gate, dtype: torch.dtype) -> None:
         hooked = model.run_with_hooks(x, fwd_hooks=[("blocks.1.mixer.hook_delta", lambda v, hook: None)])
         gate.need(f"{name} with a hook is not recorded", form(model) != "graph")
         gate.same(f"{name}, a hook that returns None", hooked, want)
+        _gate_edits(gate, model, x, name)
         _gate_cache(gate, model, x, name)
         model.blocks[1].mixer.in_proj.weight.mul_(1.5)  # in place: the recording reads it
         model.blocks[0].mixer.A_log.data.add_(0.1)
@@ -189,6 +190,18 @@ def gate_graphs(gate: Gate, dtype: torch.dtype) -> None:
     for _ in range(2):
         got = model(long, logits_to_keep=3)
     gate.same(f"{dtype} in pieces", got, want)
+
+
+def _gate_edits(gate: Gate, model: HookedMamba, x: Tensor, name: str) -> None:
+    """Blocks around an edited one replayed, and its scan fused around the edited state: the bits of neither."""
+    read = ("blocks.1.mixer.hook_y", lambda v, hook: None)  # which opens the scan
+    for site in ("blocks.1.mixer.hook_h[40]", "blocks.1.hook_resid_pre[40]", "blocks.1.mixer.hook_h[0:70:23]"):
+        edit = (site, lambda v, hook: v * 0.5 + 0.1)
+        want = eager(model, lambda edit=edit: model.run_with_hooks(x, fwd_hooks=[edit, read]))
+        for _ in range(3):
+            got = model.run_with_hooks(x, fwd_hooks=[edit])
+        gate.same(f"{name}, {site} edited", got, want)
+        gate.need(f"{name}, {site} edited: blocks around it are recorded", form(model) == "graph")
 
 
 def _gate_cache(gate: Gate, model: HookedMamba, x: Tensor, name: str) -> None:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import mambascope as ms
 from mambascope.errors import HookError
 from mambascope.hooks.points import points_of
 from mambascope.model import HookedMamba
@@ -129,3 +130,31 @@ def test_a_hook_that_the_run_does_not_reach_is_an_error(model: HookedMamba, toke
             with pytest.raises(HookError, match="was never reached"):
                 model.run_with_hooks(args, fwd_hooks=[(site, lambda v, hook: None)], **options)
         model.run_with_hooks(tokens, stop_at_layer=1, fwd_hooks=[(lambda name: "delta" in name, lambda v, hook: None)])
+
+
+def test_an_edited_state_gives_the_same_bits_whether_the_scan_is_fused_around_it_or_open(
+    model: HookedMamba, tokens: torch.Tensor
+) -> None:
+    def edit(h: torch.Tensor, hook: object) -> torch.Tensor:
+        return h * 0.5 + 1
+
+    reads = ("blocks.1.mixer.hook_y", lambda v, hook: None)  # which opens the scan
+    for site in ("blocks.1.mixer.hook_h[3]", "blocks.1.mixer.hook_h[-2:]", ms.at("blocks.1.mixer.hook_h", [1, 6])):
+        with torch.no_grad():
+            fused = model.run_with_hooks(tokens, fwd_hooks=[(site, edit)])
+            state = model.hooks(fwd_hooks=[(site, edit)])
+            with state:
+                _, cache = model.run_with_cache(tokens, names_filter=["h1", "resid_post1"])
+            opened = model.run_with_hooks(tokens, fwd_hooks=[(site, edit), reads])
+            with model.hooks(fwd_hooks=[(site, edit), reads]):
+                _, wanted = model.run_with_cache(tokens, names_filter=["h1", "resid_post1"])
+        assert torch.equal(fused, opened)
+        assert torch.equal(cache["resid_post", 1], wanted["resid_post", 1])
+        assert torch.equal(cache["h", 1][:], wanted["h", 1][:])
+        assert not torch.equal(fused, model(tokens))
+
+
+def test_a_hook_that_comes_too_late_is_an_error(model: HookedMamba, tokens: torch.Tensor) -> None:
+    late = lambda h, hook: model.add_hook("blocks.1.mixer.hook_y", lambda v, hook: v * 0)  # noqa: E731
+    with torch.no_grad(), pytest.raises(HookError, match="hook_y: a hook at hook_h .* too late"):
+        model.run_with_hooks(tokens, fwd_hooks=[("blocks.1.mixer.hook_h[3]", late)])

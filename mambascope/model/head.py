@@ -12,13 +12,13 @@ from mambascope.errors import InputError
 from mambascope.hooks.sites import Padding
 from mambascope.memory import require_bytes
 from mambascope.model.mixers.base import watched
+from mambascope.ops.loss import IGNORED, rows_at_a_time
+from mambascope.ops.ready import plain, unwatched
 
 if TYPE_CHECKING:
     from mambascope.model.language_model import HookedMamba
 
-__all__ = ["Output", "check_logits", "last_positions", "mean_loss", "next_token_losses", "unembed"]
-
-_CHUNK = 1 << 24  # logits held at a time by the loss: 64 MB in float32
+__all__ = ["Output", "check_logits", "last_positions", "loss_of", "mean_loss", "next_token_losses", "unembed"]
 
 
 class Output(NamedTuple):
@@ -67,10 +67,14 @@ def next_token_losses(model: "HookedMamba", normed: Tensor, targets: Tensor) -> 
     are computed again in the backward pass).
     """
     rows, goal = normed.reshape(-1, normed.shape[-1]), targets.reshape(-1)
-    size = max(1, _CHUNK // model.cfg.d_vocab)
+    graph = torch.is_grad_enabled()
+    share = 4 if graph and rows.is_cuda else 1  # autograd's own operators hold several tensors of the logits' size
+    size = rows_at_a_time(rows.shape[0], model.cfg.d_vocab, rows.device, rows.dtype.itemsize, share)
 
     def chunk(x: Tensor, y: Tensor) -> Tensor:
         logits = unembed(model, x)
+        if not graph and unwatched() and plain((logits,)):
+            return ops.softmax_losses(logits.contiguous(), y, backend=model.backend)
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         return F.cross_entropy(logits, y, reduction="none")
 
@@ -79,16 +83,44 @@ def next_token_losses(model: "HookedMamba", normed: Tensor, targets: Tensor) -> 
     parts = []
     for start in range(0, rows.shape[0], size):
         x, y = rows[start : start + size], goal[start : start + size]
-        parts.append(checkpoint(chunk, x, y, use_reentrant=False) if torch.is_grad_enabled() else chunk(x, y))
+        parts.append(checkpoint(chunk, x, y, use_reentrant=False) if graph else chunk(x, y))
     return torch.cat(parts).view(targets.shape)
+
+
+def loss_of(model: "HookedMamba", normed: Tensor, targets: Tensor, padding: Padding | None) -> Tensor | None:
+    """The mean loss and, in the same visit of the logits, its gradients: `ops.linear_cross_entropy`.
+
+    None where there is no gradient to make, or where somebody must see the unembedding itself: then it is
+    `next_token_losses` and `mean_loss`.
+    """
+    head = model.unembed
+    if type(head) is not nn.Linear or watched(head) or head.bias is not None:
+        return None
+    wanted = torch.is_grad_enabled() and (normed.requires_grad or head.weight.requires_grad)
+    if not wanted or not unwatched() or not plain((normed, head.weight)):
+        return None
+    if padding is not None:
+        _count(padding)
+        targets = targets.masked_fill(~_pairs(padding), IGNORED)
+    rows = normed.reshape(-1, normed.shape[-1])
+    return ops.linear_cross_entropy(rows, head.weight, targets.reshape(-1), backend=model.backend)
+
+
+def _pairs(padding: Padding) -> Tensor:
+    """Where a token and its next are both real, ``B L-1``."""
+    return padding.mask[:, 1:] & padding.mask[:, :-1]
+
+
+def _count(padding: Padding) -> int:
+    count = int(padding.lengths.sum()) - padding.lengths.shape[0]
+    if count == 0:
+        raise InputError("no row has two tokens, so there is no next token to score")
+    return count
 
 
 def mean_loss(losses: Tensor, padding: Padding | None, per_token: bool) -> Tensor:
     """The mean over real next-token pairs, or (``per_token``) the losses themselves with zeros at padding."""
     if padding is None:
         return losses if per_token else losses.mean()
-    losses = losses * (padding.mask[:, 1:] & padding.mask[:, :-1])
-    count = int(padding.lengths.sum()) - padding.lengths.shape[0]
-    if count == 0:
-        raise InputError("no row has two tokens, so there is no next token to score")
+    losses, count = losses * _pairs(padding), _count(padding)
     return losses if per_token else losses.sum() / count

@@ -19,7 +19,15 @@ from mambascope.hooks.sites import Clock, Padding, SitePoint
 from mambascope.model.block import Block
 from mambascope.model.generation import GenerateMethods
 from mambascope.model.graphs import Graphs, piece_tokens
-from mambascope.model.head import Output, check_logits, last_positions, mean_loss, next_token_losses, unembed
+from mambascope.model.head import (
+    Output,
+    check_logits,
+    last_positions,
+    loss_of,
+    mean_loss,
+    next_token_losses,
+    unembed,
+)
 from mambascope.model.hooking import HookMethods
 from mambascope.model.inputs import Prepared, check_ids, padding_of, prepare
 from mambascope.model.mixer import MambaMixer
@@ -229,7 +237,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         pieces = self._pieces_of(entry, run)
         stack = self.graphs.claim(self, run) if entry.tokens is not None else None
         carry = return_state or len(pieces) > 1
-        kept, losses, logits = [], [], None
+        kept, losses, logits, loss = [], [], None, None
         try:
             for begin, end in pieces:
                 normed = None if stack is None else stack(cast(Tensor, entry.tokens)[:, begin:end], layers, carry)
@@ -238,7 +246,11 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
                 if wants_loss and entry.tokens is not None:
                     stop_at = min(end, entry.length - 1)
                     targets = entry.tokens[:, begin + 1 : stop_at + 1]
-                    losses.append(next_token_losses(self, normed[:, : stop_at - begin], targets))
+                    scored = normed[:, : stop_at - begin]
+                    if len(pieces) == 1 and not loss_per_token:
+                        loss = loss_of(self, scored, targets, entry.padding)
+                    if loss is None:
+                        losses.append(next_token_losses(self, scored, targets))
                 if wants_logits:
                     last_of = self._kept(normed, begin, end, entry, keep)
                     kept.append(last_of if stack is None or len(pieces) == 1 else last_of.clone())
@@ -247,7 +259,8 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         finally:
             if stack is not None:
                 stack.release()
-        loss = mean_loss(torch.cat(losses, 1), entry.padding, loss_per_token) if wants_loss else None
+        if losses:
+            loss = mean_loss(torch.cat(losses, 1), entry.padding, loss_per_token)
         out: Any = logits if loss is None else loss if logits is None else Output(logits, loss)
         return self._with_state(out, entry, state, layers, return_state)
 

@@ -8,6 +8,7 @@ from mambascope.ops.conv import ConvOutput, causal_conv
 from mambascope.ops.dispatch import BACKENDS, Backend, resolve_backend
 from mambascope.ops.elementwise import gate, silu, softplus
 from mambascope.ops.linear import linear
+from mambascope.ops.loss import linear_cross_entropy, softmax_losses
 from mambascope.ops.maps import KernelRow, kernel_column, kernel_map, kernel_row, over_channels
 from mambascope.ops.norm import AddNormOutput, NormOutput, add_norm, rms_norm
 from mambascope.ops.scan import ScanOutput, linear_scan, selective_scan, state_window, window_dot
@@ -29,6 +30,7 @@ __all__ = [
     "kernel_map",
     "kernel_row",
     "linear",
+    "linear_cross_entropy",
     "linear_scan",
     "over_channels",
     "resolve_backend",
@@ -36,6 +38,7 @@ __all__ = [
     "selective_scan",
     "selective_scan_fn",
     "silu",
+    "softmax_losses",
     "softplus",
     "state_contraction",
     "state_window",

@@ -19,11 +19,9 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from mambascope.errors import InputError
+from mambascope.ops.loss import IGNORED
 
 __all__ = ["IGNORED", "Batch", "Batches", "Repeats", "TextStream", "WindowSampler"]
-
-IGNORED = -100
-"""A target that is not scored."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from mambascope.errors import BackendError, InputError
 from mambascope.model import HookedMamba, graphs
-from mambascope.model import head as head_module
 from tests.conftest import error, make_model
 
 
@@ -146,7 +145,7 @@ def test_the_loss_never_holds_length_times_vocabulary(monkeypatch: pytest.Monkey
     model.unembed.register_forward_hook(lambda module, args, out: rows.append(out.shape[0]))
     plain = model(tokens, return_type="loss")
     gradient = torch.autograd.grad(plain, model.embed.weight)[0]
-    monkeypatch.setattr(head_module, "_CHUNK", 50 * 500)
+    monkeypatch.setattr("mambascope.ops.loss._HELD", {"cpu": 50 * 500 * 4})
     rows.clear()
     loss = model(tokens, return_type="loss")
     assert error(torch.autograd.grad(loss, model.embed.weight)[0], gradient) < 1e-5

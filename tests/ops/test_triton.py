@@ -325,7 +325,7 @@ def test_contraction_of_a_window(length: int, channels: int, states: int) -> Non
     assert error(kernels.window_dot(*window, weight), (h * weight.flip(2)).double().sum(-1)) > 1e-2
 
 
-@pytest.mark.parametrize("width", [1, 2, 4, 8])
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("silu", [False, True])
 def test_convolution(width: int, given: bool, silu: bool) -> None:

@@ -17,7 +17,7 @@ PROGRAM = (
     DRIVER
     + r"""
 from mambascope.ops.scan import triton, triton_conv, triton_launch, triton_layers, triton_matmul, triton_norm
-from mambascope.ops.scan import triton_window
+from mambascope.ops.scan import triton_conv_backward, triton_loss, triton_window
 
 
 class Gpu:
@@ -28,7 +28,8 @@ def launch(kernel, programs, device, *arguments, **options):
     triton_launch.launch(kernel, programs, Gpu, *arguments, **options)
 
 
-for module in (triton, triton_conv, triton_layers, triton_matmul, triton_norm, triton_window):
+own = (triton_conv, triton_conv_backward, triton_layers, triton_loss, triton_matmul, triton_norm, triton_window)
+for module in (triton, *own):
     module.launch, module.check = launch, lambda *a, **k: None
 triton.processor_count = lambda device: 132
 
@@ -57,6 +58,8 @@ def layers(dtype):
     triton.add_norm_forward(x, x.float(), weight[:, 0], 1e-5, expose=True)
     for beside, narrow in ((None, None), (x.float(), dtype)):
         triton.norm_backward(x.float(), weight[:, 0], x, beside, 1e-5, narrow)
+    for gradient in (False, True):
+        triton.loss_forward(torch.empty(40, 1000, dtype=dtype), torch.zeros(40, dtype=torch.int64), gradient)
     triton.norm_forward(x, weight[:, 0], 1e-5, expose=True), triton.norm_forward(x, None, 1e-5, expose=False)
     window = (x, x, torch.empty(96, 16), x[:, :, :16], torch.empty(2, 96, 16))
     triton.state_window(*window)
@@ -122,6 +125,8 @@ def test_kernels_compile_for_hopper_and_the_short_way_launches_the_same() -> Non
         "sum_kernel",
         "_conv_kernel",
         "_conv_walk_kernel",
+        "_conv_walk_back_kernel",
+        "_loss_kernel",
     } <= names
     spilling = {name for name, _, stack in result["usage"] if stack > 64}
     assert spilling <= {"backward_kernel"}, (

@@ -19,7 +19,8 @@ from torch import Tensor
 from mambascope.ops.scan import triton_check, triton_launch
 from mambascope.ops.scan.triton_adjoint import contraction_kernel
 from mambascope.ops.scan.triton_backward import adjoint_kernel, backward_kernel, sum_kernel
-from mambascope.ops.scan.triton_conv import conv_backward, conv_forward
+from mambascope.ops.scan.triton_conv import conv_forward
+from mambascope.ops.scan.triton_conv_backward import conv_backward
 from mambascope.ops.scan.triton_forward import forward_kernel
 from mambascope.ops.scan.triton_launch import check, dense, launch, processor_count, strides, whole
 from mambascope.ops.scan.triton_layers import (
@@ -29,6 +30,7 @@ from mambascope.ops.scan.triton_layers import (
     silu_forward,
     softplus_forward,
 )
+from mambascope.ops.scan.triton_loss import loss_forward
 from mambascope.ops.scan.triton_matmul import linear_forward, serves
 from mambascope.ops.scan.triton_norm import norm_backward
 from mambascope.ops.scan.triton_replay import replayed
@@ -45,6 +47,7 @@ __all__ = [
     "gate_forward",
     "hopper",
     "linear_forward",
+    "loss_forward",
     "norm_backward",
     "norm_forward",
     "preferred_interval",

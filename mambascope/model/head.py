@@ -74,7 +74,7 @@ def next_token_losses(model: "HookedMamba", normed: Tensor, targets: Tensor) -> 
     def chunk(x: Tensor, y: Tensor) -> Tensor:
         logits = unembed(model, x)
         if not graph and unwatched() and plain((logits,)):
-            return ops.softmax_losses(logits.contiguous(), y, backend=model.backend)
+            return ops.softmax_losses(logits.contiguous(), y, backend=cast(ops.Backend, model.backend))
         logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
         return F.cross_entropy(logits, y, reduction="none")
 
@@ -103,7 +103,7 @@ def loss_of(model: "HookedMamba", normed: Tensor, targets: Tensor, padding: Padd
         _count(padding)
         targets = targets.masked_fill(~_pairs(padding), IGNORED)
     rows = normed.reshape(-1, normed.shape[-1])
-    return ops.linear_cross_entropy(rows, head.weight, targets.reshape(-1), backend=model.backend)
+    return ops.linear_cross_entropy(rows, head.weight, targets.reshape(-1), backend=cast(ops.Backend, model.backend))
 
 
 def _pairs(padding: Padding) -> Tensor:

@@ -1,13 +1,15 @@
 """The loss of a training step: mean cross-entropy over the scored targets, by the head that never holds length x
 vocabulary (`mambascope.ops.linear_cross_entropy`)."""
 
+from typing import cast
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mambascope.hooks.sites import SitePoint
 from mambascope.model import HookedMamba
-from mambascope.ops import linear_cross_entropy
+from mambascope.ops import Backend, linear_cross_entropy
 from mambascope.training.sampler import IGNORED, Batch
 
 __all__ = ["answer_loss"]
@@ -22,7 +24,8 @@ def answer_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
     if isinstance(model, HookedMamba) and not _hooked(model):
         resid = model(batch.tokens, stop_at_layer=model.cfg.n_layers)[:, length - keep :]  # B K M
         normed = model.ln_final(resid).flatten(0, 1)  # B*K M
-        return linear_cross_entropy(normed, model.unembed.weight, batch.targets.flatten(), backend=model.backend)
+        backend = cast(Backend, model.backend)
+        return linear_cross_entropy(normed, model.unembed.weight, batch.targets.flatten(), backend=backend)
     logits = model(batch.tokens, return_type="logits", logits_to_keep=None if keep == length else keep)  # B K V
     return F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED)
 

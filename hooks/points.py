@@ -33,7 +33,8 @@ class HookSpec:
     letters. ``dtype`` is ``"model"`` (the weights' dtype), ``"residual"`` (float32 where the model keeps
     its residual stream so) or ``"compute"`` (float32; float64 in a float64 model). ``lazy`` points hold
     ``B L D N`` values that exist only when somebody asks; ``on_demand`` ones are made whole, and only for those who
-    hook them or ask for them by name. ``mixers``: the letters of the layers that have the point (see
+    hook them or ask for them by name. ``stepwise`` points lie inside a recurrence: a hook is called once for every
+    addressed step, with the shape's ``L`` left out. ``mixers``: the letters of the layers that have the point (see
     ``mambascope.config.MIXERS``); empty: all of them.
     """
 
@@ -45,6 +46,7 @@ class HookSpec:
     lazy: bool = False
     mixers: str = ""
     on_demand: bool = False
+    stepwise: bool = False
 
     @property
     def axis(self) -> int:
@@ -59,10 +61,18 @@ HOOK_POINTS: tuple[HookSpec, ...] = (
     HookSpec("hook_mixer_in", "block", "B L M", "residual", "copy of the residual that only this block's mixer reads"),
     HookSpec("norm.hook_scale", "block", "B L 1", "compute", "root mean square, sqrt(mean(x^2) + eps)"),
     HookSpec("norm.hook_normalized", "block", "B L M", "model", "x / scale, before the norm's weight"),
-    HookSpec("mixer.hook_x", "block", "B L D", "model", "the conv's input: first half of in_proj", mixers="m"),
-    HookSpec("mixer.hook_gate_in", "block", "B L D", "model", "gate z before SiLU: second half of in_proj", mixers="m"),
-    HookSpec("mixer.hook_conv", "block", "B L D", "model", "causal depthwise conv + bias, before SiLU", mixers="m"),
-    HookSpec("mixer.hook_u", "block", "B L D", "model", "u = SiLU(conv), read by the three below", mixers="m"),
+    HookSpec(
+        "mixer.hook_x", "block", "B L D", "model", "in_proj's output, or the half that the conv reads", mixers="msgp"
+    ),
+    HookSpec(
+        "mixer.hook_gate_in", "block", "B L D", "model", "gate z before SiLU: second half of in_proj", mixers="msg"
+    ),
+    HookSpec("mixer.hook_conv", "block", "B L D", "model", "causal depthwise conv + bias, before SiLU", mixers="msg"),
+    HookSpec("mixer.hook_in_q", "block", "B L D", "model", "q: what the output is multiplied by", mixers="h"),
+    HookSpec("mixer.hook_in_k", "block", "B L D", "model", "k: what the shift SSM reads", mixers="h"),
+    HookSpec("mixer.hook_in_v", "block", "B L D", "model", "v: what the shifted k is multiplied by", mixers="h"),
+    HookSpec("mixer.hook_shift", "block", "B L D", "model", "k through the shift SSM", mixers="h"),
+    HookSpec("mixer.hook_u", "block", "B L D", "model", "u = SiLU(conv): what the recurrence reads", mixers="msgh"),
     HookSpec("mixer.hook_u_select", "block", "B L D", "model", "u as x_proj reads it: selects delta, B, C", mixers="m"),
     HookSpec("mixer.hook_u_write", "block", "B L D", "model", "u as the recurrence writes it to the state", mixers="m"),
     HookSpec("mixer.hook_u_skip", "block", "B L D", "model", "u as the skip D*u reads it", mixers="m"),
@@ -74,10 +84,32 @@ HOOK_POINTS: tuple[HookSpec, ...] = (
     HookSpec("mixer.hook_A_bar", "block", "B L D N", "compute", "exp(delta*A), zero-order hold", lazy=True, mixers="m"),
     HookSpec("mixer.hook_B_bar", "block", "B L D N", "compute", "input gain delta*B, Euler", lazy=True, mixers="m"),
     HookSpec("mixer.hook_write", "block", "B L D N", "compute", "added to the state, B_bar*u", lazy=True, mixers="m"),
-    HookSpec("mixer.hook_h", "block", "B L D N", "compute", "state after step, A_bar*h + write", lazy=True, mixers="m"),
-    HookSpec("mixer.hook_y", "block", "B L D", "compute", "y = C h, before skip and gate", mixers="m"),
-    HookSpec("mixer.hook_skip", "block", "B L D", "compute", "skip term D*u", mixers="m"),
-    HookSpec("mixer.hook_gated", "block", "B L D", "model", "(y + skip) * SiLU(z), out_proj's input", mixers="m"),
+    HookSpec(
+        "mixer.hook_h",
+        "block",
+        "B L D N",
+        "compute",
+        "state after step, A_bar*h + write",
+        lazy=True,
+        stepwise=True,
+        mixers="m",
+    ),
+    HookSpec(
+        "mixer.hook_ssm_kernel", "block", "B L D", "compute", "a row's kernel by lag", mixers="sph", on_demand=True
+    ),
+    HookSpec(
+        "mixer.hook_state",
+        "block",
+        "B L D N",
+        "compute",
+        "SSM state, pairs",
+        mixers="sph",
+        on_demand=True,
+        stepwise=True,
+    ),
+    HookSpec("mixer.hook_y", "block", "B L D", "compute", "y = C h, before skip and gate", mixers="msph"),
+    HookSpec("mixer.hook_skip", "block", "B L D", "compute", "skip term D*u", mixers="msph"),
+    HookSpec("mixer.hook_gated", "block", "B L D", "model", "(y + skip) * SiLU(z): out_proj's input", mixers="msgph"),
     HookSpec("mixer.hook_q", "block", "B L H E", "model", "queries, before their rotation", mixers="aw"),
     HookSpec("mixer.hook_k", "block", "B L H E", "model", "keys, before their rotation", mixers="aw"),
     HookSpec("mixer.hook_v", "block", "B L H E", "model", "values", mixers="aw"),
@@ -87,6 +119,14 @@ HOOK_POINTS: tuple[HookSpec, ...] = (
     HookSpec("mixer.hook_pattern", "block", "B H T S", "compute", "softmax of it", mixers="aw", on_demand=True),
     HookSpec("mixer.hook_z", "block", "B L H E", "model", "pattern times values, out_proj's input", mixers="aw"),
     HookSpec("mixer.hook_result", "block", "B L H M", "model", "what each head adds", mixers="aw", on_demand=True),
+    HookSpec("mixer.hook_i", "block", "B L D", "compute", "input gate", mixers="l", on_demand=True, stepwise=True),
+    HookSpec("mixer.hook_f", "block", "B L D", "compute", "forget gate", mixers="l", on_demand=True, stepwise=True),
+    HookSpec(
+        "mixer.hook_g", "block", "B L D", "compute", "cell's candidate", mixers="l", on_demand=True, stepwise=True
+    ),
+    HookSpec("mixer.hook_o", "block", "B L D", "compute", "output gate", mixers="l", on_demand=True, stepwise=True),
+    HookSpec("mixer.hook_cell", "block", "B L D", "compute", "cell state", mixers="l", on_demand=True, stepwise=True),
+    HookSpec("mixer.hook_hidden", "block", "B L D", "compute", "o tanh(c)", mixers="l", on_demand=True, stepwise=True),
     HookSpec("mixer.hook_pre", "block", "B L F", "model", "SwiGLU's gate before SiLU", mixers="f"),
     HookSpec("mixer.hook_pre_linear", "block", "B L F", "model", "what is gated", mixers="f"),
     HookSpec("mixer.hook_post", "block", "B L F", "model", "SiLU(pre) * pre_linear, out_proj's input", mixers="f"),
@@ -98,6 +138,8 @@ HOOK_POINTS: tuple[HookSpec, ...] = (
 
 LAZY = frozenset(spec.name for spec in HOOK_POINTS if spec.lazy)
 ON_DEMAND = frozenset(spec.name for spec in HOOK_POINTS if spec.on_demand)
+
+_STATES = ("mixer.hook_state", "mixer.hook_hidden")  # what hook_h means in a layer that has none
 
 # TransformerLens' short forms lack our `mixer.` and `norm.` levels: get_act_name("delta", 3) is
 # "blocks.3.hook_delta". Each block-level tail below also answers to those tails.
@@ -179,6 +221,9 @@ def resolve_name(name: str, known: dict[str, object] | frozenset[str] | set[str]
         candidate = f"blocks.{layer}.{ALIASES.get(tail, tail)}"
     if candidate in known:
         return candidate
+    for other in _STATES:  # the state of whatever recurrence the layer has
+        if candidate.endswith("mixer.hook_h") and (there := candidate.removesuffix("mixer.hook_h") + other) in known:
+            return there
     _refuse_elsewhere(candidate, known)
     raise UnknownNameError(f"no hook point is called {name!r}{nearest(candidate, known) or nearest(name, known)}")
 

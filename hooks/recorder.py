@@ -240,8 +240,8 @@ class CacheRecorder:
         self._recording: Recording | None = None
 
     def gradient_names(self) -> list[str]:
-        """The names whose gradients ``incl_bwd`` keeps: all but the lazy ones."""
-        return [name for name in self._names if tail_of(name)[1] not in LAZY]
+        """The names whose gradients ``incl_bwd`` keeps: all but the lazy ones and those met step by step."""
+        return [n for n in self._names if tail_of(n)[1] not in LAZY and not spec_of(n).stepwise]
 
     # ---- called by the forward pass
 

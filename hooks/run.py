@@ -49,7 +49,8 @@ class PathTaken:
     passed through its hook point, same bits), ``"split"`` (the recurrence ran in pieces around edited
     states), ``"exposed"`` (A_bar, B_bar or write were edited: the recurrence ran on them), ``"graph"`` (fused, and
     replayed from a recording, same bits) or ``"step"`` (kernels for one token, in ``step`` and ``generate``).
-    Other mixers: ``"sdpa"`` and ``"explicit"`` (attention without and with its scores as tensors), ``"open"``.
+    Other mixers: ``"sdpa"`` and ``"explicit"`` (attention without and with its scores as tensors), ``"fft"``,
+    ``"step"`` and ``"kernel"`` (a time-invariant SSM by its kernel, one token, an edited kernel), ``"open"``.
     ``edits`` lists what interventions did in this layer.
     """
 

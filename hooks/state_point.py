@@ -1,4 +1,4 @@
-"""The hook point of the recurrent state: called step by step, inside the recurrence."""
+"""The hook points inside a recurrence (its state, the gates of an LSTM): called step by step."""
 
 import bisect
 import dataclasses
@@ -95,7 +95,7 @@ class Plan:
 
 
 class StatePoint(SitePoint):
-    """``hook_h``: a hook is called once for every addressed step, in order, with h ``B D N``.
+    """``hook_h``: a hook is called once for every addressed step, in order, with h ``B D N`` (in an LSTM ``B D``).
 
     While a hook runs, ``pos`` is the absolute position of the step, and ``rows`` (None, or ``B`` bool) tells
     which rows of a batch it concerns: an edit reaches those rows only. Of a site whose positions differ between
@@ -174,7 +174,7 @@ class StatePoint(SitePoint):
         edited = out is not given or witness.changed(given)
         if edited and plan.clock.padding is not None and isinstance(step, int):
             alive = step < plan.clock.padding.lengths  # a row that has ended keeps its state
-            out = torch.where(alive[:, None, None], out, kept)
+            out = torch.where(alive.view(-1, *[1] * (out.ndim - 1)), out, kept)
         return out, edited
 
     @property
@@ -207,7 +207,7 @@ class StatePoint(SitePoint):
         rows = torch.tensor(hit, device=value.device)
         before = value.clone()  # rows that the site does not address must keep their state
         answer = self._told(pos, fn, value, point, rows)
-        return torch.where(rows[:, None, None], value if answer is None else answer, before)
+        return torch.where(rows.view(-1, *[1] * (before.ndim - 1)), value if answer is None else answer, before)
 
 
 def _key(index: Index) -> str:

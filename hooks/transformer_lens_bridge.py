@@ -8,7 +8,7 @@ from torch import Tensor
 from transformer_lens.utilities.slice import Slice
 
 from mambascope.errors import CacheError
-from mambascope.hooks.points import LAZY, tail_of
+from mambascope.hooks.points import LAZY, spec_of, tail_of
 from mambascope.hooks.positions import Padding
 from mambascope.hooks.recorder import select_names
 from mambascope.memory import require_bytes
@@ -190,7 +190,7 @@ class _Saver:
 
     def __call__(self, value: Tensor, hook: Any, is_backward: bool = False) -> None:
         tail = tail_of(hook.name)[1]
-        if tail == "mixer.hook_h":
+        if spec_of(hook.name).stepwise:
             whole = self._step(value.detach(), hook, is_backward)
             if whole is None:
                 return

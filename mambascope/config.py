@@ -7,7 +7,7 @@ from typing import Any
 
 from mambascope.errors import ConfigError, nearest
 
-__all__ = ["ACTIVATIONS", "MIXERS", "OPTIONS", "MambaConfig"]
+__all__ = ["ACTIVATIONS", "MIXERS", "OPTIONS", "SSM_INITS", "MambaConfig"]
 
 ACTIVATIONS = ("silu", "gelu", "relu", "identity")
 """Activations of conv and gate that the model can compute; ``silu`` alone has fused kernels."""
@@ -17,11 +17,21 @@ MIXERS: dict[str, str] = {
     "a": "attention",
     "w": "sliding-window attention",
     "f": "feed-forward",
+    "l": "LSTM",
+    "g": "gated convolution",
+    "s": "S4D",
+    "p": "plain S4D",
+    "h": "H3",
 }
 """What the letters of a layer pattern mean; ``mambascope.model.mixers.registry`` has the classes."""
 
 OPTIONS: dict[str, str] = {"n_heads": "aw", "rotary_base": "aw", "window": "w", "d_ff": "f"}
 """Options of single mixers, and the letters that read them: elsewhere they may not be set."""
+
+SSM_INITS = ("lin", "inv", "real")
+"""Initialisations of time-invariant state space models (S4D, 2206.11893), the default first."""
+
+_SSM = "sph"  # letters of the mixers that have one
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,8 @@ class MambaConfig:
     options of the mixers are 0 for their defaults: ``n_heads`` (heads of d_model / n_heads channels; d_model / 64),
     ``rotary_base`` (10,000), ``window`` (positions that a query sees, itself among them; no default), ``d_ff`` (inner
     channels of SwiGLU; 8/3 d_model). Without attention ``n_heads`` is 1: TransformerLens' patchers ask for the number.
+    ``ssm_init``: one of :data:`SSM_INITS` for S4D and H3 layers; "lin" and "inv" have d_state / 2 complex states a
+    channel, "real" d_state real ones.
     """
 
     d_model: int
@@ -69,6 +81,7 @@ class MambaConfig:
     rotary_base: float = 0.0
     window: int = 0
     d_ff: int = 0
+    ssm_init: str = ""
 
     def __post_init__(self) -> None:
         def put(field: str, value: int) -> None:
@@ -146,6 +159,24 @@ class MambaConfig:
             raise ConfigError("pattern has sliding-window attention (w): give window=, the positions that a query sees")
         if "f" in layers:
             put("d_ff", 8 * math.ceil(self.d_model / 3))
+        self._check_ssm(bool(layers & set(_SSM)))
+
+    def _check_ssm(self, present: bool) -> None:
+        if self.ssm_init and not present:
+            raise ConfigError(
+                f"ssm_init={self.ssm_init!r} is an option of {', '.join(MIXERS[x] for x in _SSM)} ({', '.join(_SSM)}), "
+                f"which pattern {self.pattern or 'm'!r} does not have"
+            )
+        if not present:
+            return
+        if not self.ssm_init:
+            object.__setattr__(self, "ssm_init", SSM_INITS[0])
+        if self.ssm_init not in SSM_INITS:
+            raise ConfigError(f"ssm_init must be one of {', '.join(SSM_INITS)}, got {self.ssm_init!r}")
+        if self.ssm_init != "real" and self.d_state % 2:
+            raise ConfigError(
+                f"d_state={self.d_state} must be even with ssm_init={self.ssm_init!r}, whose states are conjugate pairs"
+            )
 
     @property
     def layers(self) -> str:
@@ -160,12 +191,13 @@ class MambaConfig:
 
     def with_pattern(self, pattern: str, **changes: Any) -> "MambaConfig":
         """The same backbone with other mixers, whose options are ``changes`` or their defaults."""
-        return dataclasses.replace(self, pattern=pattern, **{**dict.fromkeys(OPTIONS, 0), **changes})
+        return dataclasses.replace(self, pattern=pattern, **{**dict.fromkeys(OPTIONS, 0), "ssm_init": "", **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values; without the pattern and its options where all layers are Mamba."""
         values = dataclasses.asdict(self)
-        return values if self.pattern else {k: v for k, v in values.items() if k != "pattern" and k not in OPTIONS}
+        others = {"pattern", "ssm_init", *OPTIONS}
+        return values if self.pattern else {k: v for k, v in values.items() if k not in others}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "MambaConfig":

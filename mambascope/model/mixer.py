@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mambascope import ops
 from mambascope.config import MambaConfig
@@ -13,13 +12,12 @@ from mambascope.errors import HookError
 from mambascope.hooks.run import PathTaken, Run, compute_dtype
 from mambascope.hooks.sites import SitePoint
 from mambascope.hooks.state_point import StatePoint
-from mambascope.model.mixers.base import Mixer, hooked, project
+from mambascope.model.mixers.base import Mixer, project
+from mambascope.model.mixers.conv import apply_gate, causal_conv
 from mambascope.model.recurrence import Ends, Inputs, Points, anchors_of, run_recurrence
 from mambascope.model.state import MambaState
 
 __all__ = ["MambaMixer"]
-
-_ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "identity": lambda x: x}
 
 
 class MambaMixer(Mixer):
@@ -134,31 +132,9 @@ class MambaMixer(Mixer):
         return u, ops.softplus(project(dt_low, self.dt_proj, run.backend), backend=run.backend), B
 
     def _conv(self, x: Tensor, run: Run, state: MambaState | None) -> tuple[Tensor, Tensor]:
-        conv = self.conv1d
-        if type(conv) is not nn.Conv1d or hooked(conv):
-            raise HookError(
-                f"{self.hook_conv.name}: conv1d was exchanged or carries a hook of torch's own, which would never "
-                "fire; hook hook_x (its input) or hook_conv (its output)"
-            )
-        weight, bias = conv.weight, conv.bias
         incoming = state.conv if state is not None else None
-        padding = run.padding
-        if padding is not None and padding.any_left:
-            x = padding.align(x)
-        fused = "silu" if self.cfg.activation == "silu" and not run.exposes(self.hook_conv) else None
-        out = ops.causal_conv(
-            x, weight, bias, activation=fused, state=incoming, lengths=run.lengths, backend=run.backend
-        )
-        y = padding.unalign(out.y) if padding is not None and padding.any_left else out.y
-        if fused:
-            return y, out.state
-        y = run.emit(self.hook_conv, y)
-        return self._activate(y, run), out.state
-
-    def _activate(self, x: Tensor, run: Run) -> Tensor:
-        if self.cfg.activation == "silu":
-            return ops.silu(x, backend=run.backend)
-        return _ACTIVATIONS[self.cfg.activation](x)
+        points = (self.hook_x, self.hook_conv)
+        return causal_conv(x, self.conv1d, incoming, self.cfg.activation, points, run, by_fft=False)
 
     def _select(self, u: Tensor, run: Run) -> tuple[Tensor, Tensor, Tensor]:
         cfg = self.cfg
@@ -254,7 +230,4 @@ class MambaMixer(Mixer):
         skip = torch.mul(u_skip.to(y.dtype), self.D.to(y.dtype))  # B L D
         skip = run.emit(self.hook_skip, skip)
         self.path = PathTaken(run.backend, form, why)
-        total = torch.add(y, skip)
-        if self.cfg.activation == "silu":
-            return ops.gate(total, z, backend=run.backend), h_last
-        return (total * self._activate(z, run).to(total.dtype)).to(z.dtype), h_last
+        return apply_gate(torch.add(y, skip), z, self.cfg.activation, run), h_last

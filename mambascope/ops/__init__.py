@@ -4,7 +4,7 @@ Tensors are ``B L D``. Nothing here knows of models or hooks.
 """
 
 from mambascope.ops.compat import selective_scan_fn
-from mambascope.ops.conv import ConvOutput, causal_conv
+from mambascope.ops.conv import ConvOutput, causal_conv, long_causal_conv
 from mambascope.ops.dispatch import BACKENDS, Backend, resolve_backend
 from mambascope.ops.elementwise import gate, silu, softplus
 from mambascope.ops.linear import linear
@@ -32,6 +32,7 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_scan",
+    "long_causal_conv",
     "over_channels",
     "resolve_backend",
     "rms_norm",

@@ -9,9 +9,10 @@ from mambascope.ops import operators
 from mambascope.ops.checks import check_conv, check_lengths, compute_dtype
 from mambascope.ops.dispatch import KERNEL_BACKENDS, Backend, choose, kernels
 from mambascope.ops.elementwise import silu_formula
+from mambascope.ops.lti import fft_convolve
 from mambascope.ops.ready import Ready
 
-__all__ = ["ConvOutput", "causal_conv"]
+__all__ = ["ConvOutput", "causal_conv", "long_causal_conv"]
 
 _ready = Ready()
 
@@ -44,12 +45,48 @@ def conv_formula(
     y = y.to(x.dtype)
     if silu:
         y = silu_formula(y).to(x.dtype)
+    return y, _last_inputs(taps, lengths, width).to(x.dtype)
+
+
+def _last_inputs(taps: Tensor, lengths: Tensor | None, width: int) -> Tensor:
+    """The newest K-1 of the state's and each row's own inputs ``B K-1+L D``: ``B D K-1``."""
     if lengths is None:
-        last = taps[:, length:]
+        last = taps[:, taps.shape[1] - width + 1 :]
     else:
-        rows = lengths.to(torch.int64)[:, None] + torch.arange(width - 1, device=x.device)
-        last = taps.gather(1, rows[:, :, None].expand(-1, -1, channels))
-    return y, last.transpose(1, 2).to(x.dtype).contiguous()
+        rows = lengths.to(torch.int64)[:, None] + torch.arange(width - 1, device=taps.device)
+        last = taps.gather(1, rows[:, :, None].expand(-1, -1, taps.shape[2]))
+    return last.transpose(1, 2).contiguous()
+
+
+def long_causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    state: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> ConvOutput:
+    """`causal_conv` by FFT, for kernels of many taps: time O(D (K + L) log(K + L)) instead of O(D K L).
+
+    Arguments and results are those of `causal_conv` without activation; weight is ``D K`` or ``D 1 K``. One token is
+    summed tap by tap. Raises InputError as it does.
+    """
+    if weight.dim() == 3 and weight.shape[1] == 1:
+        weight = weight[:, 0]
+    check_conv(x, weight, bias, None, state, lengths)
+    batch, length, channels = x.shape
+    width, wide = weight.shape[1], compute_dtype(x, weight, bias, state)
+    before = x.new_zeros(batch, width - 1, channels) if state is None else state.transpose(1, 2)
+    taps = torch.cat((before.to(wide), x.to(wide)), 1)  # B K-1+L D
+    by_lag = weight.to(wide).flip(1).t()  # K D
+    if length == 1:
+        y = (taps.flip(1) * by_lag).sum(1, keepdim=True)
+    elif state is None:
+        y = fft_convolve(by_lag, x.to(wide))
+    else:
+        y = fft_convolve(by_lag, taps)[:, width - 1 :]
+    y = y if bias is None else y + bias.to(wide)
+    return ConvOutput(y.to(x.dtype), _last_inputs(taps, lengths, width).to(x.dtype))
 
 
 def causal_conv(

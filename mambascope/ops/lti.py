@@ -25,23 +25,26 @@ __all__ = ["Diagonal", "diagonal_kernel", "fft_convolve"]
 _BLOCK = 1 << 21  # elements of a block of spectra: 8 MB in float32
 
 
-def fft_convolve(kernel: Float[Tensor, "K D"], u: Float[Tensor, "... L D"]) -> Float[Tensor, "... L D"]:
+def fft_convolve(kernel: Float[Tensor, "... K D"], u: Float[Tensor, "... L D"]) -> Float[Tensor, "... L D"]:
     """y[t, d] = Σ_{j <= t} kernel[j, d] u[t - j, d], each channel by itself: causal, nothing wraps around.
+
+    One kernel ``K D`` for all rows of u, or one each.
 
     Zero-padded to a power of two >= K + L - 1. Time O(D L log L), memory some channels at a time. Taps beyond u's
     length reach nothing and are left out. float32 in gives float32 (error about 1e-6 of the largest value).
     Differentiable in both. Raises InputError for a kernel of other channels than u's, or of none.
     """
     length, width = u.shape[-2:]
-    if kernel.ndim != 2 or kernel.shape[1] != width or kernel.shape[0] == 0:
+    rows_fit = kernel.ndim == 2 or (kernel.ndim == u.ndim and kernel.shape[:-2] == u.shape[:-2])
+    if not rows_fit or kernel.shape[-1] != width or kernel.shape[-2] == 0:
         raise InputError(f"the kernel must be K {width} for an input of {width} channels, got {tuple(kernel.shape)}")
-    kernel = kernel[:length].to(u.dtype)
-    size = 2 ** math.ceil(math.log2(kernel.shape[0] + length - 1)) if length > 1 else 1
+    kernel = kernel[..., :length, :].to(u.dtype)
+    size = 2 ** math.ceil(math.log2(kernel.shape[-2] + length - 1)) if length > 1 else 1
     group = max(1, _BLOCK // size)
     parts = []
     for first in range(0, width, group):
         some = slice(first, first + group)
-        product = torch.fft.rfft(kernel[:, some], size, dim=-2) * torch.fft.rfft(u[..., some], size, dim=-2)
+        product = torch.fft.rfft(kernel[..., some], size, dim=-2) * torch.fft.rfft(u[..., some], size, dim=-2)
         parts.append(torch.fft.irfft(product, size, dim=-2)[..., :length, :])
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 

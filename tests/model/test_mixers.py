@@ -12,7 +12,7 @@ from mambascope.model import HookedMamba, State
 from mambascope.model.mixers.registry import MIXERS
 
 V, LENGTH = 23, 13
-PATTERNS = ["mmam", "mwfa", "af", "w", "f"]
+PATTERNS = ["mmam", "mwfa", "af", "w", "f", "l", "g", "s", "p", "h", "mlsh"]
 
 
 def model_of(pattern: str, **options: object) -> HookedMamba:
@@ -43,7 +43,7 @@ def test_every_hook_fires_once_in_order_with_the_tables_shape_and_changes_nothin
     def look(value: Tensor, hook: object) -> None:
         seen.append((hook.name, tuple(value.shape)))  # type: ignore[attr-defined]
 
-    names = [n for n in model.hook_dict if not n.endswith("hook_h")]
+    names = [n for n in model.hook_dict if not spec_of(n).stepwise]
     out = model.run_with_hooks(ids, fwd_hooks=[(n, look) for n in names])
     assert sorted(n for n, _ in seen) == sorted(names)
     for name, shape in seen:

@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-__all__ = ["AttentionState", "LayerState", "Stateless"]
+__all__ = ["AttentionState", "ConvSSMState", "ConvState", "LSTMState", "LayerState", "SSMState", "Stateless"]
 
 
 @dataclass
@@ -66,3 +66,44 @@ class AttentionState(LayerState):
     def positions(self) -> Tensor:
         """The position of every column, ``B P``; negative where it holds nothing."""
         return self.read[:, None] + torch.arange(-self.k.shape[1], 0, device=self.k.device)
+
+
+@dataclass
+class SSMState(LayerState):
+    """The state of a time-invariant state space model, always float32 (float64 in a float64 model).
+
+    ``ssm``: N real states a channel, or N/2 complex ones, each its real and then its imaginary part.
+    """
+
+    noun = "S4D"
+
+    ssm: Tensor  # B D N
+
+
+@dataclass
+class ConvSSMState(LayerState):
+    """The same behind a conv of width K (H3: its shift SSM), whose last K-1 inputs ``conv`` holds, oldest first."""
+
+    noun = "S4D or H3"
+
+    ssm: Tensor  # B D N
+    conv: Tensor  # B D K-1
+
+
+@dataclass
+class ConvState(LayerState):
+    """The last K-1 inputs of a conv, oldest first."""
+
+    noun = "a gated convolution"
+
+    conv: Tensor  # B D K-1
+
+
+@dataclass
+class LSTMState(LayerState):
+    """Hidden state and cell state of an LSTM, float32 (float64 in a float64 model)."""
+
+    noun = "an LSTM"
+
+    h: Tensor  # B D
+    c: Tensor  # B D

@@ -160,7 +160,7 @@ def scan_layer(model: "HookedMamba", layer: int) -> int:
 def scan_layers(model: "HookedMamba", layers: Iterable[int] | None) -> tuple[int, ...]:
     """Some layers by number, none twice and each with a scan; None: all that have one."""
     if layers is None:
-        layers = [i for i in range(model.cfg.n_layers) if hasattr(cast(Any, model.blocks[i]).mixer, "A_log")]
+        layers = [i for i in range(model.cfg.n_layers) if effective_path.has_scan(cast(Any, model.blocks[i]).mixer)]
     found = tuple(scan_layer(model, i) for i in layers)
     if not found or len(set(found)) < len(found):
         raise InputError(f"layers must name at least one layer with a scan and none twice, got {list(found)}")

@@ -248,6 +248,8 @@ class _Attribution:
     def _summed(self, site: str, product: Tensor) -> Tensor:
         """``positions width`` -> ``positions groups``."""
         masks = self.grid.masks(site, self.model)
+        if product.ndim > 2:  # heads: channels are those within each
+            product = product.flatten(1).sum(-1, keepdim=True) if masks is None else product.sum(1)
         return product.sum(-1, keepdim=True) if masks is None else product @ masks.to(product.dtype).T
 
     def _states(

@@ -69,16 +69,22 @@ class Layer:
 # ---- what was asked
 
 
+def has_scan(mixer: Any) -> bool:
+    """Whether a mixer is Mamba's, with states, delta, B and C to look at."""
+    return getattr(mixer, "letter", "") == "m"
+
+
 def layer_index(model: Any, layer: int) -> int:
     """A layer in Python's notation, as a number from 0; InputError if there is none, or it has no scan."""
     n = model.cfg.n_layers
     if isinstance(layer, bool) or not isinstance(layer, int) or not -n <= layer < n:
         raise InputError(f"layer {layer!r} is outside the model's {n} layers ({-n}…{n - 1})")
     mixer = model.blocks[layer % n].mixer
-    if not hasattr(mixer, "A_log"):
+    if not has_scan(mixer):
+        kind = getattr(mixer, "noun", type(mixer).__name__)
         raise InputError(
-            f"layer {layer} has no selective scan (its mixer is {type(mixer).__name__}), so it has no effective "
-            "kernel; take a Mamba layer"
+            f"layer {layer} has no selective scan (its mixer is {kind}), so it has no effective kernel; take a Mamba "
+            "layer"
         )
     return layer % n
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Literal
 
 from mambascope.config import MIXERS, MambaConfig
-from mambascope.errors import UnknownNameError, nearest
+from mambascope.errors import HookError, UnknownNameError, nearest
 
 __all__ = [
     "ALIASES",
@@ -18,6 +18,7 @@ __all__ = [
     "hook_names",
     "points_of",
     "resolve_name",
+    "scan_layers",
     "size_of",
     "spec_of",
     "tail_of",
@@ -161,7 +162,6 @@ ALIASES: dict[str, str] = {
         if set(letters) & set(spec.mixers)
     },
     "hook_attn_out": "hook_mixer_out",
-    "hook_mlp_out": "hook_mixer_out",
 }
 
 
@@ -228,6 +228,14 @@ def resolve_name(name: str, known: dict[str, object] | frozenset[str] | set[str]
     raise UnknownNameError(f"no hook point is called {name!r}{nearest(candidate, known) or nearest(name, known)}")
 
 
+def scan_layers(cfg: MambaConfig, what: str) -> list[int]:
+    """The Mamba layers, for what goes through "all"; HookError if there is none."""
+    found = [i for i, letter in enumerate(cfg.layers) if letter == "m"]
+    if not found:
+        raise HookError(f"{what}: no layer has a selective scan (pattern {cfg.pattern!r})")
+    return found
+
+
 def size_of(name: str, cfg: MambaConfig, batch: int, length: int) -> int:
     """Entries of the value at a point, by its full name, for so many rows and tokens."""
     sizes = widths(cfg) | {"B": batch, "L": length, "T": length, "S": length}
@@ -244,8 +252,9 @@ def _refuse_elsewhere(name: str, known: Iterable[str]) -> None:
     if spec is None or not spec.mixers or not here:
         return
     mine = set.intersection(*(set(s.mixers) for s in HOOK_POINTS if s.name in here))
-    kind = next(MIXERS[letter] for letter in MIXERS if letter in mine)  # windows have the points of attention
+    kind = next((MIXERS[letter] for letter in MIXERS if letter in mine), "exchanged")  # windows: as attention
     raise UnknownNameError(
-        f"layer {parts[1]} is {kind} and has no {parts[2]} ({', '.join(MIXERS[x] for x in spec.mixers)} has it); "
-        f"it has {', '.join(tail.removeprefix('mixer.') for tail in here)}"
+        f"no hook point is called {name!r}: layer {parts[1]} is {kind} and has no {parts[2]} "
+        f"({', '.join(MIXERS[x] for x in spec.mixers)} has it); it has "
+        f"{', '.join(tail.removeprefix('mixer.') for tail in here)}"
     )

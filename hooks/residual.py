@@ -106,20 +106,21 @@ class ResidualMethods:
         embed = cut.apply(self["hook_embed"], dim=-2)  # (B) L M
         cfg, rows = self.model.cfg, embed.numel() // embed.shape[-1]
         width = cfg.d_model if onto is None else (1 if onto.ndim == 1 else onto.shape[1])
-        need = 4 * layer * cfg.d_inner * rows * width
+        inner = [self.model.blocks[i].mixer.out_proj.weight.shape[1] for i in range(layer)]
+        need = 4 * sum(inner) * rows * width
         way_out = "give project_output_onto=, fewer positions (pos_slice=), or expand_neurons=False"
-        require_bytes(need, embed.device, f"{layer * cfg.d_inner:,} channel outputs", way_out, CacheError)
+        require_bytes(need, embed.device, f"{sum(inner):,} channel outputs", way_out, CacheError)
         weight = self.model.norm_weight(layer).to(embed.device).float()
         target = torch.eye(cfg.d_model, device=embed.device) if onto is None else onto.float().reshape(cfg.d_model, -1)
         if apply_ln:
             target = target * weight[:, None]
         parts, labels = [], []
         for i in range(layer):
-            gated = cut.apply(self["gated", i], dim=-2).float()  # (B) L D
+            gated = cut.apply(self.inner(i), dim=-2).float()  # (B) L D
             through = self.model.blocks[i].mixer.out_proj.weight.to(target).T @ target  # D O
             each = gated[..., None] * through  # (B) L D O
             parts.append(each.movedim(-2, 0))
-            labels += [f"{i}c{d}" for d in range(cfg.d_inner)]
+            labels += [f"{i}c{d}" for d in range(inner[i])]
         parts.append((embed.float() @ target)[None])
         bias = self.model.accumulated_bias(layer).to(target) @ target
         parts.append(bias.expand_as(parts[-1]))
@@ -129,6 +130,11 @@ class ResidualMethods:
         if onto is not None and onto.ndim == 1:
             stack = stack[..., 0]
         return (stack, [*labels, "embed", "bias"]) if return_labels else stack
+
+    def inner(self, layer: int) -> Tensor:
+        """What a block's out_proj reads, ``(B) L *``: Mamba's gated channels, attention's heads laid side by side."""
+        value = self[f"blocks.{layer}.{self.model.blocks[layer].mixer.inner}"]
+        return value.flatten(-2) if value.ndim > 2 + self.has_batch_dim else value
 
     def _scale(self, layer: int, pos_slice: Any, batch_slice: Any) -> Tensor:
         name = "ln_final.hook_scale" if layer == self.model.cfg.n_layers else f"blocks.{layer}.norm.hook_scale"

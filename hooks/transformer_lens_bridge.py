@@ -8,7 +8,7 @@ from torch import Tensor
 from transformer_lens.utilities.slice import Slice
 
 from mambascope.errors import CacheError
-from mambascope.hooks.points import LAZY, spec_of, tail_of
+from mambascope.hooks.points import LAZY, scan_layers, spec_of, tail_of
 from mambascope.hooks.positions import Padding
 from mambascope.hooks.recorder import select_names
 from mambascope.memory import require_bytes
@@ -36,6 +36,7 @@ class LensMethods:
         recording: Recording
 
         def __getitem__(self, key: Any) -> Any: ...
+        def inner(self, layer: int) -> Tensor: ...
         def apply_ln_to_stack(self, residual_stack: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
         def _layer(self, layer: int | None) -> int: ...
         def _scale(self, layer: int, pos_slice: Any, batch_slice: Any) -> Tensor: ...
@@ -51,7 +52,7 @@ class LensMethods:
         out_proj bias, if there is one, the channels add up to ``hook_mixer_out``.
         """
         weight = self.model.blocks[layer].mixer.out_proj.weight.T  # D M
-        acts = _as_slice(pos_slice).apply(self["gated", layer], dim=-2)
+        acts = _as_slice(pos_slice).apply(self.inner(layer), dim=-2)
         channels = _as_slice(neuron_slice)
         acts, weight = channels.apply(acts, dim=-1), channels.apply(weight, dim=0).to(acts.device)
         through = weight if project_output_onto is None else weight @ project_output_onto.to(weight)
@@ -91,8 +92,8 @@ class LensMethods:
         parts = [self.get_neuron_results(i, channels, pos, target).movedim(-2, 0) for i in range(layer)]
         whole = stream if target is None else stream @ target.to(stream)
         stack = torch.cat(parts) if parts else whole.new_zeros(0, *whole.shape)
-        numbers = channels.apply(torch.arange(self.model.cfg.d_inner), dim=0).tolist()
-        labels = [f"L{i}N{d}" for i in range(layer) for d in numbers]
+        width = [self.model.blocks[i].mixer.out_proj.weight.shape[1] for i in range(layer)]
+        labels = [f"L{i}N{d}" for i in range(layer) for d in channels.apply(torch.arange(width[i]), dim=0).tolist()]
         if incl_remainder:
             stack = torch.cat([stack, (whole - stack.sum(0))[None]])
             labels.append("remainder")
@@ -115,9 +116,10 @@ class LensMethods:
     # ---- state-space mixers
 
     def ssm_layers(self, mixer_type: Any = None) -> list[int]:
-        """The blocks whose mixer is recurrent, here all of them, or those whose mixer is a ``mixer_type``."""
-        layers = enumerate(self.model.blocks)
-        return [i for i, block in layers if mixer_type is None or isinstance(block.mixer, mixer_type)]
+        """The blocks whose mixer has a selective scan, or those whose mixer is a ``mixer_type``."""
+        if mixer_type is None:
+            return scan_layers(self.model.cfg, "ssm_layers")
+        return [i for i, block in enumerate(self.model.blocks) if isinstance(block.mixer, mixer_type)]
 
     def compute_ssm_state(self, layer: int | None = None, time_step: int | None = None) -> Tensor:
         """The state after ``time_step``, ``(B) D N``, or after every step, ``(B) D L N`` (TransformerLens' order).

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mambascope.errors import HookError, MambascopeError, nearest
-from mambascope.hooks.points import resolve_name, spec_of, tail_of
+from mambascope.hooks.points import resolve_name, spec_of, tail_of, widths
 from mambascope.hooks.positions import Index, PerRow, Site, at, parse_site
 from mambascope.hooks.run import EditDone
 
@@ -145,7 +145,8 @@ class Intervention:
             have, and what it holds coming from a model with other weights.
         """
         self._check_source(model)
-        known = [Site(resolve_name(s.name, model.hook_dict), s.index) for s in self.sites]
+        everywhere = bool(self.options.get("all"))  # its kind says where that is
+        known = [s if everywhere else Site(resolve_name(s.name, model.hook_dict), s.index) for s in self.sites]
         mine = dataclasses.replace(self, sites=tuple(known))
         try:
             pairs = KINDS[self.kind].place(mine, model)
@@ -238,7 +239,7 @@ class Bound:
         self._seen: set[tuple[int, int]] = set()
         spec = spec_of(site.name)
         axes = spec.shape.split()[2:]
-        self._channels = self._axis(made_by.channels, "channels", [a for a in axes if a in "DMR"], spec.shape, model)
+        self._channels = self._axis(made_by.channels, "channels", [a for a in axes if a in "DMRF"], spec.shape, model)
         dims = None if KINDS[made_by.kind].own_dims else made_by.dims
         self._dims = self._axis(dims, "dims", [a for a in axes if a == "N"], spec.shape, model)
 
@@ -250,8 +251,7 @@ class Bound:
             return None
         if not axes:
             raise HookError(f"{self.made_by.kind} at {self.site}: values there are {shape}, which has no {what}")
-        cfg = model.cfg
-        size = {"D": cfg.d_inner, "M": cfg.d_model, "N": cfg.d_state, "R": cfg.dt_rank}[axes[0]]
+        size = widths(model.cfg)[axes[0]]
         if chosen[-1] >= size:
             raise HookError(f"{self.made_by.kind} at {self.site}: {what} {chosen[-1]} is outside 0…{size - 1}")
         mask = torch.zeros(size, dtype=torch.bool)

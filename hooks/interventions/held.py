@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mambascope.errors import CacheError, HookError
 from mambascope.hooks.cache import MambaCache
-from mambascope.hooks.points import LAZY, hook_names, resolve_name, tail_of
+from mambascope.hooks.points import LAZY, hook_names, resolve_name, spec_of, tail_of
 from mambascope.hooks.positions import Clock, Index, Padding, PerRow
 from mambascope.hooks.recorder import BOUNDARY
 
@@ -48,26 +48,41 @@ def cached(cache: MambaCache, name: str, index: Index, rows: Sequence[int] | Non
     With ``index`` None every real token, rows of different lengths filled up with zeros. ``rows``: which cached row
     each one is; by default all in order, and for positions by row a cache of one row serves every row.
     """
-    name, lengths = full_name(cache, name), lengths_of(cache)
-    batch, length = cache.recording.shape
+    name = full_name(cache, name)
+    axis = spec_of(name).axis
+    one = isinstance(index, int) or (isinstance(index, PerRow) and index.one_each)
+    out = _cached(cache, name, index, rows)
+    return out if one or axis == 1 else out.movedim(1, axis)
+
+
+def _cached(cache: MambaCache, name: str, index: Index, rows: Sequence[int] | None) -> Tensor:
+    """As `cached`, positions on the second axis."""
+    lengths, (batch, length) = lengths_of(cache), cache.recording.shape
     clock = Clock(length, batch, 0, cache.recording.padding)
     if isinstance(index, PerRow):
         return _by_row(cache, name, index, clock, rows)
     if rows is not None:
-        return cached(cache, name, index)[list(rows)]
+        return _cached(cache, name, index, None)[list(rows)]
     if index is None:
         left = [0] * batch if clock.padding is None else clock.padding.left.tolist()
         if len(set(lengths)) == 1 and not any(left):
-            return cache[name][:, : lengths[0]].clone()
-        rows = [cache[name][b, a : a + n] for b, (a, n) in enumerate(zip(left, lengths, strict=True))]
+            return _whole(cache, name)[:, : lengths[0]].clone()
+        whole = _whole(cache, name)
+        rows = [whole[b, a : a + n] for b, (a, n) in enumerate(zip(left, lengths, strict=True))]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     found = clock.columns(index, f"the cached {name}")
     assert found is not None
     where, _ = found
     if not isinstance(where, Tensor):
-        return cache[name][:, where].clone()
+        return _whole(cache, name)[:, where].clone()
     out = _gather(cache, name, range(batch), where[:, None] if where.ndim == 1 else where)
     return out[:, 0] if where.ndim == 1 else out
+
+
+def _whole(cache: MambaCache, name: str) -> Any:
+    """A cached activation, positions on the second axis."""
+    axis = spec_of(name).axis
+    return cache[name] if axis == 1 else cache[name].movedim(axis, 1)
 
 
 def _by_row(cache: MambaCache, name: str, index: PerRow, clock: Clock, rows: Sequence[int] | None) -> Tensor:
@@ -86,7 +101,7 @@ def _by_row(cache: MambaCache, name: str, index: PerRow, clock: Clock, rows: Seq
 
 def _gather(cache: MambaCache, name: str, rows: Sequence[int], columns: Tensor) -> Tensor:
     """Values at columns ``B k`` of some rows; for the lazy points one short window a place."""
-    value = cache[name]
+    value = _whole(cache, name)
     if tail_of(name)[1] in LAZY:
         places = zip(rows, columns.tolist(), strict=True)
         return torch.stack([torch.stack([value[b, t] for t in row]) for b, row in places])
@@ -96,6 +111,8 @@ def _gather(cache: MambaCache, name: str, rows: Sequence[int], columns: Tensor) 
 def cached_mean(cache: MambaCache, name: str) -> Tensor:
     """The mean over all real tokens of all rows, in float64, then in the point's dtype; states in windows."""
     name, lengths = full_name(cache, name), lengths_of(cache)
+    if spec_of(name).axis != 1:
+        raise HookError(f"{name}: a mean over positions, each with keys of its own, means nothing")
     padding = cache.recording.padding
     left = [0] * len(lengths) if padding is None else padding.left.tolist()
     total: Any = 0
@@ -129,6 +146,14 @@ def match(held: Tensor, value: Tensor, hook: Any, index: Index, length: int | No
                 "give tokens of one length, or say which cached positions go where (source=)"
             )
     one = isinstance(index, int) or (isinstance(index, PerRow) and index.one_each)
+    if not one and hook.axis != 1 and held.ndim == value.ndim:
+        held, value = held.movedim(hook.axis, 1), value.movedim(hook.axis, 1)
+        return _matched(held, value, hook, index, who, one).movedim(1, hook.axis)
+    return _matched(held, value, hook, index, who, one)
+
+
+def _matched(held: Tensor, value: Tensor, hook: Any, index: Index, who: str, one: bool) -> Tensor:
+    """As `match`, positions on the second axis."""
     if not one:
         held = _at_step(held, hook, index, who) if hook.now is not None else _over_piece(held, value, hook, index, who)
     if held.shape[1:] != value.shape[1:]:

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from mambascope import ops
+from mambascope.config import MIXERS
 from mambascope.errors import HookError
 from mambascope.hooks.interventions.base import Edit, Intervention, Target, kind
 from mambascope.hooks.interventions.base import index_from_json as from_json
 from mambascope.hooks.interventions.base import index_to_json as to_json
 from mambascope.hooks.interventions.freeze import activation_factor
+from mambascope.hooks.points import scan_layers
 from mambascope.hooks.positions import PerRow, Site
 
 __all__ = ["knockout"]
@@ -94,7 +96,7 @@ def knockout(
 def _place_knockout(iv: Intervention, model: Target) -> list[tuple[Site, Edit]]:
     names = [s.name for s in iv.sites]
     if iv.options.get("all"):
-        names = [f"blocks.{i}.mixer.hook_y" for i in range(model.cfg.n_layers)]
+        names = [f"blocks.{i}.mixer.hook_y" for i in scan_layers(model.cfg, "knockout")]
     return [pair for name in names for pair in _Cut(iv, name, model).edits()]
 
 
@@ -114,6 +116,9 @@ class _Cut:
     def __init__(self, iv: Intervention, name: str, model: Target) -> None:
         self.iv, self.name, self.model = iv, name, model
         self.layer = int(name.split(".")[1])
+        if self.layer not in scan_layers(model.cfg, "knockout"):
+            kind = MIXERS[model.cfg.layers[self.layer]]
+            raise HookError(f"knockout: layer {self.layer} is {kind}, which has no selective scan to cut flows in")
         self.sources, self.targets = from_json(iv.options["sources"]), from_json(iv.options["targets"])
         self.initial, self.conv = iv.options["initial_state"], iv.options["through"] == "conv"
         self.carried: _Carried | None = None

@@ -10,7 +10,7 @@ from mambascope.errors import HookError
 from mambascope.hooks.cache import MambaCache
 from mambascope.hooks.interventions.base import Edit, Intervention, Target, kind, sites_of
 from mambascope.hooks.interventions.held import cached, cached_mean, check_cache, lengths_of, match
-from mambascope.hooks.points import spec_of
+from mambascope.hooks.points import spec_of, widths
 from mambascope.hooks.positions import Index, PerRow, Site, at
 
 __all__ = ["clamp", "decay", "erase", "mean", "patch", "resample", "scale", "state", "steer", "swap", "zero"]
@@ -173,9 +173,9 @@ def steer(
 def _place_steer(iv: Intervention, model: Target) -> list[tuple[Site, Edit]]:
     direction, factor = iv.tensors["direction"], iv.options["scale"]
     for site in iv.sites:
-        letters = spec_of(site.name).shape.split()[2:]
-        cfg = model.cfg
-        sizes = {"D": cfg.d_inner, "M": cfg.d_model, "N": cfg.d_state, "R": cfg.dt_rank, "1": 1}
+        letters, sizes = spec_of(site.name).shape.split()[2:], widths(model.cfg)
+        if not set(letters) <= sizes.keys():
+            raise HookError(f"steer at {site}: how wide values are there depends on the text; patch or scale them")
         want = tuple(sizes[letter] for letter in letters)
         if tuple(direction.shape) != want:
             raise HookError(

@@ -11,7 +11,7 @@ layers. Then, for all edits whose positions lie in the same interval:
 So a row is computed through the layers from its own on, over the tokens from its interval on. Edits of the stream
 itself (resid_pre, mixer_out, resid_post) are written into it; others run their own block with a hook that has a
 different position in every row. With hooks of the user's in force, every edit instead runs the whole text from its
-layer on, so that those hooks see the positions they were given.
+layer on, so that those hooks see the positions they were given. Where a layer is no Mamba, the interval is the text.
 """
 
 import dataclasses
@@ -120,7 +120,7 @@ class Engine:
     def _interval(self, group: Group) -> int:
         """Tokens between kept states: many make a suffix start close to its edit, few make larger batches."""
         length, cfg, n = group.corrupted.shape[1], self.model.cfg, self.model.cfg.n_layers
-        if self.hooked:
+        if self.hooked or cfg.pattern:  # only Mamba's states are kept: other mixers start with the text
             return length
         columns = [p % length for p in self.grid.positions]
         depth = sum(n - i for i in self.grid.layers)

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambascope.errors import HookError, InputError, nearest
+from mambascope.errors import HookError, InputError, UnknownNameError, nearest
 from mambascope.hooks.model_protocol import Runnable
-from mambascope.hooks.points import LAZY, resolve_name, spec_of
+from mambascope.hooks.points import LAZY, resolve_name, spec_of, widths
 from mambascope.hooks.sweeps.texts import Pairs
 
 __all__ = ["STATE", "Edit", "Grid", "block_site", "grid_of", "width_of"]
@@ -69,9 +69,8 @@ class Grid:
 
 def width_of(model: Runnable, site: str) -> int:
     """The size of the axis that ``channels`` counts at a site: the last, at ``hook_h`` the channels D."""
-    cfg = model.cfg
-    sizes = {"M": cfg.d_model, "D": cfg.d_inner, "N": cfg.d_state, "R": cfg.dt_rank, "1": 1}
-    return cfg.d_inner if site == STATE else sizes[spec_of(f"blocks.0.{site}").shape.split()[-1]]
+    sizes = widths(model.cfg)
+    return sizes["D"] if site == STATE else sizes[spec_of(f"blocks.0.{site}").shape.split()[-1]]
 
 
 def block_site(model: Runnable, site: str) -> str:
@@ -84,8 +83,18 @@ def block_site(model: Runnable, site: str) -> str:
         )
     if site in ("embed", "hook_embed"):
         raise HookError("'embed' is the stream that enters block 0: sweep 'resid_pre' with layers=[0]")
-    full = resolve_name(f"blocks.0.{site if 'hook_' in site else f'hook_{site}'}", model.hook_dict)
+    short = site if "hook_" in site else f"hook_{site}"
+    full, missing = "", UnknownNameError(site)
+    for letter in dict.fromkeys(model.cfg.layers):  # of the layers, the first that has such a point says its name
+        try:
+            full = full or resolve_name(f"blocks.{model.cfg.layers.index(letter)}.{short}", model.hook_dict)
+        except UnknownNameError as error:
+            missing = error
+    if not full:
+        raise missing
     tail = full.split(".", 2)[2]
+    if spec_of(full).axis != 1:
+        raise HookError(f"{tail}: its values depend on the keys of their text; patch 'q', 'k', 'v' or 'z' instead")
     if tail in LAZY and tail != STATE:
         raise HookError(
             f"{tail} has no single value a position to put in; patch 'delta', 'B', 'u_write' or 'h' instead"
@@ -112,16 +121,24 @@ def grid_of(model: Runnable, pairs: Pairs, over: Any) -> Grid:
     if not sites or len(set(sites)) < len(sites):
         raise InputError(f"sites must name at least one site and none twice, got {named!r}")
     positions = pairs.positions(over.get("positions"))
-    return Grid(sites, _layers(model, over.get("layers")), positions, _channels(model, sites, over.get("channels")))
+    layers = _layers(model, sites, over.get("layers"))
+    return Grid(sites, layers, positions, _channels(model, sites, over.get("channels")))
 
 
-def _layers(model: Runnable, wanted: Any) -> tuple[int, ...]:
+def _layers(model: Runnable, sites: Sequence[str], wanted: Any) -> tuple[int, ...]:
+    """The layers to sweep: those named, else all that have the sites; a named one that lacks a site is refused."""
     n = model.cfg.n_layers
+    if wanted is None:
+        wanted = [i for i in range(n) if all(f"blocks.{i}.{site}" in model.hook_dict for site in sites)]
+        if not wanted:
+            raise HookError(f"no layer has all of {', '.join(sites)}; sweep them one at a time")
     found = []
-    for i in range(n) if wanted is None else wanted:
+    for i in wanted:
         if isinstance(i, bool) or not isinstance(i, int) or not -n <= i < n:
             raise InputError(f"layer {i!r} is outside the model's {n} layers ({-n}…{n - 1})")
         found.append(i % n)
+        for site in sites:
+            resolve_name(f"blocks.{i % n}.{site}", model.hook_dict)
     if not found or len(set(found)) < len(found):
         raise InputError(f"layers must name at least one layer and none twice, got {wanted!r}")
     return tuple(sorted(found))

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformer_lens.utilities.slice import Slice
 
 from mambascope.errors import CacheError
-from mambascope.hooks.points import LAZY, scan_layers, spec_of, tail_of
+from mambascope.hooks.points import scan_layers, spec_of
 from mambascope.hooks.positions import Padding
 from mambascope.hooks.recorder import select_names
 from mambascope.memory import require_bytes
@@ -191,7 +191,6 @@ class _Saver:
         self._call: tuple[int, Any, Padding | None] = (0, 0, None)  # length, start, padding of the last forward
 
     def __call__(self, value: Tensor, hook: Any, is_backward: bool = False) -> None:
-        tail = tail_of(hook.name)[1]
         if spec_of(hook.name).stepwise:
             whole = self._step(value.detach(), hook, is_backward)
             if whole is None:
@@ -201,7 +200,8 @@ class _Saver:
         whole = whole.to(self.device)
         if self.no_batch and whole.shape[0] == 1:
             whole = whole[0]
-        axis = -3 if tail in LAZY else -2
+        spec = spec_of(hook.name)
+        axis = spec.axis - len(spec.shape.split())
         self.cache[hook.name + ("_grad" if is_backward else "")] = self.pos_slice.apply(whole, dim=axis)
 
     def _step(self, h: Tensor, hook: Any, is_backward: bool) -> Tensor | None:

@@ -10,7 +10,7 @@ from typing import Any
 from mambascope import zoo
 from mambascope.errors import ConfigError, InputError, MambascopeError
 from mambascope.training.files import disk_is_full
-from mambascope.training.recipe import Recipe, load_recipe, read_values, with_changes
+from mambascope.training.recipe import Recipe, load_recipe, read_recipe, with_changes
 
 __all__ = ["main", "recipe_for"]
 
@@ -20,7 +20,7 @@ def recipe_for(name: str, changes: Sequence[str] = ()) -> Recipe:
     path = Path(name) if name.endswith(".toml") else zoo.recipe_path(name)
     if not changes:
         return load_recipe(path)
-    values = with_changes(read_values(path, "recipe"), _parsed(changes), str(path))
+    values = with_changes(read_recipe(path), _parsed(changes), str(path))
     return Recipe.from_dict(values, where=f"{path} with --set")
 
 
@@ -43,14 +43,16 @@ def _list(_: argparse.Namespace) -> None:
     from mambascope.training.sweep import sweep_names
 
     shipped = {info.name: info for info in list_models() if info.embedded}
-    for name in sorted({*zoo.names(), *shipped}):
+    every = sorted({*zoo.names(), *shipped})
+    width = max(map(len, every)) + 2
+    for name in every:
         info = shipped.get(name)
         text = (
             f"{info.size:>6}  {info.licence}"
             if info
             else "not shipped; made by: python -m mambascope.zoo train " + name
         )
-        print(f"{name:<16}{text}")
+        print(f"{name:<{width}}{text}")
     print(f"sweeps (python -m mambascope.zoo sweep NAME): {', '.join(sweep_names())}")
 
 
@@ -146,6 +148,16 @@ def _compare(arguments: argparse.Namespace) -> None:
         print(f"written to {arguments.csv}")
 
 
+def _match(arguments: argparse.Namespace) -> None:
+    from mambascope.training.match import match
+
+    target = recipe_for(arguments.model).model
+    found = match(target, arguments.pattern, arguments.free, step=arguments.step, **_parsed(arguments.set))
+    changed = {k: v for k, v in found.config.to_dict().items() if v and v != target.to_dict().get(k)}
+    print(found)
+    print("[model]\n" + "\n".join(f"{k} = {v!r}".replace("'", '"') for k, v in changed.items()))
+
+
 def _sweep(arguments: argparse.Namespace) -> None:
     from mambascope.training.executors import local_processes, ray_cluster
     from mambascope.training.sweep import load_sweep, run_sweep
@@ -169,7 +181,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m mambascope.zoo", description="The models that ship with mambascope.")
-    commands = parser.add_subparsers(required=True, metavar="list|prepare|train|sweep|export|evaluate|compare")
+    commands = parser.add_subparsers(required=True, metavar="list|prepare|train|sweep|match|export|evaluate|compare")
 
     def command(name: str, run: Any, about: str) -> argparse.ArgumentParser:
         child = commands.add_parser(name, help=about, description=about)
@@ -208,6 +220,12 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--threads", type=int, default=1, help="torch's threads in each run")
     sweep.add_argument("--retries", type=int, default=2, help="how often a failed or killed run is tried again")
     sweep.add_argument("--ray-address", metavar="HOST:PORT", help="run on a Ray cluster; pip install mambascope[ray]")
+    matching = command("match", _match, "the width at which another pattern has as many parameters as a recipe's model")
+    matching.add_argument("model", help="a zoo model, or a recipe file (.toml)")
+    matching.add_argument("pattern", help="letters of the layers, e.g. af, mmam")
+    matching.add_argument("--free", help="the field to choose: d_ff, d_inner or n_layers")
+    matching.add_argument("--step", type=int, help="choose it in multiples of this")
+    matching.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. n_layers=12")
     export = command("export", _export, "write the newest checkpoint as a model folder with its card")
     export.add_argument("--out", type=Path, required=True, help="the training's folder")
     export.add_argument("--to", type=Path, required=True, help="the model folder to write")

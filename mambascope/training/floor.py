@@ -4,7 +4,9 @@
    unembedding is one of them. Each distinct shape is timed once, in the dtype that the step uses.
 2. Every Mamba mixer costs one scan, forward and backward, at the step's own shape; timed once a distinct shape, on a
    GPU as one recorded graph, so that the cost of launching is not counted as the kernel's.
-3. floor = their sum. What a step takes beyond it is norms, convolutions, the softmax, the optimizer, and waiting.
+3. Every other mixer costs what it does besides its linear layers (attention: scores, softmax and values), if it says
+   what that is (``Mixer.core``), forward and backward; timed once a kind.
+4. floor = their sum. What a step takes beyond it is norms, convolutions, the softmax, the optimizer, and waiting.
 """
 
 import time
@@ -17,31 +19,33 @@ from torch import Tensor, nn
 
 from mambascope import ops
 from mambascope.model.mixer import MambaMixer
+from mambascope.model.mixers.base import Mixer
 
 __all__ = ["Floor", "measure_floor"]
 
 
 @dataclass(frozen=True)
 class Floor:
-    """Seconds a step of the matrix products and of the scans, and the tokens of a step."""
+    """Seconds a step of the matrix products, of the scans and of other mixers' cores, and the tokens of a step."""
 
     products: float
     scans: float
     tokens: int
+    cores: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return self.products + self.scans
+        return self.products + self.scans + self.cores
 
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
 
     def __str__(self) -> str:
-        return (
-            f"floor: {self.tokens_per_second:,.0f} tokens/s "
-            f"(a step: matrix products {1e3 * self.products:.2f} ms, scans {1e3 * self.scans:.2f} ms)"
-        )
+        parts = f"matrix products {1e3 * self.products:.2f} ms, scans {1e3 * self.scans:.2f} ms"
+        if self.cores:
+            parts += f", other mixers {1e3 * self.cores:.2f} ms"
+        return f"floor: {self.tokens_per_second:,.0f} tokens/s (a step: {parts})"
 
 
 def measure_floor(
@@ -64,7 +68,12 @@ def measure_floor(
     )  # distinct shapes of the scan
     products = sum(n * _products(*shape, device, dtype) for shape, n in shapes.items())
     scans = sum(n * _scan(batch, length, *shape, device, dtype) for shape, n in mixers.items())
-    return Floor(products, scans, rows)
+    others = Counter(type(m) for m in model.modules() if isinstance(m, Mixer) and not isinstance(m, MambaMixer))
+    cores = 0.0
+    for kind, n in others.items():
+        core = next(m for m in model.modules() if type(m) is kind).core(batch, length, dtype)
+        cores += 0.0 if core is None else n * _seconds(core, device)
+    return Floor(products, scans, rows, cores)
 
 
 def _products(rows: int, inner: int, outer: int, device: torch.device, dtype: torch.dtype) -> float:

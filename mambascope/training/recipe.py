@@ -23,6 +23,7 @@ __all__ = [
     "TextData",
     "TrainSettings",
     "load_recipe",
+    "read_recipe",
     "read_values",
     "same_recipe",
     "with_changes",
@@ -194,7 +195,27 @@ class Recipe:
 
 def load_recipe(path: str | Path) -> Recipe:
     """Read a TOML recipe. Raises LoadError (missing, no TOML) or ConfigError (wrong keys or values)."""
-    return Recipe.from_dict(read_values(path, "recipe"), where=str(path))
+    return Recipe.from_dict(read_recipe(path), where=str(path))
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The tables of a recipe. ``like = "name"`` takes over what a recipe beside it says, but for what stands here:
+    siblings share their data and their training by construction."""
+    path = Path(path)
+    values = read_values(path, "recipe")
+    if "like" not in values:
+        return values
+    base = path.parent / f"{values.pop('like')}.toml"
+    return _over(read_recipe(base), values)
+
+
+def _over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with what ``values`` say, table by table."""
+    both = dict(base)
+    for key, value in values.items():
+        old = base.get(key)
+        both[key] = _over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return both
 
 
 def read_values(path: str | Path, what: str) -> dict[str, Any]:

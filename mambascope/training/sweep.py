@@ -21,7 +21,7 @@ from mambascope import zoo
 from mambascope.errors import ConfigError, InputError, MambascopeError, UnknownNameError, nearest
 from mambascope.storage import write_bytes
 from mambascope.training.files import only_writer
-from mambascope.training.recipe import Recipe, read_values, same_recipe, with_changes
+from mambascope.training.recipe import Recipe, read_recipe, read_values, same_recipe, with_changes
 from mambascope.training.worker import RUN, read_result
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _base(recipe: Any, path: Path) -> dict[str, Any]:
         return recipe
     if not isinstance(recipe, str):
         raise ConfigError(f"{path}: recipe must be a zoo model, a .toml file or a table, got {recipe!r}")
-    return read_values(path.parent / recipe if recipe.endswith(".toml") else zoo.recipe_path(recipe), "recipe")
+    return read_recipe(path.parent / recipe if recipe.endswith(".toml") else zoo.recipe_path(recipe))
 
 
 def _product(base: dict[str, Any], table: dict[str, Any], changes: dict[str, Any], path: Path) -> list[RunSpec]:

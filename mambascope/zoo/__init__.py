@@ -1,6 +1,6 @@
 """The models that ship with mambascope, each with its recipe, its card and the command that made it.
 
-``python -m mambascope.zoo list | prepare | train | sweep | export | evaluate | compare``; see ``--help``.
+``python -m mambascope.zoo list | prepare | train | sweep | match | export | evaluate | compare``; see ``--help``.
 Importing this needs no torch.
 """
 

@@ -8,6 +8,7 @@ are spelled out, ``B H T S`` in float32: the same numbers within rounding.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,13 +74,14 @@ class AttentionMixer(Mixer):
         """Mix the normalised residual ``B L M``; the output ``B L M`` and keys and values of all that was read."""
         cfg = self.cfg
         qkv = project(r, self.in_proj, run.backend).unflatten(-1, (3, cfg.n_heads, cfg.d_head))  # B L 3 H E
-        q = run.emit(self.hook_q, qkv[:, :, 0])
-        k = run.emit(self.hook_k, qkv[:, :, 1])
-        v = run.emit(self.hook_v, qkv[:, :, 2])
+        q, k, v = qkv.unbind(2)
+        q = run.emit(self.hook_q, q)
+        k = run.emit(self.hook_k, k)
+        v = run.emit(self.hook_v, v)
         reach = _Reach(r, run, state, self.window)
         cos, sin = _turns(reach.queries, cfg.d_head, cfg.rotary_base, compute_dtype(q.dtype))
-        q = run.emit(self.hook_rot_q, _turned(q, cos, sin))
-        k = run.emit(self.hook_rot_k, _turned(k, cos, sin))
+        q = run.emit(self.hook_rot_q, _Turned.apply(q, cos, sin))
+        k = run.emit(self.hook_rot_k, _Turned.apply(k, cos, sin))
         keys, values = (k, v) if state is None else (torch.cat([state.k, k], 1), torch.cat([state.v, v], 1))  # B S H E
         why = self._why_open(run)
         z = self._open(q, keys, values, reach, run) if why else _fused(q, keys, values, reach)
@@ -244,7 +246,23 @@ def _turns(positions: Tensor, width: int, base: float, dtype: torch.dtype) -> tu
     return angles.cos().to(dtype)[:, :, None], angles.sin().to(dtype)[:, :, None]
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``B L H E`` with channels i and i + E/2 turned as a pair."""
-    one, two = x.to(cos.dtype).chunk(2, -1)
-    return torch.cat([one * cos - two * sin, two * cos + one * sin], -1).to(x.dtype)
+class _Turned(torch.autograd.Function):
+    """``B L H E`` with channels i and i + E/2 turned as a pair: computed in cos's dtype, rounded once to x's.
+
+    One function, because its gradient is the turn back: autograd would keep and pass over three wide tensors more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        one, two = x.chunk(2, -1)
+        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        first, second = out.chunk(2, -1)
+        torch.addcmul(one * cos, two, sin, value=-1, out=first)
+        torch.addcmul(two * cos, one, sin, out=second)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _Turned.apply(grads[0], cos, -sin), None, None

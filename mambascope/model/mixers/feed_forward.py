@@ -34,9 +34,9 @@ class FeedForwardMixer(Mixer):
 
     def forward(self, r: Tensor, run: Run, state: Stateless | None = None) -> tuple[Tensor, Stateless]:
         """Transform the normalised residual ``B L M``; the output ``B L M`` and the same empty state."""
-        both = project(r, self.in_proj, run.backend)  # B L 2F
-        pre = run.emit(self.hook_pre, both[..., : self.cfg.d_ff])
-        pre_linear = run.emit(self.hook_pre_linear, both[..., self.cfg.d_ff :])
+        pre, pre_linear = project(r, self.in_proj, run.backend).chunk(2, -1)  # B L F each
+        pre = run.emit(self.hook_pre, pre)
+        pre_linear = run.emit(self.hook_pre_linear, pre_linear)
         post = run.emit(self.hook_post, F.silu(pre) * pre_linear)  # B L F
         self.path = PathTaken("torch", "open", "a feed-forward layer has one path")
         out = project(post, self.out_proj, run.backend)  # B L M

@@ -4,7 +4,7 @@ The same operations on the same values, so the same bits; with no Python in betw
 residual addition inside the next norm's pass where the backend can do that.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,6 +15,8 @@ from mambascope.hooks.run import PathTaken, Run
 from mambascope.model.mixer import MambaMixer
 from mambascope.model.recurrence import anchors_of
 from mambascope.model.state import MambaState
+from mambascope.ops.block import BlockWeights, can_join, residual_block
+from mambascope.ops.ready import plain, unwatched
 
 if TYPE_CHECKING:
     from mambascope.model.language_model import HookedMamba
@@ -56,6 +58,12 @@ def through(
     blocks: list[Any] = list(model.blocks[first:last])
     rates = decays([block.mixer for block in blocks]) if rates is None else rates
     recorder, path, out = run.recorder, PathTaken(run.backend, "fused", run.why), None
+    if recorder is None and join is None and left is None and boundaries is None:
+        joined = _joined(blocks, resid, layers, run, first, rates)
+        if joined is not None:
+            for block in blocks:
+                block._modules["mixer"].path = path
+            return joined
     for i, block, A in zip(range(first, last), blocks, rates, strict=True):
         norm, mixer = block._modules["norm"], block._modules["mixer"]
         if out is None:
@@ -76,15 +84,88 @@ def through(
     return resid, out
 
 
+def _joined(
+    blocks: list[Any], resid: Tensor, layers: list[Any], run: Run, first: int, rates: list[Tensor]
+) -> tuple[Tensor, Tensor | None] | None:
+    """`through` where a gradient is asked for: every block one node of its graph. None where that cannot be."""
+    if not torch.is_grad_enabled() or any(block.cfg.mixer_norm_eps is not None for block in blocks):
+        return None
+    weights = [_weights(block, A) for block, A in zip(blocks, rates, strict=True)]
+    if not all(
+        can_join(run.backend, resid, *w, *_states(state)) for w, state in zip(weights, layers[first:], strict=False)
+    ):
+        return None
+    out = None
+    for i, (block, w) in enumerate(zip(blocks, weights, strict=True), first):
+        if out is None:
+            resid = resid.to(block.residual_dtype)
+        conv_state, h0 = _states(layers[i])
+        resid, out, h_last, conv_last = residual_block(out, resid, w, block.norm.eps, conv_state=conv_state, h0=h0)
+        layers[i] = MambaState(h_last, conv_last)
+    return resid, out
+
+
+def _states(state: MambaState | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if state is None else (state.conv, state.ssm)
+
+
+def _weights(block: Any, A: Tensor) -> BlockWeights:
+    modules, mixer = block._modules["mixer"]._modules, block._modules["mixer"]
+    own: Any = {name: modules[name]._parameters for name in ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")}
+    return BlockWeights(
+        norm=block._modules["norm"]._parameters["weight"],
+        in_proj=own["in_proj"]["weight"],
+        in_bias=own["in_proj"]["bias"],
+        conv=own["conv1d"]["weight"],
+        conv_bias=own["conv1d"]["bias"],
+        x_proj=own["x_proj"]["weight"],
+        dt_proj=own["dt_proj"]["weight"],
+        dt_bias=own["dt_proj"]["bias"],
+        A=A,
+        D=mixer._parameters["D"],
+        out_proj=own["out_proj"]["weight"],
+        out_bias=own["out_proj"]["bias"],
+    )
+
+
 def decays(mixers: list[MambaMixer]) -> list[Tensor]:
     """Every layer's A, as `MambaMixer.decay` computes it; on a GPU in two launches for all."""
     logs = [cast(Tensor, m._parameters["A_log"]) for m in mixers]
-    if not mixers or logs[0].device.type != "cuda" or torch.is_grad_enabled() or logs[0].dtype != torch.float32:
+    if not mixers or logs[0].device.type != "cuda" or logs[0].dtype != torch.float32:
         return [m.decay() for m in mixers]
+    if not torch.is_grad_enabled():
+        return _decays(logs)
+    if not unwatched() or not plain(logs):
+        return [m.decay() for m in mixers]
+    return list(_Decays.apply(*logs))  # type: ignore[arg-type]
+
+
+def _decays(logs: Sequence[Tensor]) -> list[Tensor]:
     foreach: Any = torch
     found = foreach._foreach_exp(logs)
     foreach._foreach_neg_(found)
     return list(found)
+
+
+class _Decays(torch.autograd.Function):
+    """A = −exp(A_log) of all layers, of which each is its own derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, *logs: Tensor) -> Any:
+        found = tuple(_decays(logs))
+        ctx.save_for_backward(*found)
+        ctx.set_materialize_grads(False)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        pairs = list(zip(grads, ctx.saved_tensors, strict=True))
+        if torch.is_grad_enabled():
+            return tuple(None if g is None else g * A for g, A in pairs)
+        there = [(g, A) for g, A in pairs if g is not None]
+        foreach: Any = torch
+        found = iter(foreach._foreach_mul(*(list(x) for x in zip(*there, strict=True))) if there else ())
+        return tuple(None if g is None else next(found) for g in grads)
 
 
 def _mix(

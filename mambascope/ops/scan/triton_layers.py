@@ -113,12 +113,14 @@ def _norm_kernel(
     tl.store(out + at, v.to(out.dtype.element_ty), mask=inside)
 
 
-def _norm(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, expose: bool) -> tuple[Any, ...]:
+def _norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, expose: bool, dtype: torch.dtype | None
+) -> tuple[Any, ...]:
     """The sum with the residual (None without one), out, normalized, scale."""
     check(x)
     kind = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     added = None if residual is None else torch.empty(x.shape, dtype=kind, device=x.device)
-    out = torch.empty(x.shape, dtype=kind if weight is None else weight.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=dtype or (kind if weight is None else weight.dtype), device=x.device)
     normalized = torch.empty(x.shape, dtype=torch.float32, device=x.device) if expose else None
     scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device) if expose else None
     if out.numel() == 0:
@@ -144,15 +146,22 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float,
 
 @replayed(tensors=2)
 def norm_forward(
-    x: Tensor, weight: Tensor | None, eps: float, *, expose: bool
+    x: Tensor, weight: Tensor | None, eps: float, *, expose: bool, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``x / sqrt(mean(x²) + eps) · weight`` in weight's (or x's) dtype; with ``expose`` also the two float32 parts."""
-    return _norm(x, None, weight, eps, expose)[1:]  # type: ignore[return-value]
+    """``x / sqrt(mean(x²) + eps) · weight`` in ``dtype`` (weight's, or x's, by default); with ``expose`` also
+    the two float32 parts."""
+    return _norm(x, None, weight, eps, expose, dtype)[1:]  # type: ignore[return-value]
 
 
 @replayed(tensors=3)
 def add_norm_forward(
-    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, *, expose: bool
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    expose: bool,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """x + residual, and `norm_forward` of it; the same bits as apart."""
-    return _norm(x, residual, weight, eps, expose)  # type: ignore[return-value]
+    return _norm(x, residual, weight, eps, expose, dtype)  # type: ignore[return-value]

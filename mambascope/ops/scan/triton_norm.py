@@ -19,6 +19,7 @@ from mambascope.ops.scan.triton_replay import replayed
 __all__ = ["norm_backward"]
 
 _PROGRAMS = 8  # of a multiprocessor; each sums dw over its rows
+_LANES = 32  # entries of a row, a thread: a row to a warp needs no barrier
 
 
 @triton.jit(do_not_specialize=["rows", "programs"])
@@ -39,10 +40,10 @@ def _norm_backward_kernel(
         v = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
         g = tl.load(dout + at, mask=there, other=0.0).to(tl.float32)
         root = tl.sqrt_rn(tl.sum(v * v, axis=0) / columns + eps)
+        along = tl.sum(g * w * v, axis=0)  # two sums that do not wait for each other
         n = v / root
         dw += tl.where(there, g * n, 0.0)
-        g = g * w
-        d = (g - n * (tl.sum(g * n, axis=0) / columns)) / root
+        d = (g * w - n * (along / root / columns)) / root
         if HAS_BESIDE:
             d += tl.load(beside + at, mask=there, other=0.0).to(tl.float32)
         tl.store(dx + at, d.to(dx.dtype.element_ty), mask=there)
@@ -66,7 +67,7 @@ def _norm_backward(
         "HAS_BESIDE": beside is not None,
         "NARROW": narrow is not None,
         "BLOCK": block,
-        "num_warps": max(1, min(8, block // 256)),
+        "num_warps": max(1, min(8, block // (32 * _LANES))),
         "enable_fp_fusion": False,
     }
     pointers = (x, weight, dout, beside, dx, dnarrow, dweight)

@@ -13,7 +13,7 @@ from transformer_lens import ActivationCache
 from mambascope import ops
 from mambascope.errors import BackendError, CacheError, UnknownNameError
 from mambascope.hooks.effective import EffectiveMethods
-from mambascope.hooks.lazy import LazyActivation, states_between
+from mambascope.hooks.lazy import LazyActivation, states_between, states_of_chunks
 from mambascope.hooks.model_protocol import Scope
 from mambascope.hooks.points import LAZY, ON_DEMAND, hook_names, resolve_name, spec_of, tail_of
 from mambascope.hooks.recorder import BlockRecord, CacheRecorder, Recording, compact, joined, select_names
@@ -207,12 +207,14 @@ class MambaCache(EffectiveMethods, ShareMethods, ResidualMethods, LensMethods, A
 
     def check_fresh(self, layer: int) -> None:
         """CacheError if a weight of this block was changed, trained or moved since the recording."""
-        name = self.recording.weights.changed(self.model, layer)
-        if name is not None:
-            raise CacheError(
-                f"{name} has changed since this cache was recorded, so what was not stored cannot be recomputed; "
-                "run the model again"
-            )
+        self._asked_fresh(layer)()
+
+    def _asked_fresh(self, layer: int) -> Callable[[], None]:
+        """The same, but for what a GPU must compare first: that is looked at when the result is called."""
+        seen = self.recording.weights
+        _refuse(seen.moved(self.model, layer))
+        answer = seen.edited(self.model, layer)
+        return lambda: _refuse(answer())
 
     def _check_same(self, layer: int, values: dict[str, Tensor]) -> None:
         """CacheError if a block that ran again did not come out where it did when it was recorded."""
@@ -241,8 +243,10 @@ class MambaCache(EffectiveMethods, ShareMethods, ResidualMethods, LensMethods, A
 
     def lazy_window(self, name: str, rows: slice, start: int, stop: int, channels: slice) -> Tensor:
         """Steps [start, stop) of a lazy activation for some rows and channels, ``B W D N``."""
-        with torch.autocast(self.device.type, enabled=False):
-            return self._window(name, rows, start, stop, channels)
+        if torch.is_autocast_enabled(self.device.type):
+            with torch.autocast(self.device.type, enabled=False):
+                return self._window(name, rows, start, stop, channels)
+        return self._window(name, rows, start, stop, channels)
 
     def _window(self, name: str, rows: slice, start: int, stop: int, channels: slice) -> Tensor:
         layer, tail = tail_of(name)
@@ -254,17 +258,34 @@ class MambaCache(EffectiveMethods, ShareMethods, ResidualMethods, LensMethods, A
             raise CacheError(f"{name}: no states were recorded")
         if record.exposed and tail == "mixer.hook_h":  # every step is an anchor
             return anchors.states[rows, start + 1 : stop + 1, channels]
+        unchanged = self._asked_fresh(record.layer)
         if anchors.aligned:
-            return self._aligned_window(record, name, rows, start, stop, channels)
-        first = max(c for c in anchors.columns if c <= start) + 1 if tail == "mixer.hook_h" else start
-        first = min(first, start)
-        u, delta, B = (v[rows] for v in self._scan_inputs(record, first, stop))
+            window = self._aligned_window(record, name, rows, start, stop, channels)
+        else:
+            window = self._column_window(record, anchors, tail, rows, start, stop, channels)
+        unchanged()
+        return window
+
+    def _column_window(
+        self, record: BlockRecord, anchors: Anchors, tail: str, rows: slice, start: int, stop: int, channels: slice
+    ) -> Tensor:
+        first, end, chunks = start, stop, None
+        if tail == "mixer.hook_h" and start < stop:
+            first, chunks = min(anchors.columns[anchors.before(start)] + 1, start), anchors.chunks(start, stop)
+            if chunks is not None and chunks.count * chunks.size <= 2 * (stop - first):
+                first = anchors.columns[chunks.begin] + 1
+                end = first + chunks.count * chunks.size
+            else:
+                chunks = None
+        u, delta, B = (v[rows] for v in self._scan_inputs(record, first, end))
         A = self.model.decay(record.layer).to(delta.device)[channels]
         u, delta = u[:, :, channels], delta[:, :, channels]
-        if tail == "mixer.hook_h":
-            states = Anchors(anchors.columns, anchors.states[rows][:, :, channels])
-            return states_between((u, delta, A, B), states, first, start, stop, self._backend(delta))
-        return _exposed_value(tail, u, delta, A, B)
+        if tail != "mixer.hook_h":
+            return _exposed_value(tail, u, delta, A, B)
+        states, inputs = Anchors(anchors.columns, anchors.states[rows][:, :, channels]), (u, delta, A, B)
+        if chunks is None:
+            return states_between(inputs, states, first, start, stop, self._backend(delta))
+        return states_of_chunks(inputs, states, chunks, self._backend(delta))[:, start - first : stop - first]
 
     def _backend(self, like: Tensor) -> Any:
         """The recording's backend, or what there is if it cannot run here."""
@@ -279,7 +300,6 @@ class MambaCache(EffectiveMethods, ShareMethods, ResidualMethods, LensMethods, A
         names = [f"blocks.{layer}.mixer.hook_{n}" for n in ("u_write", "delta", "B")]
         ready = record.stored if all(n in record.stored for n in names) else self._replays.get(layer)
         if ready is None and record.x is not None and self.recording.padding is None:
-            self.check_fresh(layer)
             warm = max(0, first - (self.model.cfg.d_conv - 1))  # the conv looks back K-1 tokens
             state = record.state if warm == 0 else None
             if record.x.device == self.model.device == self.device and self.recording.autocast is None:
@@ -290,7 +310,6 @@ class MambaCache(EffectiveMethods, ShareMethods, ResidualMethods, LensMethods, A
             return cast(tuple[Tensor, Tensor, Tensor], tuple(ready[n][:, first - warm :] for n in names))
         if ready is None:
             ready = self._replay(record)
-        self.check_fresh(layer)  # A is read from the model
         return cast(tuple[Tensor, Tensor, Tensor], tuple(ready[n][:, first:stop] for n in names))
 
     def _aligned_window(
@@ -430,6 +449,14 @@ class MambaCache(EffectiveMethods, ShareMethods, ResidualMethods, LensMethods, A
         from mambascope.hooks.cache_file import save_cache
 
         save_cache(self, path)
+
+
+def _refuse(changed: str | None) -> None:
+    if changed is not None:
+        raise CacheError(
+            f"{changed} has changed since this cache was recorded, so what was not stored cannot be recomputed; "
+            "run the model again"
+        )
 
 
 def _padding_to(padding: Padding, device: torch.device) -> Padding:

@@ -9,7 +9,7 @@ from torch import Tensor
 from mambascope import ops
 from mambascope.errors import CacheError
 from mambascope.hooks.points import tail_of
-from mambascope.hooks.run import Anchors
+from mambascope.hooks.run import Anchors, Chunks
 from mambascope.memory import require_bytes
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class LazyActivation:
         cfg = self._cache.model.cfg
         n_rows = len(range(self._cache.recording.shape[0])[rows])
         n_channels = len(range(cfg.d_inner)[channels])
-        need = 2 * n_rows * steps * n_channels * cfg.d_state * torch.empty((), dtype=self.dtype).element_size()
+        need = 2 * n_rows * steps * n_channels * cfg.d_state * self.dtype.itemsize
         way_out = "index a window of positions, [:, a:b], or some channels, [:, :, c]"
         require_bytes(need, self.device, f"{steps:,} steps of {self.name}", way_out, CacheError)
 
@@ -209,9 +209,8 @@ def states_between(
     what happened.
     """
     u, delta, A, B = inputs
+    columns, begin = anchors.columns, anchors.before(start)
     out = torch.empty(u.shape[0], stop - start, *A.shape, dtype=delta.dtype, device=delta.device)
-    columns = anchors.columns
-    begin = max(i for i, c in enumerate(columns) if c <= start)
     for i in range(begin, len(columns)):
         c = columns[i]
         if c >= stop:
@@ -225,3 +224,16 @@ def states_between(
             low = max(start, c + 1)
             out[:, low - start : end - start] = h[:, low - (c + 1) :]
     return out
+
+
+def states_of_chunks(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor], anchors: Anchors, chunks: Chunks, backend: ops.Backend
+) -> Tensor:
+    """The same for every step of equally long ``chunks``, all of them at once: ``B count*size D N``."""
+    u, delta, A, B = inputs
+    batch, begin, count, size = u.shape[0], chunks.begin, chunks.count, chunks.size
+    start = anchors.states[:, begin : begin + count].flatten(0, 1)
+    u, delta, B = (v.reshape(batch * count, size, v.shape[-1]) for v in (u, delta, B))
+    h = ops.state_window(u, delta, A, B, start, backend=backend)
+    h[:, -1] = anchors.states[:, begin + 1 : begin + 1 + count].flatten(0, 1)  # what a hook may have edited
+    return h.view(batch, count * size, *A.shape)

@@ -1,5 +1,6 @@
 """One forward pass as the blocks see it: which hooks may fire, what is recorded, which path computes."""
 
+import bisect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ from torch import Tensor
 from mambascope.hooks.sites import Clock, Padding, SitePoint, Witness
 from mambascope.ops import Backend
 
-__all__ = ["Anchors", "EditDone", "PathTaken", "Recorder", "Run"]
+__all__ = ["Anchors", "Chunks", "EditDone", "PathTaken", "Recorder", "Run"]
 
 
 @dataclass
@@ -72,8 +73,31 @@ class Anchors:
     states: Tensor  # B len(columns) D N
     aligned: bool = False
 
+    def chunks(self, start: int, stop: int) -> "Chunks | None":
+        """The stretches between anchors that hold steps [start, stop), if they are of one length."""
+        begin = self.before(start - 1)
+        last = bisect.bisect_left(self.columns, stop - 1)
+        if not begin < last < len(self.columns):
+            return None
+        low, count, size = self.columns[begin], last - begin, self.columns[begin + 1] - self.columns[begin]
+        even = self.columns[begin : last + 1] == list(range(low, low + count * size + 1, size))
+        return Chunks(begin, count, size) if even else None
+
+    def before(self, step: int) -> int:
+        """The index of the last one that is no later than ``step``; columns ascend."""
+        return bisect.bisect_right(self.columns, step) - 1
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Anchors":
         return Anchors(self.columns, fn(self.states), self.aligned)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """``count`` stretches of ``size`` steps, each from one anchor to the next, the first from anchor ``begin``."""
+
+    begin: int
+    count: int
+    size: int
 
 
 class Recorder(Protocol):

@@ -1,5 +1,6 @@
 """Whether a model's weights are still those that a recording was made with."""
 
+from collections.abc import Callable
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -41,16 +42,29 @@ class WeightsSeen:
 
     def changed(self, model: "Scope", layer: int) -> str | None:
         """The name of a parameter of block ``layer`` that is not what it was; None if all are."""
-        named = _named(model.blocks[layer])
-        places = _places(named)
-        for name, place in self._places[layer].items():
-            if places.get(name) != place:
-                return f"blocks.{layer}.{name}"
-        then, now = self._norms[layer], _norms(list(_small(named).values()))
-        same = (now == then) | (now.isnan() & then.isnan())
-        if bool(same.all()):
-            return None
-        return f"blocks.{layer}.{self._small[layer][int((~same).nonzero()[0])]}"
+        return self.moved(model, layer) or self.edited(model, layer)()
+
+    def moved(self, model: "Scope", layer: int) -> str | None:
+        """What the host knows: the name of a parameter at another place or of another version."""
+        places = _places(_named(model.blocks[layer]))
+        found = next((name for name, place in self._places[layer].items() if places.get(name) != place), None)
+        return None if found is None else f"blocks.{layer}.{found}"
+
+    def edited(self, model: "Scope", layer: int) -> Callable[[], str | None]:
+        """Which small parameter has another norm: a question for later, since its answer waits for a GPU to compare."""
+        small = self._small[layer]
+        differs = _bits(self._norms[layer]) != _bits(_norms(list(_small(_named(model.blocks[layer])).values())))
+        any_differs = differs.any()
+
+        def answer() -> str | None:
+            return f"blocks.{layer}.{small[int(differs.nonzero()[0])]}" if bool(any_differs) else None
+
+        return answer
+
+
+def _bits(norms: Tensor) -> Tensor:
+    """As integers: NaN is what it was, too."""
+    return norms.view(torch.int64 if norms.dtype == torch.float64 else torch.int32)
 
 
 def _places(named: dict[str, Tensor]) -> dict[str, tuple[int, int]]:

@@ -6,6 +6,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import mambascope as ms
 from mambascope.errors import CacheError, HookError, InputError, UnknownNameError
 from mambascope.hooks.lazy import LazyActivation
 from mambascope.hooks.points import LAZY, tail_of
+from mambascope.hooks.run import Anchors
 from mambascope.model import HookedMamba
 from tests.conftest import error, make_model
 
@@ -355,3 +357,26 @@ def test_a_tampered_file_is_refused(tokens: torch.Tensor, tmp_path: Path) -> Non
     ):
         with pytest.raises(CacheError, match="is damaged"):
             tampered(change)
+
+
+def test_windows_of_even_chunks_are_what_each_chunk_alone_gives(
+    model: HookedMamba, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Edited states stand at boundaries, too, and windows begin and end everywhere around them."""
+    tokens = torch.randint(0, 50, (2, 192), generator=torch.Generator().manual_seed(5))
+    caches = []
+    with torch.no_grad():
+        for sites in ([], ["blocks.1.mixer.hook_h[63]"], ["blocks.1.mixer.hook_h[63]", "blocks.1.mixer.hook_h[70]"]):
+            with model.hooks(fwd_hooks=[(site, lambda h, hook: h + 1) for site in sites]):
+                caches.append(model.run_with_cache(tokens)[1])
+    spans = [(a, min(a + n, 192)) for a in (0, 1, 62, 63, 64, 65, 127, 128, 191) for n in (1, 2, 40, 64, 65, 128, 192)]
+    keys: list[Any] = [(slice(None), slice(*span)) for span in spans]
+    keys += [(slice(1, 2), slice(10, 120)), (slice(None), slice(10, 120), slice(3, 7)), (slice(None), slice(5, 5))]
+    for cache in caches:
+        got = [cache["h", 1][key] for key in keys]
+        with monkeypatch.context() as patch:
+            patch.setattr(Anchors, "chunks", lambda self, start, stop: None)
+            for key, h in zip(keys, got, strict=True):
+                want = cache["h", 1][key]
+                assert h.shape == want.shape
+                assert not h.numel() or error(h, want) < 1e-6, key

@@ -37,7 +37,10 @@ class Block(nn.Module):
 
     def forward(self, resid: Tensor, run: Run, state: Any = None) -> tuple[Tensor, Any]:
         """The residual stream ``B L M`` after the block, and the mixer's state after the last real token."""
-        resid = run.emit(self.hook_resid_pre, resid, fork=True)
+        return self.inside(run.emit(self.hook_resid_pre, resid, fork=True), run, state)
+
+    def inside(self, resid: Tensor, run: Run, state: Any = None) -> tuple[Tensor, Any]:
+        """The same, from what its hooks at ``hook_resid_pre`` have seen."""
         mixer_in = run.emit(self.hook_mixer_in, resid, fork=True)
         out, after = self.mixer(self.norm(mixer_in, run), run, state)
         out = run.emit(self.hook_mixer_out, out)

@@ -178,9 +178,13 @@ class Graphs:
             self.come_to(device)
             yield
 
+    def room(self, device: torch.device) -> bool:
+        """Whether `hold` would keep all that there is (with the lock held)."""
+        return self._held <= _limit(device)
+
     def hold(self, device: torch.device, make: Callable[[Any], tuple[T, int]]) -> T:
         """What ``make`` records in the memory that all recordings share (with the lock held)."""
-        if self._held > _limit(device):
+        if not self.room(device):
             self._clear()
         if self._pool is None:
             self._pool = recording.new_pool(device)

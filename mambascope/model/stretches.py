@@ -2,10 +2,14 @@
 
 One hooked block must not cost the others their speed. A chain is a recording of every block by itself, each reading
 what the one before it wrote, so that any stretch of them can be replayed, whichever blocks the hooks sit in: one set
-of recordings for a sweep over all layers. The same kernels on the same values, so the same bits.
+of recordings for a sweep over all layers. A stretch that comes often gets a recording of its own, since a GPU rests for
+some microseconds between two. Hooks at the residual stream between blocks end a stretch and need no open block. The
+same kernels on the same values, so the same bits.
 """
 
-from dataclasses import dataclass
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,7 +19,7 @@ from mambascope.hooks.run import PathTaken, Run
 from mambascope.hooks.sites import Clock
 from mambascope.model import recording
 from mambascope.model.straight import add_and_norm, decays, through
-from mambascope.model.watch import HOOKED
+from mambascope.model.watch import ENTRY, EXIT, HOOKED, INSIDE
 from mambascope.ops.ready import unwatched
 
 if TYPE_CHECKING:
@@ -26,6 +30,7 @@ __all__ = ["Chain", "Stretches"]
 
 _MOST_TOKENS = 4096  # of one chain: beyond, launches are hidden, and what stands between blocks takes much memory
 _MOST_CHAINS = 4
+_MOST_WHOLE, _OFTEN = 48, 3  # stretches recorded as one, of a chain, and how often one must have come for it
 
 
 @dataclass
@@ -44,10 +49,17 @@ class Chain:
     graphs: list[recording.Recorded]
     rates: recording.Recorded  # of every block's A
     decays: list[Tensor]  # what that writes, D N each
+    entry: Tensor  # B L M: the residual stream entering a stretch that is recorded as one
+    whole: OrderedDict[tuple[int, int], "Whole"] = field(default_factory=OrderedDict)
     busy: bool = False
 
     def play(self, resid: Tensor, first: int, last: int) -> Tensor:
         """The residual stream after blocks [first, last), in memory of its own."""
+        whole = self.whole.get((first, last))
+        if whole is not None and whole.graph is not None and whole.leaving is not None:
+            self.entry.copy_(resid)
+            whole.graph.replay()
+            return whole.leaving.clone()
         self.seams[first].resid.copy_(resid)
         self.seams[first].out.zero_()
         self.rates.replay()
@@ -55,6 +67,26 @@ class Chain:
             graph.replay()
         seam = self.seams[last]
         return seam.resid + seam.out
+
+    def comes(self, first: int, last: int) -> bool:
+        """Note that a stretch comes; whether it has come so often that it should be recorded as one."""
+        if last - first < 2:
+            return False
+        whole = self.whole.setdefault((first, last), Whole())
+        self.whole.move_to_end((first, last))
+        if len(self.whole) > _MOST_WHOLE:
+            self.whole.popitem(last=False)
+        whole.came += 1
+        return whole.came == _OFTEN
+
+
+@dataclass
+class Whole:
+    """A stretch of a chain: how often it came, and its own recording once that was often."""
+
+    came: int = 0
+    graph: recording.Recorded | None = None
+    leaving: Tensor | None = None  # the residual stream after it, in the recording's memory
 
 
 class Stretches:
@@ -66,49 +98,71 @@ class Stretches:
     def clear(self) -> None:
         self._chains.clear()
 
-    def quiet(self, model: "HookedMamba", run: Run) -> list[bool] | None:
-        """Which blocks nobody looks into; None if the pass must run block by block as a whole."""
+    def looks(self, model: "HookedMamba", run: Run) -> list[int] | None:
+        """Where hooks sit in each block (see `Watch.looks`); None if the pass must run block by block as a whole."""
         if run.needs_grad or run.padding is not None or run.recorder is not None or model.cfg.activation != "silu":
             return None
-        watch = model.graphs.watch
-        if not unwatched() or watch.answer != HOOKED:  # the look of this very pass: it was not quiet
+        if not unwatched() or model.graphs.watch.answer != HOOKED:  # the look of this very pass: it was not quiet
             return None
-        return watch.quiet_blocks(model)
+        return model.graphs.watch.looks(model)
 
     def run(
         self, model: "HookedMamba", resid: Tensor, layers: list[Any], run: Run, span: tuple[int, int], carry: bool
     ) -> Tensor:
         """The residual stream after blocks ``span``; ``layers`` gets the states, all of them with ``carry``."""
-        quiet, (first, last) = self.quiet(model, run), span
-        if quiet is None or not any(quiet[first:last]):
+        looks, (first, last), watch = self.looks(model, run), span, model.graphs.watch
+        if looks is None or all(look & INSIDE for look in looks[first:last]):
             for i in range(first, last):
                 resid, layers[i] = model.run_block(i, resid, run, layers[i])
             return resid
-        chain = None if carry or layers[first] is not None else self._claim(model, resid, run)
-        i = first
+        chain, placed = (
+            None if carry or layers[first] is not None else self._claim(model, resid, run),
+            watch.hooks_placed,
+        )
+        i, entered = first, -1  # the block whose entry's hooks have been called
         try:
             while i < last:
-                stop = i
-                while stop < last and quiet[stop]:
-                    stop += 1
-                if stop == i:
-                    resid, layers[i] = model.run_block(i, resid, run, layers[i])
+                if watch.hooks_placed != placed:  # a hook placed another one, maybe in a block that is still to come
+                    looks, placed = watch.looks(model), watch.hooks_placed
+                block = cast("Block", model.blocks[i])
+                if looks[i] & INSIDE:
+                    go_on = block.inside if entered == i else partial(model.run_block, i)
+                    resid, layers[i] = go_on(resid, run, layers[i])
                     i += 1
-                    continue
-                if chain is not None:
-                    resid = self._replay(model, chain, resid, run, i, stop)
+                elif looks[i] & ENTRY and entered != i:
+                    resid, entered = run.emit(block.hook_resid_pre, resid.to(block.residual_dtype), fork=True), i
                 else:
-                    resid, out = through(model, resid, layers, run, i, stop)
-                    resid = resid if out is None else resid + out
-                i = stop
+                    stop = _end(looks, i, last)
+                    resid = self._between(model, chain, resid, layers, run, i, stop)
+                    if looks[stop - 1] & EXIT:
+                        resid = run.emit(cast("Block", model.blocks[stop - 1]).hook_resid_post, resid)
+                    i = stop
         finally:
             if chain is not None:
                 chain.busy = False
         return resid
 
+    def _between(
+        self,
+        model: "HookedMamba",
+        chain: Chain | None,
+        resid: Tensor,
+        layers: list[Any],
+        run: Run,
+        first: int,
+        last: int,
+    ) -> Tensor:
+        """Blocks [first, last), where nobody looks."""
+        if chain is not None:
+            return self._replay(model, chain, resid, run, first, last)
+        resid, out = through(model, resid, layers, run, first, last)
+        return resid if out is None else resid + out
+
     def _replay(self, model: "HookedMamba", chain: Chain, resid: Tensor, run: Run, first: int, last: int) -> Tensor:
         graphs, path = model.graphs, PathTaken(run.backend, "graph", run.why)
         with graphs.replaying(resid.device):
+            if chain.comes(first, last) and graphs.room(resid.device):
+                _record_whole(model, chain, run.backend, first, last)
             out = chain.play(resid, first, last)
         for block in model.blocks[first:last]:
             cast("Block", block).mixer.path = path
@@ -149,16 +203,44 @@ class Stretches:
         return made
 
 
+def _end(looks: list[int], first: int, last: int) -> int:
+    """Where the stretch that begins with block ``first`` must end: at the first hook, and not after ``last``."""
+    stop = first + 1
+    while stop < last and not (looks[stop - 1] & EXIT or looks[stop] & (ENTRY | INSIDE)):
+        stop += 1
+    return stop
+
+
+def _record_whole(model: "HookedMamba", chain: Chain, backend: Any, first: int, last: int) -> None:
+    """Record a stretch of a chain as one; where that fails, block by block does as well."""
+    run, whole = Run(backend, "recorded", Clock(), False, quiet=True), chain.whole[first, last]
+
+    def stretch() -> Tensor:
+        resid, out = through(model, chain.entry, [None] * len(model.blocks), run, first, last)
+        assert out is not None
+        return resid + out
+
+    def make(pool: Any) -> tuple[tuple[recording.Recorded, Tensor], int]:
+        graph, leaving, held = recording.record(stretch, model.device, pool)
+        return (graph, leaving), held
+
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            whole.graph, whole.leaving = model.graphs.hold(model.device, make)
+    except (RuntimeError, torch.OutOfMemoryError) as error:
+        recording.notice(f"a stretch of {last - first} blocks", error)
+
+
 def _record(model: "HookedMamba", shape: tuple[int, int], backend: Any, pool: Any) -> tuple[Chain, int]:
     """Record every block by itself; also the bytes by which the pool grew."""
     run, count = Run(backend, "recorded", Clock(), False, quiet=True), len(model.blocks)
     width, first = model.cfg.d_model, cast("Block", model.blocks[0])
     mixers = [cast("Block", block).mixer for block in model.blocks]
     graph, rates, held = recording.record(lambda: decays(mixers), model.device, pool)
-    made = Chain([], [], graph, rates)
     resid = torch.zeros(*shape, width, device=model.device, dtype=first.residual_dtype)
+    made = Chain([], [], graph, rates, torch.zeros_like(resid))
     made.seams.append(Seam(resid, torch.zeros(*shape, width, device=model.device, dtype=model.dtype)))
-    held += 2 * resid.numel() * resid.element_size()
+    held += 3 * resid.numel() * resid.element_size()
     for i in range(count):
         seam = made.seams[i]
 

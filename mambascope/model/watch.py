@@ -27,11 +27,15 @@ from mambascope.model.norm import RMSNorm
 if TYPE_CHECKING:
     from mambascope.model.language_model import HookedMamba
 
-__all__ = ["HOOKED", "Watch", "why_in_turn"]
+__all__ = ["ENTRY", "EXIT", "HOOKED", "INSIDE", "Watch", "why_in_turn"]
 
 HOOKED = "a hook sits in the model"
 """The last thing that is looked for: where this is the answer, nothing else stands in the way."""
 
+ENTRY, EXIT, INSIDE = 1, 2, 4
+"""Where hooks sit in a block: at the residual stream before it, at the one after it, or anywhere else."""
+
+_EDGES = {"hook_resid_pre": ENTRY, "hook_resid_post": EXIT}
 _MOST_NOTED = 4096
 _FORWARD = (itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks"))
 
@@ -60,7 +64,7 @@ class Watch:
         self._why = self.answer = "was not looked at yet"
         self._hooks_at = -1  # torch's count of hooks when there were none in the model
         self._noted: dict[int, SitePoint] = {}  # the points of hooks that came since, by torch's numbers
-        self._blocks: list[list[dict[str, Any]]] = []  # the __dict__s of every block's modules
+        self._blocks: list[tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]] = []  # as `_spaces_of` gives
 
     def note(self, point: SitePoint, number: int) -> None:
         """The model placed a hook at a point of its own, which torch gave this number."""
@@ -96,18 +100,31 @@ class Watch:
     def _noted_spaces(self) -> list[dict[str, Any]]:
         return [point.__dict__ for point in list(self._noted.values())]
 
-    def quiet_blocks(self, model: "HookedMamba") -> list[bool]:
-        """In which blocks no hook sees a forward pass; asked after `why_not` of the same pass answered ``HOOKED``."""
-        if self._all_noted(RemovableHandle.next_id):
-            quiet = [True] * len(model.blocks)
+    @property
+    def hooks_placed(self) -> int:
+        """Torch's count of hooks ever placed: as long as it stays, nobody added one."""
+        return RemovableHandle.next_id
+
+    def looks(self, model: "HookedMamba") -> list[int]:
+        """Where in each block hooks see a forward pass: 0, or ENTRY, EXIT and INSIDE added up.
+
+        Asked after `why_not` of the same pass answered ``HOOKED``.
+        """
+        if self._all_noted(self.hooks_placed):
+            found = [0] * len(model.blocks)
             for point in list(self._noted.values()):
-                layer = tail_of(str(point.name))[0]
+                layer, tail = tail_of(str(point.name))
                 if layer is not None and (point._forward_hooks or point._forward_pre_hooks):
-                    quiet[layer] = False
-            return quiet
+                    found[layer] |= _EDGES.get(tail, INSIDE)
+            return found
         if not self._blocks:
-            self._blocks = [[m.__dict__ for m in cast(nn.Module, block).modules()] for block in model.blocks]
-        return [not any(chain.from_iterable(map(look, block) for look in _FORWARD)) for block in self._blocks]
+            self._blocks = [_spaces_of(cast(Block, block)) for block in model.blocks]
+        return [
+            ENTRY * any(look(entry) for look in _FORWARD)
+            + EXIT * any(look(leave) for look in _FORWARD)
+            + INSIDE * any(chain.from_iterable(map(look, inside) for look in _FORWARD))
+            for entry, leave, inside in self._blocks
+        ]
 
     def _walk(self, model: "HookedMamba") -> None:
         self._why = "is being looked at"  # for other threads
@@ -129,6 +146,13 @@ class Watch:
         """Where the weights lie and how, and the norms' eps: what a recorded kernel reads, whatever the values are."""
         weights = self.weights()
         return (*map(Tensor.data_ptr, weights), *map(Tensor.stride, weights), *[m.eps for m in self._constants])
+
+
+def _spaces_of(block: Block) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    """The __dict__s of the points at a block's entry and exit, and of all its other modules."""
+    edges = block.hook_resid_pre, block.hook_resid_post
+    inside = [m.__dict__ for m in cast(nn.Module, block).modules() if m not in edges]
+    return edges[0].__dict__, edges[1].__dict__, inside
 
 
 def _hooked(space: dict[str, Any]) -> bool:

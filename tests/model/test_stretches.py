@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from mambascope.model import HookedMamba
+from mambascope.model import HookedMamba, graphs, stretches
 from tests.conftest import make_model
 from tests.model.test_graphs import Again, forms, frozen, ids, played  # noqa: F401  (recordings without a GPU)
 
@@ -43,11 +43,53 @@ def test_one_set_of_recordings_serves_hooks_in_any_block(site: str) -> None:
         assert torch.equal(got, want), layers
         quiet = {p.form for i, p in enumerate(model.explain_path()) if i not in layers}
         assert quiet == ({"graph"} if turn else {"fused"})
-        assert "graph" not in {model.explain_path()[i].form for i in layers}
+        open_form = {"graph"} if "resid" in site and turn else {"fused"} if "resid" in site else None
+        forms_there = {model.explain_path()[i].form for i in layers}
+        assert "graph" not in forms_there if open_form is None else forms_there == open_form
         assert Again.made == (5 if turn else 0)  # the rates, and each block
     plain = model(ids())
     assert torch.equal(plain, hooked(model, (2,), site, lambda v, hook: None))
     assert torch.equal(hooked(model, (0, 1, 2, 3), site, lambda v, hook: None), plain)
+
+
+def test_a_stretch_that_comes_often_is_recorded_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "_limit", lambda device: 1 << 20)
+    model, site = frozen(n_layers=4), "mixer.hook_h[4]"
+    fn = EDITS[site]
+    for turn in range(7):  # the first pass compiles, the second records every block, the fourth the stretch after it
+        want = block_by_block(model, (1,), site, fn, seed=turn)
+        assert torch.equal(hooked(model, (1,), site, fn, seed=turn), want)
+        assert Again.made == (0, 5, 5, 6, 6, 6, 6)[turn]
+        if turn == 4:
+            with torch.no_grad():
+                model.blocks[3].mixer.out_proj.weight.mul_(2)  # in place: the next replay sees it
+    kept = []
+    model.run_with_hooks(ids(), fwd_hooks=[("blocks.2.hook_resid_pre", lambda v, hook: kept.append(v))])
+    before = kept[0].clone()
+    hooked(model, (1,), site, fn, seed=3)
+    assert torch.equal(kept[0], before)  # what a hook was given stays its own
+    for seed in range(2):
+        hooked(model, (3,), site, fn, seed=seed)
+    Again.failure = RuntimeError("no memory")
+    with pytest.warns(UserWarning, match="a stretch of 3 blocks cannot be recorded"):
+        got = hooked(model, (3,), site, fn)
+    assert torch.equal(got, hooked(model, (3,), site, fn))
+    assert torch.equal(got, block_by_block(model, (3,), site, fn))
+    monkeypatch.setattr(stretches, "_MOST_WHOLE", 1)
+    Again.failure = None
+    for layer in (0, 1, 3, 0):
+        assert torch.equal(hooked(model, (layer,), site, fn), block_by_block(model, (layer,), site, fn))
+
+
+def test_a_hook_that_places_another_in_a_later_block_is_obeyed() -> None:
+    model = frozen(n_layers=4)
+    later = ("blocks.3.hook_mixer_out", lambda v, hook: v * 3)
+    for _ in range(3):
+        plain = model.run_with_hooks(ids(), fwd_hooks=[("blocks.1.mixer.hook_h[4]", lambda h, hook: None), later])
+        for site in ("blocks.1.mixer.hook_h[4]", "blocks.1.hook_resid_pre", "blocks.1.hook_resid_post"):
+            place = (site, lambda v, hook: model.add_hook(*later))
+            assert torch.equal(model.run_with_hooks(ids(), fwd_hooks=[place]), plain), site
+            model.reset_hooks()
 
 
 def test_states_and_later_layers_and_losses(backend: str) -> None:

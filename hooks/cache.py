@@ -57,6 +57,9 @@ class _Replay:
     def take_anchors(self, name: str, anchors: Anchors) -> None:
         """Part of the Recorder protocol; the recording has the anchors already."""
 
+    def take_norms(self, *_: Any) -> None:
+        """Part of the Recorder protocol; a replay is no recording."""
+
 
 class _Readable(Mapping[str, Any]):
     """The cache as the mapping that TransformerLens' base class expects in ``cache_dict``."""

@@ -238,6 +238,7 @@ class CacheRecorder:
         self._only_inputs = everything and not eager
         self.boundaries: int | None = BOUNDARY if self._lazy_layers else None
         self._recording: Recording | None = None
+        self._norms: Tensor | None = None  # of the weights, if the pass knew them
 
     def gradient_names(self) -> list[str]:
         """The names whose gradients ``incl_bwd`` keeps: all but the lazy ones and those met step by step."""
@@ -255,6 +256,7 @@ class CacheRecorder:
         plain: bool = False,
     ) -> None:
         # Without hooks nobody changes a weight on the way: the look can wait until the GPU has its work.
+        self._norms = None
         seen, autocast = WeightsSeen(self._model, now=not plain), _autocast(self._model.device)
         kept = None if tokens is None else tokens.clone()  # the caller may write into theirs afterwards
         self._recording = Recording([], backend, kept, padding, bos, shape, {}, {}, {}, seen, autocast)
@@ -311,6 +313,9 @@ class CacheRecorder:
         else:
             record.exposed[name] = kept.states
 
+    def take_norms(self, norms: Tensor) -> None:
+        self._norms = norms
+
     def take_gradient(self, grad: Tensor, hook: Any) -> None:
         self.recording.gradients[f"{hook.name}_grad"] = grad.detach()
 
@@ -326,7 +331,7 @@ class CacheRecorder:
         """The recording; CacheError if a name asked for by name was never reached."""
         recording = self.recording
         if not recording.weights.taken:
-            recording.weights.look(self._model)
+            recording.weights.look(self._model, self._norms)
         reached = list(self._names) if self._complete() else [n for n in self._names if self._reached(n)]
         missing = [] if len(reached) == len(self._names) else [n for n in self._names if n not in set(reached)]
         if missing and self._explicit and (self._spelled_out or not reached):

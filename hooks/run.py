@@ -137,6 +137,10 @@ class Recorder(Protocol):
         """Offer the states from which ``name`` (a ``hook_h``) can be recomputed."""
         ...
 
+    def take_norms(self, norms: Tensor) -> None:
+        """Offer the norms of the blocks' small weights (see `hooks.weights.small_norms`), where they are known."""
+        ...
+
 
 @dataclass
 class Run:

@@ -1,7 +1,8 @@
 """Whether a model's weights are still those that a recording was made with."""
 
 from collections.abc import Callable
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -11,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from mambascope.hooks.model_protocol import Scope
 
-__all__ = ["WeightsSeen"]
+__all__ = ["WeightsSeen", "small_norms"]
 
 _SMALL = 1 << 17
 """Entries up to which a parameter's norm is looked at: A_log, norms, biases, the convolution, not the projections."""
@@ -30,14 +31,11 @@ class WeightsSeen:
         if now:
             self.look(model)
 
-    def look(self, model: "Scope") -> None:
-        """Note the weights as they are; nothing here waits for a GPU."""
-        blocks = [_named(block) for block in model.blocks]
-        self._places = [_places(named) for named in blocks]
-        small = [_small(named) for named in blocks]
-        self._small = [list(named) for named in small]
-        norms = _norms([p for named in small for p in named.values()])
-        self._norms = norms.split([len(names) for names in self._small])
+    def look(self, model: "Scope", norms: Tensor | None = None) -> None:
+        """Note the weights as they are; nothing here waits for a GPU. ``norms``: what `small_norms` gives now."""
+        self._blocks = [_Seen.of(block) for block in model.blocks]
+        norms = small_norms(model) if norms is None else norms
+        self._norms = norms.split([len(seen.small) for seen in self._blocks])
         self.taken = True
 
     def changed(self, model: "Scope", layer: int) -> str | None:
@@ -46,20 +44,63 @@ class WeightsSeen:
 
     def moved(self, model: "Scope", layer: int) -> str | None:
         """What the host knows: the name of a parameter at another place or of another version."""
-        places = _places(_named(model.blocks[layer]))
-        found = next((name for name, place in self._places[layer].items() if places.get(name) != place), None)
+        then, now = self._blocks[layer], _Seen.of(model.blocks[layer])
+        if then == now:
+            return None
+        places = now.named(now.places)
+        found = next((name for name, place in then.named(then.places).items() if places.get(name) != place), None)
         return None if found is None else f"blocks.{layer}.{found}"
 
     def edited(self, model: "Scope", layer: int) -> Callable[[], str | None]:
         """Which small parameter has another norm: a question for later, since its answer waits for a GPU to compare."""
-        small = self._small[layer]
-        differs = _bits(self._norms[layer]) != _bits(_norms(list(_small(_named(model.blocks[layer])).values())))
+        then, block = self._blocks[layer], model.blocks[layer]
+        differs = _bits(self._norms[layer]) != _bits(_norms(_small(_parameters(_home(block)))))
         any_differs = differs.any()
 
         def answer() -> str | None:
-            return f"blocks.{layer}.{small[int(differs.nonzero()[0])]}" if bool(any_differs) else None
+            if not bool(any_differs):
+                return None
+            names = list(then.named(then.places))
+            return f"blocks.{layer}.{names[then.small[int(differs.nonzero()[0])]]}"
 
         return answer
+
+
+@dataclass(frozen=True)
+class _Home:
+    """Where a block's parameters hang: the ``_modules`` that tell whether that still holds, and ``_parameters``."""
+
+    children: list[dict[str, Any]]
+    modules: list[Any]
+    prefixes: list[str]
+    owners: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A block's parameters at a moment: names without prefixes, how many each owner has, places, and which are small.
+
+    Plain lists that C loops fill and compare, since every recorded pass makes one of every block.
+    """
+
+    prefixes: list[str]
+    names: list[str]
+    counts: list[int]
+    places: list[tuple[int, int]]
+    small: list[int]
+
+    @staticmethod
+    def of(block: Any) -> "_Seen":
+        home = _home(block)
+        found = _parameters(home)
+        places = [(0, 0) if p is None else (p.data_ptr(), -1 if p.is_inference() else p._version) for p in found]
+        small = [i for i, p in enumerate(found) if p is not None and p.numel() <= _SMALL]
+        return _Seen(home.prefixes, list(chain.from_iterable(home.owners)), list(map(len, home.owners)), places, small)
+
+    def named(self, values: list[Any]) -> dict[str, Any]:
+        """``values``, one for each parameter, by full name."""
+        owners = chain.from_iterable(repeat(prefix, n) for prefix, n in zip(self.prefixes, self.counts, strict=True))
+        return {prefix + name: v for prefix, name, v in zip(owners, self.names, values, strict=True)}
 
 
 def _bits(norms: Tensor) -> Tensor:
@@ -67,12 +108,17 @@ def _bits(norms: Tensor) -> Tensor:
     return norms.view(torch.int64 if norms.dtype == torch.float64 else torch.int32)
 
 
-def _places(named: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
-    return {n: (p.data_ptr(), -1 if p.is_inference() else p._version) for n, p in named.items()}
+def small_norms(model: "Scope") -> Tensor:
+    """The norms of all blocks' small parameters, in one tensor; on a GPU a few launches."""
+    return _norms([p for block in model.blocks for p in _small(_parameters(_home(block)))])
 
 
-def _small(named: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {n: p for n, p in named.items() if p.numel() <= _SMALL}
+def _parameters(home: _Home) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, home.owners)))
+
+
+def _small(parameters: list[Any]) -> list[Tensor]:
+    return [p for p in parameters if p is not None and p.numel() <= _SMALL]
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:
@@ -88,15 +134,16 @@ def _norms(tensors: list[Tensor]) -> Tensor:
         return torch.stack(found)
 
 
-_known: WeakKeyDictionary[Any, tuple[list[Any], list[Any], list[tuple[str, Any]]]] = WeakKeyDictionary()
+_homes: WeakKeyDictionary[Any, _Home] = WeakKeyDictionary()
 
 
-def _named(block: Any) -> dict[str, Tensor]:
-    """A block's parameters by name. Where they hang is remembered, as long as its modules are the same."""
-    found = _known.get(block)
-    if found is None or list(chain.from_iterable(map(dict.values, found[0]))) != found[1]:
-        modules = [(f"{name}." if name else "", m) for name, m in block.named_modules()]
-        children = [m._modules for _, m in modules]
-        owners = [(prefix, m._parameters) for prefix, m in modules if m._parameters]
-        found = _known[block] = (children, list(chain.from_iterable(map(dict.values, children))), owners)
-    return {prefix + n: p for prefix, owned in found[2] for n, p in owned.items() if p is not None}
+def _home(block: Any) -> _Home:
+    """Remembered for as long as the block's modules are the same."""
+    found = _homes.get(block)
+    if found is None or list(chain.from_iterable(map(dict.values, found.children))) != found.modules:
+        named = [(f"{name}." if name else "", m) for name, m in block.named_modules()]
+        children = [m._modules for _, m in named if m._modules]
+        owners = [(prefix, m._parameters) for prefix, m in named if m._parameters]
+        modules = list(chain.from_iterable(map(dict.values, children)))
+        found = _homes[block] = _Home(children, modules, [p for p, _ in owners], [o for _, o in owners])
+    return found

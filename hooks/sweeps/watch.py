@@ -60,6 +60,9 @@ class Watch:
         if name.endswith("hook_h"):
             self.anchors[name] = anchors.map(torch.detach)
 
+    def take_norms(self, norms: Tensor) -> None:
+        """Part of the Recorder protocol: a sweep ends before anybody changes a weight."""
+
     def state(self, layer: int, start: int) -> Tensor:
         """h before step ``start``, a multiple of the interval: ``B D N``."""
         anchors = self.anchors[f"blocks.{layer}.mixer.hook_h"]

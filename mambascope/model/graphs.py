@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from mambascope import ops
-from mambascope.hooks.run import Anchors, PathTaken, Recorder, Run
+from mambascope.hooks.run import PathTaken, Run
 from mambascope.hooks.sites import Clock
 from mambascope.model import recording
 from mambascope.model.block import Block
 from mambascope.model.decode import Decoder, Generation, fill, why_no_decoder
+from mambascope.model.keeping import Addresses, Kept, run_keeping
 from mambascope.model.sampling import Sampler
 from mambascope.model.state import MambaState, State
 from mambascope.model.straight import add_and_norm, through
@@ -60,16 +60,6 @@ def piece_tokens(d_inner: int) -> int:
 
 
 @dataclass(frozen=True)
-class Addresses:
-    """Where a replay puts what a cache keeps: one int64 each, written before it."""
-
-    inputs: Tensor  # of n_layers B L M
-    output: Tensor  # of B L M
-    states: Tensor  # of n_layers B C+1 D N
-    boundaries: int
-
-
-@dataclass(frozen=True)
 class Taped:
     """One recording: its static inputs and outputs, all in or beside the graph's own memory."""
 
@@ -79,6 +69,7 @@ class Taped:
     keeps: Addresses | None
     normed: Tensor | None  # B L M; none where the residual stream is kept
     leaving: MambaState | None
+    norms: Tensor | None  # of the small weights, where a cache listens
 
 
 class Graphs:
@@ -297,33 +288,9 @@ class Stack:
         if taped.leaving is not None:
             after = taped.leaving.map(torch.clone)
             layers[:] = [MambaState(*pair) for pair in zip(after.ssm, after.conv, strict=True)]
-        return taped.normed if kept is None else kept.tell(self.model, tokens, entered, self._run)
-
-
-class Kept:
-    """New memory for what one replay keeps, and how a recorder hears of it."""
-
-    def __init__(self, model: "HookedMamba", at: Addresses, shape: tuple[int, int]) -> None:
-        cfg, n, device = model.cfg, len(model.blocks), model.device
-        residual = cast(Block, model.blocks[0]).residual_dtype
-        count = -(-shape[1] // at.boundaries)
-        self.columns = [*(c * at.boundaries - 1 for c in range(count)), shape[1] - 1]
-        self.inputs = torch.empty(n, *shape, cfg.d_model, dtype=residual, device=device)
-        self.output = torch.empty(*shape, cfg.d_model, dtype=residual, device=device)
-        self.states = torch.empty(n, shape[0], count + 1, cfg.d_inner, cfg.d_state, dtype=torch.float32, device=device)
-        for address, memory in ((at.inputs, self.inputs), (at.output, self.output), (at.states, self.states)):
-            address.fill_(memory.data_ptr())
-
-    def tell(self, model: "HookedMamba", tokens: Tensor, entered: list[Any], run: Run) -> Tensor:
-        """Offer it all to the run's recorder, as the blocks would have; the final norm of the residual stream."""
-        recorder = cast(Recorder, run.recorder)
-        model.hooked_embed(tokens, run)
-        for i, block in enumerate(model.blocks):
-            recorder.begin_block(i, self.inputs[i], entered[i], plain=True)
-            anchors = Anchors(self.columns, self.states[i])
-            recorder.take_anchors(str(cast(Block, block).mixer.hook_h.name), anchors)
-        recorder.take(str(cast(Block, model.blocks[-1]).hook_resid_post.name), self.output)
-        return model.ln_final(self.output, run)
+        if kept is None:
+            return taped.normed
+        return kept.tell(self.model, tokens, entered, self._run, cast(Tensor, taped.norms))
 
 
 def _tell(model: "HookedMamba", path: PathTaken) -> None:
@@ -359,12 +326,11 @@ def _tape(stack: Stack, pool: Any, shape: tuple[int, int], stateful: bool, carry
         states = model.initial_state(shape[0]).layers
         entering = MambaState(torch.stack([s.ssm for s in states]), torch.stack([s.conv for s in states]))
     if stack.boundaries is not None:
-        addresses = [torch.zeros(1, dtype=torch.int64, device=model.device) for _ in range(3)]
-        keeps = Addresses(addresses[0], addresses[1], addresses[2], stack.boundaries)
-    graph, (normed, leaving), grown = recording.record(
+        keeps = Addresses.on(model.device, stack.boundaries)
+    graph, (normed, leaving, norms), grown = recording.record(
         lambda: _run_stack(model, stack.backend, tokens, entering, carry, keeps), model.device, pool
     )
-    return Taped(graph, tokens, entering, keeps, normed, leaving), grown
+    return Taped(graph, tokens, entering, keeps, normed, leaving, norms), grown
 
 
 def _run_stack(
@@ -374,42 +340,17 @@ def _run_stack(
     entering: MambaState | None,
     carry: bool,
     keeps: Addresses | None,
-) -> tuple[Tensor | None, MambaState | None]:
+) -> tuple[Tensor | None, MambaState | None, Tensor | None]:
     run = Run(backend, "recorded", Clock(), False, quiet=True)
     layers: list[Any] = [None] * len(model.blocks)
     if entering is not None:
         layers = [MambaState(*pair) for pair in zip(entering.ssm, entering.conv, strict=True)]
-    embedded = model.embed(tokens)
+    embedded, normed, norms = model.embed(tokens), None, None
     if keeps is None:
         resid, out = through(model, embedded, layers, run, 0, len(layers))
         normed = add_and_norm(out, resid, model.ln_final, backend)[1]
     else:
-        _run_keeping(model, embedded, layers, run, keeps)
-        normed = None
+        norms = run_keeping(model, embedded, layers, run, keeps)
     if not carry:
-        return normed, None
-    return normed, MambaState(torch.stack([s.ssm for s in layers]), torch.stack([s.conv for s in layers]))
-
-
-def _run_keeping(model: "HookedMamba", embedded: Tensor, layers: list[Any], run: Run, keeps: Addresses) -> None:
-    """The blocks, each one's input and states written to where ``keeps`` says at replay."""
-    from mambascope.ops.scan.triton_keep import Place, join_kept, keep_states
-
-    size, residual = embedded.numel(), cast(Block, model.blocks[0]).residual_dtype
-
-    def join(i: int, out: Tensor | None, resid: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-        before = None if out is None else Place(keeps.inputs, (i - 1) * size, residual)
-        here = Place(keeps.inputs, i * size, residual)
-        normed = join_kept(resid if out is None else out, before, here, norm.weight, norm.eps)
-        return resid, cast(Tensor, normed)
-
-    def left(i: int, scan: ops.ScanOutput) -> None:
-        bound = cast(Tensor, scan.h_boundary)
-        entries = (bound.shape[1] + 1) * scan.h_last.numel()
-        keep_states(bound, scan.h_last, Place(keeps.states, i * entries, torch.float32))
-
-    n = len(layers)
-    _, out = through(model, embedded, layers, run, 0, n, join, left, keeps.boundaries)
-    join_kept(
-        cast(Tensor, out), Place(keeps.inputs, (n - 1) * size, residual), Place(keeps.output, 0, residual), None, 0.0
-    )
+        return normed, None, norms
+    return normed, MambaState(torch.stack([s.ssm for s in layers]), torch.stack([s.conv for s in layers])), norms

@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-__all__ = ["Recorded", "follow", "new_pool", "notice", "record"]
+__all__ = ["Recorded", "beside", "follow", "new_pool", "notice", "record"]
 
 T = TypeVar("T")
 
@@ -40,6 +40,20 @@ def record(
         result = function()
         grown = torch.cuda.memory_reserved(device) - before
     return graph, result, grown
+
+
+def beside(device: torch.device, function: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+    """What a function returns, its work launched beside what follows; and what to call before that is read.
+
+    In a recording it becomes a branch.
+    """
+    if device.type != "cuda":
+        return function(), lambda: None
+    now, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(now)
+    with torch.cuda.stream(side):
+        result = function()
+    return result, lambda: now.wait_stream(side)
 
 
 def follow(device: torch.device, last: Any) -> Any:

@@ -19,6 +19,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from mambascope.errors import InputError, StateError
+from mambascope.hooks.weights import small_norms
 from mambascope.model import HookedMamba, State, graphs, recording
 from mambascope.model.decode import Decoder
 from mambascope.model.sampling import Sampler
@@ -269,7 +270,10 @@ def test_a_decoder_serves_what_it_can() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"residual_in_fp32": False, "d_model": 7, "d_inner": 9}])
 def test_a_recorded_pass_keeps_what_a_cache_keeps(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
-    monkeypatch.setattr(recording, "record", lambda function, device, pool=None: (Again(function), (None, None), 0))
+    def record(function: Callable[[], None], device: torch.device, pool: Any = None) -> Any:
+        return Again(function), (None, None, small_norms(model)), 0
+
+    monkeypatch.setattr(recording, "record", record)
     monkeypatch.setattr(recording, "new_pool", lambda device: None)
     monkeypatch.setattr(graphs, "_limit", lambda device: 1)
     monkeypatch.setattr(graphs, "RECORDED_BACKENDS", ("torch",))

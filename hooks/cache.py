@@ -10,55 +10,19 @@ import torch
 from torch import Tensor
 from transformer_lens import ActivationCache
 
-from mambascope import ops
-from mambascope.errors import BackendError, CacheError, UnknownNameError
+from mambascope.errors import CacheError, UnknownNameError
+from mambascope.hooks.cache_windows import WindowMethods
 from mambascope.hooks.effective import EffectiveMethods
-from mambascope.hooks.lazy import LazyActivation, states_between, states_of_chunks
+from mambascope.hooks.lazy import LazyActivation
 from mambascope.hooks.model_protocol import Scope
 from mambascope.hooks.points import LAZY, ON_DEMAND, hook_names, resolve_name, spec_of, tail_of
 from mambascope.hooks.recorder import BlockRecord, CacheRecorder, Recording, compact, joined, select_names
 from mambascope.hooks.residual import ResidualMethods
-from mambascope.hooks.run import Anchors, compute_dtype
+from mambascope.hooks.run import compute_dtype
 from mambascope.hooks.shares import ShareMethods
-from mambascope.hooks.sites import Padding
 from mambascope.hooks.transformer_lens_bridge import LensMethods
 
 __all__ = ["CacheRecorder", "MambaCache", "select_names"]
-
-_REPLAYS = 2
-"""Blocks whose recomputed activations are kept: 67 KB a token each at 130m size."""
-
-
-class _Replay:
-    """A recorder that keeps everything one block computes, for the cache to read; what is made on demand, if named."""
-
-    boundaries = None
-
-    def __init__(self, demanded: str = "") -> None:
-        self._demanded = demanded
-        self.values: dict[str, Tensor] = {}
-
-    def begin(self, *_: Any) -> None:
-        """Part of the Recorder protocol; a replay starts at a block."""
-
-    def begin_block(self, *_: Any) -> None:
-        """Part of the Recorder protocol; there is only one block."""
-
-    def only_inputs(self) -> bool:
-        return False
-
-    def wants(self, name: str) -> bool:
-        tail = tail_of(name)[1]
-        return tail not in LAZY and (tail not in ON_DEMAND or name == self._demanded)
-
-    def take(self, name: str, value: Tensor) -> None:
-        self.values[name] = value
-
-    def take_anchors(self, name: str, anchors: Anchors) -> None:
-        """Part of the Recorder protocol; the recording has the anchors already."""
-
-    def take_norms(self, *_: Any) -> None:
-        """Part of the Recorder protocol; a replay is no recording."""
 
 
 class _Readable(Mapping[str, Any]):
@@ -83,7 +47,7 @@ class _Readable(Mapping[str, Any]):
         return len(self._cache.recording.names) + len(self._cache.recording.gradients)
 
 
-class MambaCache(EffectiveMethods, ShareMethods, ResidualMethods, LensMethods, ActivationCache):
+class MambaCache(WindowMethods, EffectiveMethods, ShareMethods, ResidualMethods, LensMethods, ActivationCache):
     """What ``run_with_cache`` returns; TransformerLens' ActivationCache for Mamba.
 
     ``cache["blocks.3.mixer.hook_delta"]``, ``cache["delta", 3]`` and ``cache["delta3"]`` are the same tensor.
@@ -178,161 +142,9 @@ class MambaCache(EffectiveMethods, ShareMethods, ResidualMethods, LensMethods, A
             return self._replay_again(record, name)[name]
         return self._replay(record)[name]
 
-    def _replay(self, record: BlockRecord) -> dict[str, Tensor]:
-        layer = record.layer
-        if layer not in self._replays:
-            self._replays[layer] = self._replay_again(record)
-            while len(self._replays) > _REPLAYS:
-                self._replays.popitem(last=False)
-        self._replays.move_to_end(layer)
-        return self._replays[layer]
-
-    def _replay_again(self, record: BlockRecord, demanded: str = "") -> dict[str, Tensor]:
-        layer = record.layer
-        if record.x is None:
-            raise CacheError(f"block {layer} kept no input to recompute from")
-        self.check_fresh(layer)
-        values = self._run_again(record, record.x, record.state, self.recording.padding, demanded)
-        self._check_same(layer, values)
-        return values
-
-    def _run_again(
-        self, record: BlockRecord, x: Tensor, state: Any, padding: Padding | None, demanded: str = ""
-    ) -> dict[str, Tensor]:
-        device = self.model.device
-        if x.device != device:
-            x, state = x.to(device), None if state is None else state.map(lambda t: t.to(device))
-            padding = None if padding is None else _padding_to(padding, device)
-        replay, dtype = _Replay(demanded), self.recording.autocast
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            self.model.replay(record.layer, x, state, padding, self.recording.backend, replay)
-        return {name: value.to(self.device) for name, value in replay.values.items()}
-
-    def check_fresh(self, layer: int) -> None:
-        """CacheError if a weight of this block was changed, trained or moved since the recording."""
-        self._asked_fresh(layer)()
-
-    def _asked_fresh(self, layer: int) -> Callable[[], None]:
-        """The same, but for what a GPU must compare first: that is looked at when the result is called."""
-        seen = self.recording.weights
-        _refuse(seen.moved(self.model, layer))
-        answer = seen.edited(self.model, layer)
-        return lambda: _refuse(answer())
-
-    def _check_same(self, layer: int, values: dict[str, Tensor]) -> None:
-        """CacheError if a block that ran again did not come out where it did when it was recorded."""
-        name, after = f"blocks.{layer}.hook_resid_post", self.recording.blocks.get(layer + 1)
-        then = self.recording.top.get(name) if after is None else after.x
-        if then is None:
-            return
-        now, written = values[name], values[f"blocks.{layer}.hook_mixer_out"]
-        rounding = max(5e-3, 8 * torch.finfo(written.dtype).eps)  # of other devices, threads, pieces
-        allowed = rounding * written.abs().max() + 2 * torch.finfo(now.dtype).eps * now.abs().max()
-        if bool(((now - then.to(now.device)).abs() > allowed).any()):
-            raise CacheError(
-                f"block {layer} does not compute any more what it did when this cache was recorded: its weights, its "
-                "config or a module in it has changed; run the model again"
-            )
-
-    # ---- windows of the state
-
-    @property
-    def device(self) -> torch.device:
-        return self._device if self._device is not None else self.model.device
-
     @property
     def compute_dtype(self) -> torch.dtype:
         return compute_dtype(self.model.dtype)
-
-    def lazy_window(self, name: str, rows: slice, start: int, stop: int, channels: slice) -> Tensor:
-        """Steps [start, stop) of a lazy activation for some rows and channels, ``B W D N``."""
-        if torch.is_autocast_enabled(self.device.type):
-            with torch.autocast(self.device.type, enabled=False):
-                return self._window(name, rows, start, stop, channels)
-        return self._window(name, rows, start, stop, channels)
-
-    def _window(self, name: str, rows: slice, start: int, stop: int, channels: slice) -> Tensor:
-        layer, tail = tail_of(name)
-        record = self.recording.blocks[cast(int, layer)]
-        if name in record.exposed:
-            return record.exposed[name][rows, start:stop, channels]
-        anchors = record.anchors
-        if anchors is None:
-            raise CacheError(f"{name}: no states were recorded")
-        if record.exposed and tail == "mixer.hook_h":  # every step is an anchor
-            return anchors.states[rows, start + 1 : stop + 1, channels]
-        unchanged = self._asked_fresh(record.layer)
-        if anchors.aligned:
-            window = self._aligned_window(record, name, rows, start, stop, channels)
-        else:
-            window = self._column_window(record, anchors, tail, rows, start, stop, channels)
-        unchanged()
-        return window
-
-    def _column_window(
-        self, record: BlockRecord, anchors: Anchors, tail: str, rows: slice, start: int, stop: int, channels: slice
-    ) -> Tensor:
-        first, end, chunks = start, stop, None
-        if tail == "mixer.hook_h" and start < stop:
-            first, chunks = min(anchors.columns[anchors.before(start)] + 1, start), anchors.chunks(start, stop)
-            if chunks is not None and chunks.count * chunks.size <= 2 * (stop - first):
-                first = anchors.columns[chunks.begin] + 1
-                end = first + chunks.count * chunks.size
-            else:
-                chunks = None
-        u, delta, B = (v[rows] for v in self._scan_inputs(record, first, end))
-        A = self.model.decay(record.layer).to(delta.device)[channels]
-        u, delta = u[:, :, channels], delta[:, :, channels]
-        if tail != "mixer.hook_h":
-            return _exposed_value(tail, u, delta, A, B)
-        states, inputs = Anchors(anchors.columns, anchors.states[rows][:, :, channels]), (u, delta, A, B)
-        if chunks is None:
-            return states_between(inputs, states, first, start, stop, self._backend(delta))
-        return states_of_chunks(inputs, states, chunks, self._backend(delta))[:, start - first : stop - first]
-
-    def _backend(self, like: Tensor) -> Any:
-        """The recording's backend, or what there is if it cannot run here."""
-        try:
-            return ops.resolve_backend(self.recording.backend, like.device, like.dtype)[0]
-        except BackendError:
-            return "auto"
-
-    def _scan_inputs(self, record: BlockRecord, first: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """u, delta, B for columns [first, stop): stored, replayed, or from that window of the block's input."""
-        layer = record.layer
-        names = [f"blocks.{layer}.mixer.hook_{n}" for n in ("u_write", "delta", "B")]
-        ready = record.stored if all(n in record.stored for n in names) else self._replays.get(layer)
-        if ready is None and record.x is not None and self.recording.padding is None:
-            warm = max(0, first - (self.model.cfg.d_conv - 1))  # the conv looks back K-1 tokens
-            state = record.state if warm == 0 else None
-            if record.x.device == self.model.device == self.device and self.recording.autocast is None:
-                part = (record.x[:, warm:stop], state, self.recording.backend)
-                u, delta, B = (v[:, first - warm :] for v in self.model.scan_inputs(layer, *part))
-                return u, delta, B
-            ready = self._run_again(record, record.x[:, warm:stop], state, None)
-            return cast(tuple[Tensor, Tensor, Tensor], tuple(ready[n][:, first - warm :] for n in names))
-        if ready is None:
-            ready = self._replay(record)
-        return cast(tuple[Tensor, Tensor, Tensor], tuple(ready[n][:, first:stop] for n in names))
-
-    def _aligned_window(
-        self, record: BlockRecord, name: str, rows: slice, start: int, stop: int, channels: slice
-    ) -> Tensor:
-        """Left-padded rows whose h was hooked: their states are kept by token, not by column."""
-        padding, anchors = self.recording.padding, record.anchors
-        assert padding is not None and anchors is not None
-        length = self.recording.shape[1]
-        u, delta, B = self._scan_inputs(record, 0, length)
-        A = self.model.decay(record.layer).to(delta.device)
-        if tail_of(name)[1] != "mixer.hook_h":
-            value = _exposed_value(tail_of(name)[1], u, delta, A, B)
-            return value[rows, start:stop, channels]
-        real = (torch.arange(length, device=delta.device) < padding.lengths[:, None])[..., None]
-        inputs = (padding.align(u), padding.align(delta) * real, A, padding.align(B))
-        h = states_between(inputs, anchors, 0, 0, length, self._backend(delta))
-        pad = torch.arange(length, device=delta.device) < padding.left[:, None]  # nothing was read yet
-        h = torch.where(pad[..., None, None], anchors.states[:, :1], padding.unalign(h))
-        return h[rows, start:stop, channels]
 
     # ---- the base class' methods that would touch every tensor
 
@@ -452,22 +264,3 @@ class MambaCache(EffectiveMethods, ShareMethods, ResidualMethods, LensMethods, A
         from mambascope.hooks.cache_file import save_cache
 
         save_cache(self, path)
-
-
-def _refuse(changed: str | None) -> None:
-    if changed is not None:
-        raise CacheError(
-            f"{changed} has changed since this cache was recorded, so what was not stored cannot be recomputed; "
-            "run the model again"
-        )
-
-
-def _padding_to(padding: Padding, device: torch.device) -> Padding:
-    return Padding(padding.mask.to(device), padding.left.to(device), padding.lengths.to(device))
-
-
-def _exposed_value(tail: str, u: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    if tail == "mixer.hook_A_bar":
-        return torch.exp(delta[..., None] * A)
-    B_bar = delta[..., None] * B[:, :, None, :].to(delta.dtype)
-    return B_bar if tail == "mixer.hook_B_bar" else B_bar * u[..., None].to(delta.dtype)

@@ -22,7 +22,7 @@ CHANNELS = 64
 WALKED = 4
 """Taps that are kept in registers."""
 _STEPS = 16  # of a tile
-_WIDE, _ENOUGH = 256, 16  # bytes of a step that a walking program takes; programs a multiprocessor
+_WIDE = 256  # bytes of a step that a walking program takes
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
@@ -184,13 +184,14 @@ def programs(x: Tensor, steps: int) -> int:
     return batch * triton.cdiv(length, steps) * triton.cdiv(channels, CHANNELS)
 
 
-def walk_plan(x: Tensor) -> tuple[int, int, int]:
-    """Steps and channels of a walking program, and how many programs."""
+def walk_plan(x: Tensor, most: int = 64, enough: int = 16) -> tuple[int, int, int]:
+    """Steps (at most ``most``) and channels of a walking program, and how many programs: ``enough`` a multiprocessor,
+    if the tensor has them."""
     batch, length, channels = x.shape
     block = min(_WIDE // x.element_size(), max(32, triton.next_power_of_2(channels)))
-    many = _ENOUGH * processor_count(x.device)
+    many = enough * processor_count(x.device)
     columns = batch * triton.cdiv(channels, block)
-    steps = next((n for n in (64, 32, 16) if columns * triton.cdiv(length, n) >= many), 8)
+    steps = next((n for n in (128, 64, 32, 16) if n <= most and columns * triton.cdiv(length, n) >= many), 8)
     return steps, block, columns * triton.cdiv(length, steps)
 
 

@@ -26,6 +26,7 @@ from mambascope.ops.scan.triton_replay import replayed
 __all__ = ["conv_backward"]
 
 _BACK = 32  # steps of a tile
+_MOST, _ENOUGH = 128, 11  # steps of a walking program; programs a multiprocessor, as many as its registers hold
 _SUMS, _TERMS = 32, 64  # entries of a sum a program, terms at a time: few entries, many terms
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 _TILE = {"BT": _BACK, "BD": CHANNELS, "num_warps": 8, "enable_fp_fusion": False}
@@ -311,7 +312,7 @@ def _backward_walking(inputs: tuple[Any, ...], flags: dict[str, Any]) -> tuple[T
     """One pass; the sums' parts."""
     x, dy = inputs[0], inputs[5]
     batch, length, channels = x.shape
-    steps, block, count = walk_plan(x)
+    steps, block, count = walk_plan(x, _MOST, _ENOUGH)
     parts = _parts(x, batch * triton.cdiv(length, steps), flags)
     options = {"BT": steps, "BD": block, "num_warps": 1, "enable_fp_fusion": False}
     arguments = (*inputs, *parts, *strides(x, dy), length, channels)

@@ -18,7 +18,16 @@ from mambascope.ops.ready import plain, unwatched
 if TYPE_CHECKING:
     from mambascope.model.language_model import HookedMamba
 
-__all__ = ["Output", "check_logits", "last_positions", "loss_of", "mean_loss", "next_token_losses", "unembed"]
+__all__ = [
+    "Output",
+    "check_logits",
+    "last_positions",
+    "loss_of",
+    "mean_loss",
+    "next_token_losses",
+    "scored_loss",
+    "unembed",
+]
 
 
 class Output(NamedTuple):
@@ -87,23 +96,30 @@ def next_token_losses(model: "HookedMamba", normed: Tensor, targets: Tensor) -> 
     return torch.cat(parts).view(targets.shape)
 
 
-def loss_of(model: "HookedMamba", normed: Tensor, targets: Tensor, padding: Padding | None) -> Tensor | None:
-    """The mean loss and, in the same visit of the logits, its gradients: `ops.linear_cross_entropy`.
+def loss_of(model: "HookedMamba", normed: Tensor, tokens: Tensor, padding: Padding | None) -> Tensor | None:
+    """The mean next-token loss with its gradients, `scored_loss`, from the normalised residual ``B L M`` of tokens
+    ``B L``; None where there is no gradient to make, or where somebody must see the unembedding itself: then it is
+    `next_token_losses` and `mean_loss`."""
+    if not torch.is_grad_enabled() or not (normed.requires_grad or model.unembed.weight.requires_grad):
+        return None
+    following = tokens[:, 1:]
+    if padding is not None:
+        _count(padding)
+        following = following.masked_fill(~_pairs(padding), IGNORED)
+    return scored_loss(model, normed, F.pad(following, (0, 1), value=IGNORED))  # cheaper than to cut the last rows off
 
-    None where there is no gradient to make, or where somebody must see the unembedding itself: then it is
-    `next_token_losses` and `mean_loss`.
-    """
+
+def scored_loss(model: "HookedMamba", normed: Tensor, targets: Tensor) -> Tensor | None:
+    """Mean −log p(target) in nats over the targets ``B T`` that are not `ops.loss.IGNORED`, from the normalised
+    residual ``B T M``; with a gradient, in the same visit of the logits. None where the unembedding is not just its
+    weight."""
     head = model.unembed
     if type(head) is not nn.Linear or watched(head) or head.bias is not None:
         return None
-    wanted = torch.is_grad_enabled() and (normed.requires_grad or head.weight.requires_grad)
-    if not wanted or not unwatched() or not plain((normed, head.weight)):
+    if not unwatched() or not plain((normed, head.weight)):
         return None
-    if padding is not None:
-        _count(padding)
-        targets = targets.masked_fill(~_pairs(padding), IGNORED)
-    rows = normed.reshape(-1, normed.shape[-1])
-    return ops.linear_cross_entropy(rows, head.weight, targets.reshape(-1), backend=cast(ops.Backend, model.backend))
+    rows, backend = normed.reshape(-1, normed.shape[-1]), cast(ops.Backend, model.backend)
+    return ops.linear_cross_entropy(rows, head.weight, targets.reshape(-1), backend=backend)
 
 
 def _pairs(padding: Padding) -> Tensor:

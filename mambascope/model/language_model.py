@@ -172,7 +172,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
     def forward(
         self,
         input: Any,
-        return_type: Literal["logits", "loss", "both"] | None = "logits",
+        return_type: Literal["logits", "loss", "both", "normed"] | None = "logits",
         loss_per_token: bool = False,
         prepend_bos: bool | None = None,
         attention_mask: Tensor | None = None,
@@ -188,14 +188,15 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         ``input``: text, a list of texts, ids ``B L`` (or ``L``), or with ``start_at_layer`` a residual stream
         ``B L M`` entering that block. ``attention_mask`` ``B L`` marks real tokens; padding may stand on either
         side. ``state`` continues a text. Returns logits ``B L V`` (the last ``logits_to_keep`` positions), the
-        mean next-token loss in nats (``B L-1`` with ``loss_per_token``), both, or None; with
+        mean next-token loss in nats (``B L-1`` with ``loss_per_token``), both, "normed", the normalised residual
+        ``B L M`` that the unembedding reads, or None; with
         ``stop_at_layer`` the residual stream entering that block; with ``return_state`` a pair
         ``(output, State)``. Cost: O(L) in time; without gradient long inputs run in pieces of 16,384 tokens
         (more in narrow models).
         ``recorder`` is how ``run_with_cache`` listens in.
         """
-        if return_type not in ("logits", "loss", "both", None):
-            raise InputError(f"return_type must be 'logits', 'loss', 'both' or None, got {return_type!r}")
+        if return_type not in ("logits", "loss", "both", "normed", None):
+            raise InputError(f"return_type must be 'logits', 'loss', 'both', 'normed' or None, got {return_type!r}")
         first, last = self._layers(start_at_layer, stop_at_layer, return_state)
         entry = self._entry(input, prepend_bos, attention_mask, start_at_layer)
         if entry.tokens is None and return_type in ("loss", "both") and stop_at_layer is None:
@@ -227,6 +228,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         if state is not None:
             layers = list(state.layers)
         wants_loss, wants_logits = return_type in ("loss", "both"), return_type in ("logits", "both")
+        wants_rows = wants_logits or return_type == "normed"
         if wants_loss and stop is None and entry.length < 2:
             raise InputError("the loss needs at least two tokens: one to predict from, one to predict")
         if wants_logits and stop is None and keep is None:
@@ -244,18 +246,20 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
                 if normed is None:
                     normed = self._normed(*self._through(entry, begin, end, run, layers, first, last, carry), run)
                 if wants_loss and entry.tokens is not None:
-                    stop_at = min(end, entry.length - 1)
-                    targets = entry.tokens[:, begin + 1 : stop_at + 1]
-                    scored = normed[:, : stop_at - begin]
                     if len(pieces) == 1 and not loss_per_token:
-                        loss = loss_of(self, scored, targets, entry.padding)
+                        loss = loss_of(self, normed, entry.tokens, entry.padding)
                     if loss is None:
-                        losses.append(next_token_losses(self, scored, targets))
-                if wants_logits:
+                        stop_at = min(end, entry.length - 1)
+                        targets = entry.tokens[:, begin + 1 : stop_at + 1]
+                        losses.append(next_token_losses(self, normed[:, : stop_at - begin], targets))
+                if wants_rows:
                     last_of = self._kept(normed, begin, end, entry, keep)
-                    kept.append(last_of if stack is None or len(pieces) == 1 else last_of.clone())
+                    once = stack is None or (len(pieces) == 1 and wants_logits)  # read before its memory is given back
+                    kept.append(last_of if once else last_of.clone())
+            if wants_rows:
+                logits = torch.cat(kept, 1) if len(kept) > 1 else kept[0]
             if wants_logits:
-                logits = unembed(self, torch.cat(kept, 1) if len(kept) > 1 else kept[0])
+                logits = unembed(self, cast(Tensor, logits))
         finally:
             if stack is not None:
                 stack.release()

@@ -241,3 +241,32 @@ def test_generation_takes_constant_memory() -> None:
             sizes.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
     assert sizes[1] - sizes[0] < 200_000
+
+
+def test_the_normalised_residual_is_what_the_unembedding_reads(model: HookedMamba, tokens: torch.Tensor) -> None:
+    with torch.no_grad():
+        for keep in (None, 3):
+            normed = model(tokens, return_type="normed", logits_to_keep=keep)
+            assert normed.shape == (*tokens.shape[:1], keep or tokens.shape[1], model.cfg.d_model)
+            assert torch.equal(model.unembed(normed), model(tokens, logits_to_keep=keep))
+    with pytest.raises(InputError, match="'both', 'normed' or None, got 'norm'"):
+        model(tokens, return_type="norm")
+
+
+def test_the_loss_of_a_padded_batch_with_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(backend="torch")
+    tokens = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 6:] = False
+    names, leaves = zip(*model.named_parameters(), strict=True)
+
+    def both() -> list[torch.Tensor]:
+        loss = model(tokens, return_type="loss", attention_mask=mask)
+        return [loss, *torch.autograd.grad(loss, leaves)]
+
+    found = both()
+    monkeypatch.setattr("mambascope.model.language_model.loss_of", lambda *_: None)
+    for name, a, b in zip(("loss", *names), found, both(), strict=True):
+        assert error(a, b) < 2e-6, name
+    model(tokens, return_type="loss").backward()
+    assert error(leaves[0].grad, found[1]) > 1e-2

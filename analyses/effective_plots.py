@@ -23,7 +23,7 @@ def timescale_map(result: "Timescales") -> go.Figure:
     shares, edges = result.spectrum()
     last = len(edges) - 1
     names = [f"{edges[i]:.3g}–{edges[i + 1]:.3g} tokens" for i in range(last - 1)]
-    names += [f"{edges[last - 1]:.3g} tokens and more", "longer than the text shows"]
+    names += [f"{edges[last - 1]:.3g} tokens and more", "longer than the text shows from half of its tokens or more"]
     about = [[f"layer {layer}, {name}: {share:.1%}" for name, share in zip(names, row, strict=True)]
              for layer, row in zip(result.layers, shares.tolist(), strict=True)]  # fmt: skip
     heat = go.Heatmap(
@@ -31,6 +31,8 @@ def timescale_map(result: "Timescales") -> go.Figure:
         hovertemplate="%{customdata}<extra></extra>", colorscale=SEQUENTIAL, colorbar={"title": {"text": "share"}},
     )  # fmt: skip
     title = f"half-lives of the state dimensions, median over {result.length:,} tokens"
+    if bool(shares[:, -1].any()):
+        title += "<br><sub>∞: from half of the tokens or more, the text ends before the state has halved</sub>"
     figure = layout(go.Figure(heat), title, 170 + 22 * min(len(result.layers), 40))
     at = [i for i in range(last) if math.log2(edges[i]).is_integer()]
     texts = [f"{edges[i]:.0f}" for i in at]

@@ -220,11 +220,12 @@ class AttentionMap(Brief):
     through: Through = "scan"
 
     def figure(self) -> "go.Figure":
-        """The map, query down, source across, plotly."""
+        """The map, query down, source across, colours logarithmic over three decades, plotly."""
         from mambascope.analyses.plots import pair_map
 
         title = f"layer {self.layer}: hidden attention through the {self.through}, {self.reduce} of alpha over channels"
-        return pair_map(self.weights, self.labels, title, "alpha", signed=self.reduce == "signed", start=self.start)
+        signed = self.reduce == "signed"
+        return pair_map(self.weights, self.labels, title, "alpha", log=True, signed=signed, start=self.start)
 
 
 @torch.no_grad()

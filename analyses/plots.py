@@ -92,9 +92,16 @@ def ticks(labels: Sequence[str], start: int = 0) -> dict[str, Any]:
     return {"tickmode": "array", "tickvals": [start + i for i in at], "ticktext": texts, "tickangle": -60}
 
 
-def note(per: int) -> str:
+def note(per: int, where: str = "") -> str:
     """What a title adds where tokens share cells."""
-    return "" if per == 1 else f"<br><sub>each cell: the largest of {per} neighbouring tokens</sub>"
+    return "" if per == 1 else f"<br><sub>each cell: the largest of {per} neighbouring tokens{where}</sub>"
+
+
+def cell_names(labels: Sequence[str], start: int, per: int) -> list[str]:
+    """Position and token of each cell of an axis, of several tokens the span and the first."""
+    firsts = range(0, len(labels), per)
+    spans = [f"{start + i:,}" if per == 1 else f"{start + i:,}–{start + min(i + per, len(labels)) - 1:,}" for i in firsts]
+    return [f"{span} {escaped(short(labels[i]))}" for span, i in zip(spans, firsts, strict=True)]
 
 
 def log_scale(values: Numbers) -> tuple[Numbers, dict[str, Any]]:
@@ -180,7 +187,7 @@ def token_map(
     trace = go.Heatmap(
         z=z, x=x, y=list(range(len(names))), customdata=text, hovertemplate="%{customdata}<extra></extra>", **heat
     )
-    figure = layout(go.Figure(trace), title + note(per), 170 + 22 * min(len(names), 40))
+    figure = layout(go.Figure(trace), title + note(per), 170 + 22 * min(max(len(names), 6), 40))
     figure.update_xaxes(**ticks(labels, start), showgrid=False)
     step = max(1, math.ceil(len(names) / 24))
     some = list(range(0, len(names), step))
@@ -222,7 +229,8 @@ def token_bars(
     text = [_about(labels, start, int(c), f"{v:.4g}", "") for c, v in zip(column[0], kept[0], strict=True)]
     x = centres(kept.shape[1], per, start)
     bars = go.Bar(x=x, y=kept[0], customdata=text, hovertemplate="%{customdata}<extra></extra>", marker_color=LINES[0])
-    figure = layout(go.Figure(bars), title + note(per), 320)
+    bars.update(marker_line_width=0)
+    figure = layout(go.Figure(bars), title + note(per), 320).update_layout(bargap=0.2 if kept.shape[1] <= 200 else 0)
     figure.update_xaxes(**ticks(labels, start), showgrid=False)
     figure.update_yaxes(title=unit)
     return figure
@@ -239,20 +247,23 @@ def pair_map(
     start: int = 0,
     most: int = 500,
 ) -> go.Figure:
-    """Queries down, sources across; ``log`` and ``signed`` as in :func:`token_map`."""
+    """Queries down, sources across; ``log`` colours three decades below the largest value, ``signed`` around zero."""
     across, _, per = decimate(array(values), most)
     down, _, _ = decimate(across.T, most)
     shown = np.char.mod("%.4g", down.T)
-    z, bar = _scaled(down.T, log, signed)
+    z, bar = signed_log_scale(down.T) if log else (down.T, {})
     heat = _colours(z, unit, signed, bar)
-    at = centres(z.shape[1], per, start)
-    about = "query %{y}, source %{x}: %{customdata}<extra></extra>"
-    figure = layout(
-        go.Figure(go.Heatmap(z=z, x=at, y=at, customdata=shown, hovertemplate=about, **heat)), title + note(per), 640
-    )
-    figure.update_xaxes(**ticks(labels, start), title="source", showgrid=False, constrain="domain")
-    figure.update_yaxes(**ticks(labels, start), title="query", autorange="reversed", scaleanchor="x")
-    figure.update_yaxes(tickangle=0, showgrid=False, constrain="domain")
+    if log and not signed:
+        heat |= {"zmin": 0, "zmax": 1}
+    names = cell_names(labels, start, per)
+    about = "query %{y}<br>source %{x}<br>%{customdata}<extra></extra>"
+    trace = go.Heatmap(z=z, x=names, y=names, customdata=shown, hovertemplate=about, **heat)
+    figure = layout(go.Figure(trace), title + note(per, " on either axis"), 640)
+    marks = ticks(labels, start)
+    marks["tickvals"] = [names[(at - start) // per] for at in marks["tickvals"]]
+    marks |= {"type": "category", "showgrid": False, "constrain": "domain"}
+    figure.update_xaxes(**marks, title="source")
+    figure.update_yaxes(**marks | {"tickangle": 0}, title="query", autorange="reversed", scaleanchor="x")
     return figure
 
 

@@ -93,8 +93,9 @@ def _searched(total: Float[Tensor, "D L1"], least: Float[Tensor, "D N"]) -> tupl
 class Timescales(Brief):
     """Half-lives over a text of ``length`` tokens.
 
-    ``half_life`` ``layers D N``: tokens, median over the text, infinite where it is longer than the text shows;
-    ``censored`` ``layers D N``: share of tokens from which the text ended before the state had halved.
+    ``half_life`` ``layers D N``: tokens, median over the text; ``censored`` ``layers D N``: share of tokens from which
+    the text ended before the state had halved. Where that share is a half or more, the text does not show the median,
+    and it is infinite: longer than can be seen here, not endless; a longer text may show it.
     """
 
     layers: tuple[int, ...]
@@ -103,7 +104,9 @@ class Timescales(Brief):
     length: int
 
     def table(self) -> "pd.DataFrame":
-        """A row a layer: the 10th, 50th and 90th percentile over its state dimensions, shares censored."""
+        """A row a layer: the 10th, 50th and 90th percentile of the medians over its state dimensions (``inf``: longer than
+        the text shows); ``median beyond the text``: the share of state dimensions whose median is; ``censored``: the
+        share of all (token, state dimension) that are."""
         import pandas as pd
 
         flat = self.half_life.flatten(1)
@@ -111,7 +114,7 @@ class Timescales(Brief):
         frame = pd.DataFrame({"layer": self.layers})
         for q in _QUANTILES:
             frame[f"{q:.0%}"] = ordered[:, round(q * (flat.shape[1] - 1))].tolist()
-        frame["beyond the text"] = torch.isinf(flat).double().mean(1).tolist()
+        frame["median beyond the text"] = torch.isinf(flat).double().mean(1).tolist()
         frame["censored"] = self.censored.flatten(1).mean(1).tolist()
         return frame
 

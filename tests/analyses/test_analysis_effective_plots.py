@@ -69,14 +69,23 @@ def test_pair_maps_at_2000_tokens(kind: str) -> None:
         figure = AttentionMap(3, "signed", weights.float(), LABELS).figure()
     heat = figure.data[0]
     assert heat.z.shape == (500, 500)
-    assert "the largest of 4 neighbouring tokens" in figure.layout.title.text
+    assert "the largest of 4 neighbouring tokens on either axis" in figure.layout.title.text
     cell = weights[800:804, 40:44].flatten()
     want = float(cell[cell.abs().argmax()])
-    if kind == "flow":
-        want = float(np.sign(want) * (1 + math.log10(abs(want) / float(weights.abs().max())) / 3))
+    want = float(np.sign(want) * (1 + math.log10(abs(want) / float(weights.abs().max())) / 3))
     assert heat.z[200, 10] == pytest.approx(want, rel=1e-6)
     assert not np.triu(heat.z, 1).any()
     assert figure.layout.yaxis.autorange == "reversed"  # the first query on top
+    assert heat.x[10] == "40–43 ·&lt;b&gt;40"  # positions and the first token, escaped: what hovering shows
+    assert set(figure.layout.xaxis.tickvals) <= set(heat.x)
+
+
+def test_a_map_of_magnitudes_has_logarithmic_colours() -> None:
+    weights = torch.tensor([[1.0, 0.0], [1e-2, 1e-7]])
+    heat = AttentionMap(3, "mean_abs", weights, ("a", "b")).figure().data[0]
+    assert heat.z.tolist() == [[1, 0], [pytest.approx(1 / 3), 0]]  # nothing below a thousandth of the largest
+    assert (heat.zmin, heat.zmax) == (0, 1)
+    assert list(heat.x) == ["0 a", "1 b"]
 
 
 def test_a_signed_logarithm() -> None:
@@ -110,7 +119,10 @@ def test_the_timescale_map_is_its_spectrum() -> None:
         len(edges) - 1,
     ]
     assert list(figure.layout.yaxis.ticktext) == ["2", "5"]
-    assert heat.customdata[1][-1] == "layer 5, longer than the text shows: 50.0%"
+    assert heat.customdata[1][-1] == "layer 5, longer than the text shows from half of its tokens or more: 50.0%"
+    assert "the text ends before the state has halved" in figure.layout.title.text
+    seen = Timescales((2,), half_life[:1], torch.zeros(1, 1, 2), 64).figure()
+    assert "∞" not in seen.layout.title.text  # nothing to explain
     assert list(figure.layout.xaxis.ticktext) == ["1", "2", "4", "8", "16", "32", "64", "∞"]
 
 

@@ -88,7 +88,7 @@ def test_timescales_of_a_model(random, ids: Tensor) -> None:
     assert torch.equal(found.half_life[1], median)
     assert torch.allclose(found.censored[1], censored)
     table = found.table()
-    assert list(table.columns) == ["layer", "10%", "50%", "90%", "beyond the text", "censored"]
+    assert list(table.columns) == ["layer", "10%", "50%", "90%", "median beyond the text", "censored"]
     assert table["censored"][1] == pytest.approx(float(censored.mean()))
     shares, edges = found.spectrum(per_octave=1)
     assert torch.allclose(shares.sum(1), torch.ones(3, dtype=torch.float64))

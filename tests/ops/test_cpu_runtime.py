@@ -146,6 +146,8 @@ def test_an_edited_source_file_is_not_answered_from_the_cache() -> None:
         return caching.FunctionCache(body)._index_key((types.int64,), cpu_target.target_context.codegen())
 
     assert key("a") == key("a") != key("b")
+    own = Path(compiling.__file__).parent
+    assert compiling._stamp(own) != compiling._stamp(own.parent / "maps")  # inlines from both folders
 
 
 def test_torch_own_team_is_found_on_linux() -> None:

@@ -38,7 +38,7 @@ class Kernel:
         return self.__dict__[name]
 
     def _compile(self) -> None:
-        body = _stamped(self._body, _stamp())
+        body = _stamped(self._body, _stamp(Path(self._body.__code__.co_filename).parent))
         options: dict[str, Any] = {"nopython": True, "error_model": "numpy"}
         try:
             self._compiled, self.cached = cfunc(_SIGNATURE, cache=True, **options)(body), True
@@ -65,10 +65,12 @@ def kernel(arguments: Arguments) -> Callable[[Callable[[int], None]], Kernel]:
 
 
 @cache
-def _stamp() -> str:
+def _stamp(folder: Path) -> str:
+    """Of the files here and of those in a kernel's own folder, whose functions it inlines."""
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
+    for place in sorted({Path(__file__).parent, folder}):
+        for file in sorted(place.glob("*.py")):
+            digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

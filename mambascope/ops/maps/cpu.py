@@ -10,34 +10,24 @@ channels a vector and then turned.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import njit
-from numba.core import cgutils, config, types
-from numba.core.codegen import get_host_cpu_features
 from torch import Tensor
 
-from mambascope.ops.cpu.blocks import ZERO, clear, dense, gather, pointer, rows, scratch
+from mambascope.ops.cpu.blocks import ZERO, clear, dense, pointer, rows, scratch
 from mambascope.ops.cpu.compiling import kernel
 from mambascope.ops.cpu.threads import Arguments, run
 from mambascope.ops.cpu.vector import (
     BYTES,
-    FLOAT,
-    INT64,
     LOG2E,
     WIDTH,
-    Emitter,
-    Lanes,
     exp2_product,
     fetch_add,
     fma,
-    greater,
     keep,
-    lane_intrinsic,
     load,
     load_float,
     load_int,
@@ -47,117 +37,13 @@ from mambascope.ops.cpu.vector import (
     splat,
     store,
     store_float,
-    store_part,
     transpose,
 )
+from mambascope.ops.maps.cpu_lines import line
+from mambascope.ops.maps.cpu_products import MAX, RMS, joined, products
 from mambascope.ops.maps.problem import REDUCTIONS, Problem, Reduction
 
 __all__ = ["kernel_map", "line"]
-
-MEAN_ABS, RMS, SIGNED, MAX = range(4)
-
-_FEATURES = getattr(config, "CPU_FEATURES", None)
-_ROOMY = "+avx512f" in (get_host_cpu_features() if _FEATURES is None else _FEATURES)
-ROWS = 8 if _ROOMY else 4  # of a product held in registers: 32 of them, or 16 of half the size
-PAIR = 2 if _ROOMY else 1  # vectors of a row
-
-
-@lane_intrinsic(Lanes, Lanes)
-def absolute(e: Emitter, x: Any) -> Any:
-    return e.call("llvm.fabs", x)
-
-
-def _product(vectors: int, join: Callable[[Emitter, Any, Any], Any]) -> Any:
-    """An intrinsic: acc ← join(acc, Σ_n q[n]ᵀ k[n]) for ROWS rows and 16·vectors columns.
-
-    ``q`` and ``k`` lie as n rows, ``step`` bytes apart; a row of acc has ``step`` bytes too.
-    """
-
-    def emit(e: Emitter, q: Any, k: Any, step: Any, states: Any, acc: Any) -> None:
-        b = e.b
-        totals = [[cgutils.alloca_once(b, e.constant(0).type) for _ in range(vectors)] for _ in range(ROWS)]
-        for row in totals:
-            for total in row:
-                b.store(e.constant(0), total)
-        with cgutils.for_range(b, states, intp=INT64) as loop:
-            there = b.mul(loop.index, step)
-            source, key = b.add(q, there), b.add(k, there)
-            keys = [e.load(e.offset(key, ir.Constant(INT64, BYTES), j)) for j in range(vectors)]
-            for r, row in enumerate(totals):
-                address = b.add(source, ir.Constant(INT64, 4 * r))
-                factor = e.splat(b.load(e.pointer(address, FLOAT), align=4))
-                for total, value in zip(row, keys, strict=True):
-                    b.store(e.fma(factor, value, b.load(total)), total)
-        for r, row in enumerate(totals):
-            for j, total in enumerate(row):
-                place = b.add(e.offset(acc, step, r), ir.Constant(INT64, BYTES * j))
-                e.store(place, join(e, e.load(place), b.load(total)))
-
-    emit.__name__ = f"product_{join.__name__}_{vectors}"
-    return lane_intrinsic(types.void, *[types.int64] * 5)(emit)
-
-
-def _mean_abs(e: Emitter, acc: Any, value: Any) -> Any:
-    return e.b.fadd(acc, e.call("llvm.fabs", value))
-
-
-def _rms(e: Emitter, acc: Any, value: Any) -> Any:
-    return e.fma(value, value, acc)
-
-
-def _signed(e: Emitter, acc: Any, value: Any) -> Any:
-    return e.b.fadd(acc, value)
-
-
-def _max(e: Emitter, acc: Any, value: Any) -> Any:
-    b, size = e.b, e.call("llvm.fabs", value)
-    larger = b.select(b.fcmp_ordered(">", size, acc), size, acc)
-    return b.fadd(larger, b.fsub(value, value))  # 0, or NaN, which no comparison keeps
-
-
-add_abs, add_square, add_value, take_max = (_product(PAIR, join) for join in (_mean_abs, _rms, _signed, _max))
-add_abs_1, add_square_1, add_value_1, take_max_1 = (_product(1, join) for join in (_mean_abs, _rms, _signed, _max))
-
-
-@njit
-def products(P: int, Q: int, T: int, N: int, acc: int, reduce: int) -> None:
-    "acc, T rows of T, joined with the product of the factors P and Q, N rows of T"
-    step = 4 * T
-    wide = WIDTH * PAIR if T % (WIDTH * PAIR) == 0 else WIDTH
-    for t in range(0, T, ROWS):
-        for s in range(0, T, wide):
-            q, k, place = P + 4 * t, Q + 4 * s, acc + 4 * (t * T + s)
-            if wide > WIDTH:
-                if reduce == MEAN_ABS:
-                    add_abs(q, k, step, N, place)
-                elif reduce == RMS:
-                    add_square(q, k, step, N, place)
-                elif reduce == SIGNED:
-                    add_value(q, k, step, N, place)
-                else:
-                    take_max(q, k, step, N, place)
-            elif reduce == MEAN_ABS:
-                add_abs_1(q, k, step, N, place)
-            elif reduce == RMS:
-                add_square_1(q, k, step, N, place)
-            elif reduce == SIGNED:
-                add_value_1(q, k, step, N, place)
-            else:
-                take_max_1(q, k, step, N, place)
-
-
-@njit
-def joined(acc: Any, value: Any, reduce: int) -> Any:
-    if reduce == MEAN_ABS:
-        return acc + absolute(value)
-    if reduce == RMS:
-        return fma(value, value, acc)
-    if reduce == SIGNED:
-        return acc + value
-    return greater(acc, absolute(value)) + (value - value)
-
-
-# ---- the map
 
 MAP = Arguments(
     "length channels states reach reduce tile tiles row0 row1 col0 col1 delta delta_batch delta_row gain gain_batch "
@@ -421,76 +307,3 @@ def kernel_map(p: Problem, reduce: Reduction, wanted: range, sources: range, til
         *(totals.data_ptr(), table.data_ptr(), out.data_ptr()),
     )
     return out
-
-
-# ---- one row or one column
-
-LINE = Arguments(
-    "length channels states backward delta delta_batch delta_row A fixed moving moving_batch moving_row gain "
-    "gain_batch gain_row scale at out total"
-)
-line_arguments = reader(LINE)
-
-
-@kernel(LINE)
-def line_units(address: int) -> None:
-    p = line_arguments(address)
-    N = p.states
-    blocks = (p.channels + WIDTH - 1) // WIDTH
-    memory, a = scratch(N + 1)
-    while True:
-        unit = fetch_add(address, 1)
-        if unit >= p.units:
-            break
-        b = unit // blocks
-        d = (unit - b * blocks) * WIDTH
-        lanes = min(WIDTH, p.channels - d)
-        gather(p.A + 4 * d * N, N, lanes, a)
-        at = load_int(p.at + 8 * b)
-        fixed = p.fixed + 4 * b * N
-        total = splat(ZERO)
-        t = at
-        while 0 <= t < p.length:
-            step = load_part(p.delta + 4 * (b * p.delta_batch + t * p.delta_row + d), lanes)
-            if p.backward == 0 and t != at:
-                total = total + step
-            moving = p.moving + 4 * (b * p.moving_batch + t * p.moving_row)
-            value = splat(ZERO)
-            for n in range(N):
-                both = load_splat(fixed + 4 * n) * load_splat(moving + 4 * n)
-                value = fma(exp2_product(total, load(a + BYTES * n)), both, value)
-            if p.backward != 0:
-                value = value * step
-                total = total + step
-            if p.gain != 0:
-                value = value * load_part(p.gain + 4 * (b * p.gain_batch + t * p.gain_row + d), lanes)
-            if p.scale != 0:
-                value = value * load_part(p.scale + 4 * (b * p.channels + d), lanes)
-            store_part(p.out + 4 * ((b * p.length + t) * p.channels + d), value, lanes)
-            t += -1 if p.backward != 0 else 1
-        store_part(p.total + 4 * (b * p.channels + d), total, lanes)
-        fetch_add(address + 8, 1)
-    keep(memory)
-
-
-def line(
-    p: Problem, fixed: Tensor, moving: Tensor, at: Tensor, backward: bool, gain: Tensor | None, scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """As `lines.line`: a line ``B L D`` and delta summed over it, ``B D``."""
-    batch, length, channels = p.delta.shape
-    states = p.A.shape[1]
-    delta, moving, fixed = rows(p.delta), rows(moving), dense(fixed)
-    gain = None if gain is None else rows(gain)
-    scale = None if scale is None else dense(scale)
-    A, at = dense(p.A * LOG2E), at.contiguous()
-    out, total = torch.zeros(batch, length, channels), torch.empty(batch, channels)
-    gains = (0, 0, 0) if gain is None else (gain.data_ptr(), gain.stride(0), gain.stride(1))
-    run(
-        line_units,
-        batch * ((channels + WIDTH - 1) // WIDTH),
-        batch * length * channels * states,
-        *(length, channels, states, backward, delta.data_ptr(), delta.stride(0), delta.stride(1), A.data_ptr()),
-        *(fixed.data_ptr(), moving.data_ptr(), moving.stride(0), moving.stride(1), *gains, pointer(scale)),
-        *(at.data_ptr(), out.data_ptr(), total.data_ptr()),
-    )
-    return out, total

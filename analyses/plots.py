@@ -99,9 +99,12 @@ def note(per: int, where: str = "") -> str:
 
 def cell_names(labels: Sequence[str], start: int, per: int) -> list[str]:
     """Position and token of each cell of an axis, of several tokens the span and the first."""
-    firsts = range(0, len(labels), per)
-    spans = [f"{start + i:,}" if per == 1 else f"{start + i:,}–{start + min(i + per, len(labels)) - 1:,}" for i in firsts]
-    return [f"{span} {escaped(short(labels[i]))}" for span, i in zip(spans, firsts, strict=True)]
+    found = []
+    for first in range(0, len(labels), per):
+        last = min(first + per, len(labels)) - 1
+        span = f"{start + first:,}" if last == first else f"{start + first:,}–{start + last:,}"
+        found.append(f"{span} {escaped(short(labels[first]))}")
+    return found
 
 
 def log_scale(values: Numbers) -> tuple[Numbers, dict[str, Any]]:

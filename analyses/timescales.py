@@ -104,9 +104,9 @@ class Timescales(Brief):
     length: int
 
     def table(self) -> "pd.DataFrame":
-        """A row a layer: the 10th, 50th and 90th percentile of the medians over its state dimensions (``inf``: longer than
-        the text shows); ``median beyond the text``: the share of state dimensions whose median is; ``censored``: the
-        share of all (token, state dimension) that are."""
+        """A row a layer: the 10th, 50th and 90th percentile of the medians over its state dimensions (``inf``: longer
+        than the text shows); ``median beyond the text``: the share of state dimensions whose median is; ``censored``:
+        the share of all (token, state dimension) that are."""
         import pandas as pd
 
         flat = self.half_life.flatten(1)

@@ -264,9 +264,10 @@ def pair_map(
     figure = layout(go.Figure(trace), title + note(per, " on either axis"), 640)
     marks = ticks(labels, start)
     marks["tickvals"] = [names[(at - start) // per] for at in marks["tickvals"]]
-    marks |= {"type": "category", "showgrid": False, "constrain": "domain"}
-    figure.update_xaxes(**marks, title="source")
-    figure.update_yaxes(**marks | {"tickangle": 0}, title="query", autorange="reversed", scaleanchor="x")
+    marks |= {"type": "category", "constrain": "domain"}
+    figure.update_xaxes(**marks, title="source", showgrid=False)
+    figure.update_yaxes(**marks, title="query", autorange="reversed", scaleanchor="x")
+    figure.update_yaxes(tickangle=0, showgrid=False)
     return figure
 
 

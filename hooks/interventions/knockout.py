@@ -227,24 +227,27 @@ class _Cut:
 
     def _second(self, inputs: Any, S: Tensor, clock: Any, only: bool) -> tuple[Any, Tensor | None]:
         """The inputs of the second scan (without what S writes, or with ``only`` that), and the channels it runs on."""
-        n = inputs.A.shape[1]
-        dims = torch.zeros(n, dtype=torch.bool)
-        dims[list(self.iv.dims) if self.iv.dims is not None else slice(None)] = True
-        dims = dims.to(S.device)
+        dims = None  # all
+        if self.iv.dims is not None:
+            dims = torch.zeros(inputs.A.shape[1], dtype=torch.bool)
+            dims[list(self.iv.dims)] = True
+            dims = dims.to(S.device, non_blocking=True)
         if self.continues(clock):
             assert self.carried is not None
             h0 = self.carried.h
-        elif only:
-            h0 = inputs.h0 * dims if self.initial else torch.zeros_like(inputs.h0)
+        elif not self.initial:
+            h0 = torch.zeros_like(inputs.h0) if only else inputs.h0
+        elif dims is None:
+            h0 = inputs.h0 if only else torch.zeros_like(inputs.h0)
         else:
-            h0 = inputs.h0.masked_fill(dims, 0.0) if self.initial else inputs.h0
+            h0 = inputs.h0 * dims if only else inputs.h0.masked_fill(dims, 0.0)
         u, B = inputs.u, inputs.B
         if self.conv:
             assert self.written is not None
             u = self.written.to(u.dtype) if only else u - self.written.to(u.dtype)
-            B = B.masked_fill(~dims, 0.0) if only else B
+            B = B.masked_fill(~dims, 0.0) if only and dims is not None else B
         else:
-            theirs = S[..., None] & dims
+            theirs = S[..., None] if dims is None else S[..., None] & dims
             B = B.masked_fill(~theirs if only else theirs, 0.0)
         out = replace(inputs, u=u, B=B, h0=h0)
         if self.iv.channels is None:
@@ -288,10 +291,11 @@ class _Y:
     def _refuse_twice(self, hook: Any) -> None:
         """HookError if an earlier knockout of this layer has cut one of these pairs of tokens already."""
         edits = [getattr(p.handle.user_hook, "edit", None) for p in hook.here() if p.dir == "fwd"]
+        earlier = [other for other in edits[: edits.index(self)] if isinstance(other, _Y)]
+        if not earlier:
+            return
         S, T = self._cut.masks(hook.clock)
-        for other in edits[: edits.index(self)]:
-            if not isinstance(other, _Y):
-                continue
+        for other in earlier:
             S2, T2 = other._cut.masks(hook.clock)
             mine, theirs = self._cut.iv, other._cut.iv
             apart = any(

@@ -142,7 +142,7 @@ def _home(block: Any) -> _Home:
     found = _homes.get(block)
     if found is None or list(chain.from_iterable(map(dict.values, found.children))) != found.modules:
         named = [(f"{name}." if name else "", m) for name, m in block.named_modules()]
-        children = [m._modules for _, m in named if m._modules]
+        children = [m._modules for _, m in named if m._modules or m._parameters]
         owners = [(prefix, m._parameters) for prefix, m in named if m._parameters]
         modules = list(chain.from_iterable(map(dict.values, children)))
         found = _homes[block] = _Home(children, modules, [p for p, _ in owners], [o for _, o in owners])

@@ -24,12 +24,11 @@ from torch import Tensor
 from mambascope.hooks.run import PathTaken, Run
 from mambascope.hooks.sites import Clock
 from mambascope.model import recording
-from mambascope.model.block import Block
 from mambascope.model.decode import Decoder, Generation, fill, why_no_decoder
 from mambascope.model.keeping import Addresses, Kept, run_keeping
 from mambascope.model.sampling import Sampler
 from mambascope.model.state import MambaState, State
-from mambascope.model.straight import add_and_norm, through
+from mambascope.model.straight import add_and_norm, through, took
 from mambascope.model.stretches import Stretches
 from mambascope.model.watch import Watch
 from mambascope.ops import resolve_backend
@@ -146,7 +145,7 @@ class Graphs:
             decoder = self._decoder(model, batch, sampler)
             if decoder is not None:
                 self.come_to(model.device)
-                _tell(model, PathTaken(backend, "step", why))
+                took(model.blocks, PathTaken(backend, "step", why))
             yield decoder
         finally:
             self._lock.release()
@@ -283,7 +282,7 @@ class Stack:
         if taped.entering is not None:
             fill(taped.entering, layers)
         taped.graph.replay()
-        _tell(self.model, PathTaken(self.backend, "graph", self._run.why))
+        took(self.model.blocks, PathTaken(self.backend, "graph", self._run.why))
         entered = list(layers)
         if taped.leaving is not None:
             after = taped.leaving.map(torch.clone)
@@ -291,11 +290,6 @@ class Stack:
         if kept is None:
             return taped.normed
         return kept.tell(self.model, tokens, entered, self._run, cast(Tensor, taped.norms))
-
-
-def _tell(model: "HookedMamba", path: PathTaken) -> None:
-    for block in model.blocks:
-        cast(Block, block).mixer.path = path
 
 
 def _undisturbed(device: torch.device) -> bool:

@@ -21,7 +21,7 @@ from mambascope.ops.ready import plain, unwatched
 if TYPE_CHECKING:
     from mambascope.model.language_model import HookedMamba
 
-__all__ = ["Join", "add_and_norm", "decays", "through"]
+__all__ = ["Join", "add_and_norm", "decays", "through", "took"]
 
 Join = Callable[[int, Tensor | None, Tensor, nn.Module], tuple[Tensor, Tensor]]
 """From a layer, what the block before it wrote (None: nothing), the residual entering that block, and this layer's norm
@@ -126,6 +126,12 @@ def _weights(block: Any, A: Tensor) -> BlockWeights:
         out_proj=own["out_proj"]["weight"],
         out_bias=own["out_proj"]["bias"],
     )
+
+
+def took(blocks: Any, path: PathTaken) -> None:
+    """Say of blocks how they were computed, past a module's own way of setting an attribute, which is slow."""
+    for block in blocks:
+        block._modules["mixer"].__dict__["path"] = path
 
 
 def decays(mixers: list[MambaMixer]) -> list[Tensor]:

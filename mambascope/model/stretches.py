@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mambascope.hooks.run import PathTaken, Run
 from mambascope.hooks.sites import Clock
 from mambascope.model import recording
-from mambascope.model.straight import add_and_norm, decays, through
+from mambascope.model.straight import add_and_norm, decays, through, took
 from mambascope.model.watch import ENTRY, EXIT, HOOKED, INSIDE
 from mambascope.ops.ready import unwatched
 
@@ -164,8 +164,7 @@ class Stretches:
             if chain.comes(first, last) and graphs.room(resid.device):
                 _record_whole(model, chain, run.backend, first, last)
             out = chain.play(resid, first, last)
-        for block in model.blocks[first:last]:
-            cast("Block", block).mixer.path = path
+        took(list(model.blocks)[first:last], path)
         return out
 
     def _claim(self, model: "HookedMamba", resid: Tensor, run: Run) -> Chain | None:

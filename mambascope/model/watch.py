@@ -7,9 +7,8 @@ placed one, and only those points need to be looked at.
 """
 
 from collections.abc import Iterator
-from itertools import chain, repeat
-from operator import itemgetter
-from typing import TYPE_CHECKING, Any, cast
+from itertools import chain, compress, repeat
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,6 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from mambascope.config import MIXERS, MambaConfig
-from mambascope.hooks.points import tail_of
 from mambascope.hooks.sites import SitePoint
 from mambascope.hooks.state_point import StatePoint
 from mambascope.model.block import Block
@@ -37,7 +35,6 @@ ENTRY, EXIT, INSIDE = 1, 2, 4
 
 _EDGES = {"hook_resid_pre": ENTRY, "hook_resid_post": EXIT}
 _MOST_NOTED = 4096
-_FORWARD = (itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks"))
 
 _PLAIN = (Block, MambaMixer, RMSNorm, SitePoint, StatePoint, nn.Linear, nn.Conv1d, nn.Embedding, nn.ModuleList)
 _SLOTS: dict[type, dict[str, type]] = {
@@ -56,19 +53,20 @@ class Watch:
     """Looks at one model; holds references to its modules' dictionaries, never copies of its weights."""
 
     def __init__(self) -> None:
-        self._children: list[Any] = []  # the _modules of modules that have some
+        self._children: list[Any] = []  # the _modules of modules that have some, or weights
         self._modules: list[nn.Module] = []  # what these held when the model was last walked through
         self._spaces: list[dict[str, Any]] = []  # the modules' __dict__
+        self._names: list[str] = []
         self._owners: list[Any] = []  # the _parameters of modules that own some
         self._constants: list[Any] = []  # modules with numbers of their own
         self._why = self.answer = "was not looked at yet"
-        self._hooks_at = -1  # torch's count of hooks when there were none in the model
+        self._hooks_at = -1  # torch's count of hooks at the last look everywhere, and what was noted since added
+        self._suspects: list[_Suspect] = []  # where there were hooks then
         self._noted: dict[int, SitePoint] = {}  # the points of hooks that came since, by torch's numbers
-        self._blocks: list[tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]] = []  # as `_spaces_of` gives
 
     def note(self, point: SitePoint, number: int) -> None:
         """The model placed a hook at a point of its own, which torch gave this number."""
-        if len(self._noted) >= _MOST_NOTED:  # no look came out clean for long: forget them, and look everywhere
+        if len(self._noted) >= _MOST_NOTED:  # nobody looked for long: look everywhere next time
             self._noted, self._hooks_at = {}, -1
         self._noted[number] = point
 
@@ -86,19 +84,21 @@ class Watch:
             return "torch has a global hook on all modules"
         if any(map(dict.__contains__, self._spaces, repeat("forward"))):
             return "a module's forward was replaced"
-        count = RemovableHandle.next_id
-        if count != self._hooks_at:
-            if any(map(_hooked, self._noted_spaces() if self._all_noted(count) else self._spaces)):
-                return HOOKED
-            self._hooks_at, self._noted = count, {}
-        return ""
+        self._look_for_hooks()
+        return HOOKED if self._suspects else ""
 
-    def _all_noted(self, count: int) -> bool:
-        """Whether every hook that torch numbered since the last clean look is one of those noted."""
-        return self._hooks_at >= 0 and len(self._noted) == count - self._hooks_at
-
-    def _noted_spaces(self) -> list[dict[str, Any]]:
-        return [point.__dict__ for point in list(self._noted.values())]
+    def _look_for_hooks(self) -> None:
+        """Find all hooks: everywhere, or where they were and where the model placed some, if nobody else did."""
+        count, noted = RemovableHandle.next_id, self._noted
+        if self._hooks_at < 0 or len(noted) != count - self._hooks_at:
+            found = compress(zip(self._spaces, self._names, strict=True), map(_hooked, self._spaces))
+            suspects = [_Suspect(space, *_place_of(name)) for space, name in found]
+        else:
+            suspects = [s for s in self._suspects if _hooked(s.space)]
+            for point in list(noted.values()):
+                if _hooked(point.__dict__):
+                    suspects.append(_Suspect(point.__dict__, *_place_of(str(point.name))))
+        self._suspects, self._hooks_at, self._noted = suspects, count, {}
 
     @property
     def hooks_placed(self) -> int:
@@ -110,32 +110,26 @@ class Watch:
 
         Asked after `why_not` of the same pass answered ``HOOKED``.
         """
-        if self._all_noted(self.hooks_placed):
-            found = [0] * len(model.blocks)
-            for point in list(self._noted.values()):
-                layer, tail = tail_of(str(point.name))
-                if layer is not None and (point._forward_hooks or point._forward_pre_hooks):
-                    found[layer] |= _EDGES.get(tail, INSIDE)
-            return found
-        if not self._blocks:
-            self._blocks = [_spaces_of(cast(Block, block)) for block in model.blocks]
-        return [
-            ENTRY * any(look(entry) for look in _FORWARD)
-            + EXIT * any(look(leave) for look in _FORWARD)
-            + INSIDE * any(chain.from_iterable(map(look, inside) for look in _FORWARD))
-            for entry, leave, inside in self._blocks
-        ]
+        if self.hooks_placed != self._hooks_at:
+            self._look_for_hooks()
+        found = [0] * len(model.blocks)
+        for s in self._suspects:
+            if s.layer is not None and (s.space["_forward_hooks"] or s.space["_forward_pre_hooks"]):
+                found[s.layer] |= s.where
+        return found
 
     def _walk(self, model: "HookedMamba") -> None:
         self._why = "is being looked at"  # for other threads
-        found = list(model.modules())
-        self._children = [m._modules for m in found if m._modules]  # the others' forwards look for none
+        named = list(model.named_modules())
+        found = [m for _, m in named]
+        # A point has neither, and looks for none; a parametrised weight moves from a module into a child of it.
+        self._children = [m._modules for m in found if m._modules or m._parameters]
         self._modules = list(chain.from_iterable(map(dict.values, self._children)))
-        self._blocks = []
+        self._names = [name for name, m in named if m is not model]
         self._spaces = [m.__dict__ for m in found if m is not model]
         self._owners = [m._parameters for m in found if m._parameters]
         self._constants = [m for m in found if isinstance(m, RMSNorm)]
-        self._hooks_at, self._noted = -1, {}
+        self._hooks_at, self._noted, self._suspects = -1, {}, []
         self._why = next(_strange(model), "")
 
     def weights(self) -> list[Tensor]:
@@ -148,11 +142,20 @@ class Watch:
         return (*map(Tensor.data_ptr, weights), *map(Tensor.stride, weights), *[m.eps for m in self._constants])
 
 
-def _spaces_of(block: Block) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
-    """The __dict__s of the points at a block's entry and exit, and of all its other modules."""
-    edges = block.hook_resid_pre, block.hook_resid_post
-    inside = [m.__dict__ for m in cast(nn.Module, block).modules() if m not in edges]
-    return edges[0].__dict__, edges[1].__dict__, inside
+class _Suspect(NamedTuple):
+    """A module's __dict__ in which hooks were seen, its block (None: outside of them), and ENTRY, EXIT or INSIDE."""
+
+    space: dict[str, Any]
+    layer: int | None
+    where: int
+
+
+def _place_of(name: str) -> tuple[int | None, int]:
+    """From a module's name the block and the place there."""
+    parts = name.split(".", 2)
+    if parts[0] != "blocks" or len(parts) < 2:
+        return None, INSIDE
+    return int(parts[1]), _EDGES.get(parts[-1], INSIDE) if len(parts) == 3 else INSIDE
 
 
 def _hooked(space: dict[str, Any]) -> bool:

@@ -5,7 +5,8 @@ After Olsson et al. (2209.11895), with Mamba's hidden attention (Ali et al., 240
 1. Draw rows of N random tokens and repeat each once (see :mod:`mambascope.analyses.repeats`).
 2. Loss of the second copy against the first: what the model recalls.
 3. For each layer, alpha[t, s] reduced over channels (mean |alpha|), each query's row divided by its sum: the share
-   of its reading that t spends on s.
+   of its reading that t spends on s. Of an attention layer the mean pattern of its heads; a feed-forward layer reads
+   its own token.
 4. Average over the queries t of the second copy at each lag t - s: the *profile*. Lag N is the same token in the
    first copy (offset 0), lag N - 1 the token that followed it (offset 1, attention's induction target), lag N - 2
    offset 2, where Mamba's conv can move it (2410.06672): so the whole profile is reported.
@@ -17,7 +18,7 @@ Cost: two forward passes and one map a layer for each row, O(rows · layers · N
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -175,11 +176,18 @@ def _profiles(
     out = []
     for row in tokens.split(1):  # one map at a time
         _, cache = model.run_with_cache(row, return_type=None)
-        layers = [
-            lag_profile(cache.hidden_attention(i, reduce, through=through)[0], n) for i in range(model.cfg.n_layers)
-        ]
-        out.append(torch.stack(layers))
+        maps = [_map(cache, i, letter, reduce, through) for i, letter in enumerate(model.cfg.layers)]
+        out.append(torch.stack([lag_profile(weights, n) for weights in maps]))
     return torch.stack(out)
+
+
+def _map(cache: Any, layer: int, letter: str, reduce: Reduction, through: Through) -> Float[Tensor, "L L"]:
+    """What each position reads of each other in a layer."""
+    if letter in "aw":
+        return cache["pattern", layer][0].mean(0)
+    if letter == "f":
+        return torch.eye(cache.recording.shape[1], device=cache.device)
+    return cache.hidden_attention(layer, reduce, through=through)[0]
 
 
 def lag_profile(weights: Float[Tensor, "L L"], n: int) -> Float[Tensor, " L"]:

@@ -4,10 +4,11 @@
   2209.11895; :mod:`mambascope.analyses.repeats`), the second from its second token on; ``induction_gain``: their
   difference, 0 without recall.
 - ``prefix_matching``: the largest excess, over layers and offsets -3 … 3, of the hidden attention on what followed the
-  earlier occurrence (:mod:`mambascope.analyses.induction`), where the model has hidden attention.
+  earlier occurrence (:mod:`mambascope.analyses.induction`), where every layer has hidden attention, or attention.
 - ``in_context``: mean loss near token 500 less mean loss near token 50 (Olsson's in-context score, negative once
   context helps), on held-out text; of shorter windows at 90 % and 9 % of their length.
-- ``state_norm_i``: root mean square of every element of layer i's states after a row; a growing state shows here.
+- ``state_norm_i``: root mean square of every element of layer i's states after a row; a growing state shows here. Of
+  attention the keys and values.
 """
 
 import itertools
@@ -29,6 +30,7 @@ __all__ = ["Fall", "inside_metrics", "largest_fall", "state_metrics"]
 _N = 64
 _ROWS = 8
 _WINDOW = 512
+_MAPPED = "mawf"  # letters of the layers that have a map from token to token
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,11 @@ def induction_metrics(model: HookedMamba) -> dict[str, float]:
         return {}
     loss = scores(model, repeated_tokens(model, n, _ROWS)).loss.double()
     first, second = float(loss[:, :-n].mean()), float(loss[:, -n + 1 :].mean())
-    best = induction_score(model, min(n, 24), rows=2).best()
-    return {
-        "induction_first": first,
-        "induction_second": second,
-        "induction_gain": first - second,
-        "prefix_matching": max(value for _, value in best),
-    }
+    found = {"induction_first": first, "induction_second": second, "induction_gain": first - second}
+    if set(model.cfg.layers) <= set(_MAPPED):
+        best = induction_score(model, min(n, 24), rows=2).best()
+        found["prefix_matching"] = max(value for _, value in best)
+    return found
 
 
 @torch.no_grad()
@@ -124,6 +124,8 @@ def state_metrics(model: nn.Module, tokens: Int64[Tensor, "B L"]) -> dict[str, f
     _, state = model(tokens.to(model.device), return_type="logits", logits_to_keep=1, return_state=True)
     norms = {}
     for i, layer in enumerate(state.layers):
-        parts = torch.cat([value.detach().float().flatten() for value in layer.tensors().values()])
-        norms[f"state_norm_{i}"] = float(parts.square().mean().sqrt())
+        values = [value.detach().float().flatten() for value in layer.tensors().values() if value.is_floating_point()]
+        parts = torch.cat(values)
+        if parts.numel():  # a feed-forward layer has none
+            norms[f"state_norm_{i}"] = float(parts.square().mean().sqrt())
     return norms

@@ -217,3 +217,28 @@ def test_readouts_that_need_no_scan_work_and_the_others_name_the_layer(model: Ho
     ):
         with pytest.raises((InputError, UnknownNameError), match="layer [12]"):
             ask()
+
+
+def test_induction_is_measured_over_every_kind_of_layer(model: HookedMamba) -> None:
+    n = 8
+    found = analyses.induction_score(model, n, rows=3)
+    assert found.profile.shape[0] == 4
+    _, cache = model.run_with_cache(found.tokens[:1])
+    pattern = cache["pattern", 1][0].mean(0)  # L L
+    queries = range(pattern.shape[0] - n, pattern.shape[0])
+    want = sum(float(pattern[t, t - n + 1]) for t in queries) / n
+    one = analyses.induction.lag_profile(pattern, n)
+    assert abs(float(one[n - 1]) - want) < 1e-12
+    assert float(found.profile[2, 0]) == 1.0  # feed-forward reads its own token
+    assert found.prefix_matching.abs().max() < 0.05  # random weights match nothing
+    assert float(found.profile[3, 4:].abs().max()) == 0.0  # beyond the window
+
+
+def test_training_metrics_of_a_hybrid_are_numbers(model: HookedMamba) -> None:
+    from mambascope.training.metrics import induction_metrics, state_metrics
+
+    rival = HookedMamba(MambaConfig(d_model=32, n_layers=2, d_vocab=V, pattern="lf"))
+    norms = state_metrics(model, INPUT)
+    assert norms.keys() == {"state_norm_0", "state_norm_1", "state_norm_3"}
+    assert "prefix_matching" in induction_metrics(model) and "prefix_matching" not in induction_metrics(rival)
+    assert all(value == value for value in norms.values())

@@ -153,7 +153,7 @@ def _match(arguments: argparse.Namespace) -> None:
 
     target = recipe_for(arguments.model).model
     found = match(target, arguments.pattern, arguments.free, step=arguments.step, **_parsed(arguments.set))
-    changed = {k: v for k, v in found.config.to_dict().items() if v and v != target.to_dict().get(k)}
+    changed = {k: v for k, v in found.config.to_dict().items() if v and v != getattr(target, k)}
     print(found)
     print("[model]\n" + "\n".join(f"{k} = {v!r}".replace("'", '"') for k, v in changed.items()))
 

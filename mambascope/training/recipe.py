@@ -26,6 +26,7 @@ __all__ = [
     "read_recipe",
     "read_values",
     "same_recipe",
+    "with_base",
     "with_changes",
 ]
 
@@ -202,11 +203,13 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """The tables of a recipe. ``like = "name"`` takes over what a recipe beside it says, but for what stands here:
     siblings share their data and their training by construction."""
     path = Path(path)
-    values = read_values(path, "recipe")
-    if "like" not in values:
-        return values
-    base = path.parent / f"{values.pop('like')}.toml"
-    return _over(read_recipe(base), values)
+    return with_base(read_values(path, "recipe"), path.parent)
+
+
+def with_base(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A recipe's tables with those of the recipe in ``folder`` that its ``like`` names, if it has that key, beneath."""
+    values = dict(values)
+    return _over(read_recipe(folder / f"{values.pop('like')}.toml"), values) if "like" in values else values
 
 
 def _over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from mambascope import zoo
 from mambascope.errors import ConfigError, InputError, MambascopeError, UnknownNameError, nearest
 from mambascope.storage import write_bytes
 from mambascope.training.files import only_writer
-from mambascope.training.recipe import Recipe, read_recipe, read_values, same_recipe, with_changes
+from mambascope.training.recipe import Recipe, read_recipe, read_values, same_recipe, with_base, with_changes
 from mambascope.training.worker import RUN, read_result
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ def sweep_names() -> list[str]:
 def load_sweep(name: str | Path, changes: Mapping[str, Any] | None = None) -> Sweep:
     """A sweep that comes with the package, or a ``.toml`` file; ``changes`` apply to every run's recipe.
 
-    Keys: ``name``, ``description``, ``recipe`` (a zoo model, a .toml beside the file, or a table of its own) and
+    Keys: ``name``, ``description``, ``recipe`` (a zoo model, a .toml beside the file, or a table of its own,
+    which may be ``like`` a zoo model) and
     ``[[vary]]`` tables of dotted recipe keys, each with a list of values. Raises LoadError, UnknownNameError, or
     ConfigError with the run whose recipe does not hold together.
     """
@@ -112,7 +113,7 @@ def load_sweep(name: str | Path, changes: Mapping[str, Any] | None = None) -> Sw
 
 def _base(recipe: Any, path: Path) -> dict[str, Any]:
     if isinstance(recipe, dict):
-        return recipe
+        return with_base(recipe, zoo.recipes())
     if not isinstance(recipe, str):
         raise ConfigError(f"{path}: recipe must be a zoo model, a .toml file or a table, got {recipe!r}")
     return read_recipe(path.parent / recipe if recipe.endswith(".toml") else zoo.recipe_path(recipe))

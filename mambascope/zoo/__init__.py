@@ -10,23 +10,28 @@ from pathlib import Path
 from mambascope.errors import LoadError, UnknownNameError, nearest
 from mambascope.zoo.card import read_card
 
-__all__ = ["model_folder", "names", "recipe_path", "task_of"]
+__all__ = ["model_folder", "names", "recipe_path", "recipes", "task_of"]
 
 
 def _home() -> Path:
     return Path(str(resources.files(__name__)))
 
 
+def recipes() -> Path:
+    """The folder of the recipes."""
+    return _home() / "recipes"
+
+
 def names() -> list[str]:
     """The models that have a recipe here, shipped or not."""
-    return sorted(path.stem for path in (_home() / "recipes").glob("*.toml"))
+    return sorted(path.stem for path in recipes().glob("*.toml"))
 
 
 def recipe_path(name: str) -> Path:
     """The recipe of a zoo model. Raises UnknownNameError with the nearest names."""
     if name not in names():
         raise UnknownNameError(f"the zoo has no recipe {name!r}{nearest(name, names())} It has: {', '.join(names())}")
-    return _home() / "recipes" / f"{name}.toml"
+    return recipes() / f"{name}.toml"
 
 
 def model_folder(name: str) -> Path:

@@ -68,11 +68,21 @@ class Watch:
         anchors = self.anchors[f"blocks.{layer}.mixer.hook_h"]
         return anchors.states[:, anchors.columns.index(start - 1)]
 
+    def leaving(self, layer: int, layers: int) -> Tensor:
+        """The stream that leaves a block, ``B L M``; of the last one, if that was to be kept."""
+        return self.resid[layer + 1] if layer + 1 < layers else self.values[f"blocks.{layer}.hook_resid_post"]
+
     def states(self, model: Runnable, layer: int, start: int, stop: int) -> Tensor:
-        """h after the steps [start, stop), ``B W D N``; needs what :data:`WINDOW` names, and an interval."""
+        """h after the steps [start, stop), ``B W D N``; needs an interval, and what :data:`WINDOW` names or, of a run
+        that nobody hooked, the stream."""
         anchors = self.anchors[f"blocks.{layer}.mixer.hook_h"]
         first = min(start, max(c for c in anchors.columns if c <= start) + 1)
-        u, delta, B = (self.values[f"blocks.{layer}.{name}"][:, first:stop] for name in WINDOW)
+        if f"blocks.{layer}.{WINDOW[0]}" in self.values:
+            u, delta, B = (self.values[f"blocks.{layer}.{name}"][:, first:stop] for name in WINDOW)
+        else:  # the conv reads a few columns before the first
+            begin = max(0, first - (model.cfg.d_conv - 1))
+            found = model.scan_inputs(layer, self.resid[layer][:, begin:stop], None, self.backend)
+            u, delta, B = (x[:, first - begin :] for x in found)
         inputs = (u, delta, model.decay(layer), B)
         backend: Any = self.backend
         return states_between(inputs, anchors, first, start, stop, backend)

@@ -32,7 +32,8 @@ from mambascope.model.hooking import HookMethods
 from mambascope.model.inputs import Prepared, check_ids, padding_of, prepare
 from mambascope.model.mixer import MambaMixer
 from mambascope.model.norm import RMSNorm
-from mambascope.model.state import State
+from mambascope.model.put_states import put_states
+from mambascope.model.state import MambaState, State
 from mambascope.model.straight import add_and_norm, through
 from mambascope.model.text import TextMethods
 from mambascope.model.watch import why_in_turn
@@ -497,7 +498,23 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         """u, delta ``B L D`` and B ``B L N`` of one block on its input, without hooks and without the rest of it."""
         block, run = cast(Block, self.blocks[layer]), self._replaying(backend, None, None)
         with torch.no_grad():
-            return self._mamba(layer, "scan").scan_inputs(block.norm(resid, run), run, state)
+            u, delta, B, _, _ = self._mamba(layer, "scan").scan_inputs(block.norm(resid, run), run, state)
+            return u, delta, B
+
+    def conv_inputs(self, layer: int, resid: Tensor, backend: str) -> Tensor:
+        """What the conv of one block reads, ``B L D``, without hooks."""
+        block, run = cast(Block, self.blocks[layer]), self._replaying(backend, None, None)
+        with torch.no_grad():
+            return self._mamba(layer, "scan").conv_inputs(block.norm(resid, run), run)
+
+    def put_states(
+        self, layer: int, resid: Tensor, state: MambaState | None, steps: Tensor, h: Tensor, backend: str
+    ) -> Tensor:
+        """Run one block without hooks on its input ``B L M``, once for each of P edits: h ``P B D N`` put in after
+        step ``steps`` ``P``. The residual stream that leaves it, ``P B L M``."""
+        run = self._replaying(backend, None, None)
+        with torch.no_grad():
+            return put_states(cast(Block, self.blocks[layer]), resid, state, steps, h, run)
 
     def _replaying(self, backend: str, recorder: Recorder | None, padding: Padding | None) -> Run:
         try:

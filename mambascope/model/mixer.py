@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,16 @@ from mambascope.model.recurrence import Ends, Inputs, Points, anchors_of, run_re
 from mambascope.model.state import MambaState
 
 __all__ = ["MambaMixer"]
+
+
+class ScanInputs(NamedTuple):
+    """u, delta (after softplus) ``B L D``, B, C ``B L N``, and z ``B L D``, which the gate reads."""
+
+    u: Tensor
+    delta: Tensor
+    B: Tensor
+    C: Tensor
+    z: Tensor
 
 
 class MambaMixer(Mixer):
@@ -124,12 +135,22 @@ class MambaMixer(Mixer):
         out = project(gated, self.out_proj, run.backend)  # B L M
         return out, MambaState(h_last, conv_state)
 
-    def scan_inputs(self, r: Tensor, run: Run, state: MambaState | None) -> tuple[Tensor, Tensor, Tensor]:
-        """u, delta ``B L D`` and B ``B L N``: what the state's recurrence reads, and no more of the mixer."""
-        x = project(r, self.in_proj, run.backend)[..., : self.cfg.d_inner]  # B L D
-        u, _ = self._conv(x, run, state)
-        dt_low, B, _ = self._select(u, run)
-        return u, ops.softplus(project(dt_low, self.dt_proj, run.backend), backend=run.backend), B
+    def conv_inputs(self, r: Tensor, run: Run) -> Tensor:
+        """x ``B L D``, what the conv reads, from the normalised residual ``B L M``."""
+        return project(r, self.in_proj, run.backend)[..., : self.cfg.d_inner]
+
+    def scan_inputs(self, r: Tensor, run: Run, state: MambaState | None) -> "ScanInputs":
+        """What the recurrence and what follows it read: the mixer up to there."""
+        xz = project(r, self.in_proj, run.backend)  # B L 2D
+        u, _ = self._conv(xz[..., : self.cfg.d_inner], run, state)
+        dt_low, B, C = self._select(u, run)
+        delta = ops.softplus(project(dt_low, self.dt_proj, run.backend), backend=run.backend)
+        return ScanInputs(u, delta, B, C, xz[..., self.cfg.d_inner :])
+
+    def leave(self, y: Tensor, skip: Tensor, z: Tensor, run: Run) -> Tensor:
+        """The mixer's output ``B L M`` from y, the skip's part and the gate's input, ``B L D`` each."""
+        gated = apply_gate(torch.add(y, skip), z, self.cfg.activation, run)
+        return project(gated, self.out_proj, run.backend)
 
     def _conv(self, x: Tensor, run: Run, state: MambaState | None) -> tuple[Tensor, Tensor]:
         incoming = state.conv if state is not None else None

@@ -86,14 +86,3 @@ class Watch:
         inputs = (u, delta, model.decay(layer), B)
         backend: Any = self.backend
         return states_between(inputs, anchors, first, start, stop, backend)
-
-    def entering(self, model: Runnable, layer: int, columns: list[int]) -> Tensor:
-        """h after each of these columns (-1: before the first), ``B n D N``."""
-        anchors = self.anchors[f"blocks.{layer}.mixer.hook_h"]
-        states = [
-            anchors.states[:, anchors.columns.index(c)]
-            if c in anchors.columns
-            else self.states(model, layer, c, c + 1)[:, 0]
-            for c in columns
-        ]
-        return torch.stack(states, 1)

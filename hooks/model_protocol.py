@@ -1,5 +1,6 @@
 """What the hooks need to know of a model: a small protocol, so that they depend on no mixer."""
 
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -79,6 +80,16 @@ class Runnable(Scope, Protocol):
 
     def conv_inputs(self, layer: int, resid: Tensor, backend: str) -> Tensor:
         """What the conv of one block reads, ``B L D``, without hooks."""
+        ...
+
+    def replay_lanes(
+        self, layer: int, stream: Tensor, shapes: Sequence[tuple[int, int]], states: Sequence[Any], backend: str
+    ) -> Tensor:
+        """As `replay`, for the tokens ``T M`` of several batches (rows, length), each with a state of its own."""
+        ...
+
+    def again(self, key: Any, inputs: list[Tensor], function: Callable[[list[Tensor]], list[Tensor]]) -> list[Tensor]:
+        """``function(inputs)``; work that comes with this key again may be replayed on the new inputs."""
         ...
 
     def put_states(self, layer: int, resid: Tensor, state: Any, steps: Tensor, h: Tensor, backend: str) -> Tensor:

@@ -17,16 +17,15 @@ from mambascope.hooks.sweeps.over import Edit, Grid
 from mambascope.hooks.sweeps.patches import Patches
 from mambascope.hooks.sweeps.starts import Indices, Ready, read
 from mambascope.hooks.sweeps.texts import Group, Pairs
-from mambascope.hooks.sweeps.walk import walk
+from mambascope.hooks.sweeps.walk import Walk
 
 __all__ = ["Engine"]
 
 _TOKENS = {"cpu": 1 << 12, "cuda": 1 << 16}  # rows × length that one block is given at a time
 _PIECE = {"cpu": 1 << 14, "cuda": 1 << 18}  # the same, of a piece of the sweep at its last block
-_CALL = {"cpu": 1e-4, "cuda": 2e-4}  # seconds that a block takes however little it is given
+_LANE = {"cpu": 1e-4, "cuda": 5e-5}  # seconds that conv and scan of a lane take, however little they are given
 _SPEED = {"cpu": 5e10, "cuda": 2e13}  # multiplications and additions a second
-_READ = {"cpu": 1e10, "cuda": 2e12}  # bytes of weights a second: what a block costs that is given few tokens
-_COPY = 2e9  # bytes of kept states a second
+_COPY = {"cpu": 2e9, "cuda": 5e11}  # bytes of kept states a second
 _STATES = 1 << 29  # bytes of kept states, at most
 _LOGITS = 1 << 26  # logits held at a time
 
@@ -75,6 +74,7 @@ class Engine:
         sites, _, _, groups = self.grid.shape
         rows = len(group.rows) * sites * groups * depth
         token = 3 * cfg.d_model * cfg.d_inner / _of(_SPEED, self._device)
+        lane = n * _of(_LANE, self._device)
         best, least = length, float("inf")
         interval = 1
         while interval < length:
@@ -82,9 +82,7 @@ class Engine:
             for c in columns:
                 starts[c - c % interval] = starts.get(c - c % interval, 0) + 1
             kept = 4 * n * len(group.rows) * cfg.d_inner * cfg.d_state * -(-length // interval)
-            weights = 4 * 3 * cfg.d_model * cfg.d_inner
-            call = n * (_of(_CALL, self._device) + weights / _of(_READ, self._device))
-            cost = kept / _COPY + sum(call + k * rows * (length - s) * token for s, k in starts.items())
+            cost = kept / _of(_COPY, self._device) + sum(lane + k * rows * (length - s) * token for s, k in starts.items())
             if kept <= _STATES and cost < least:
                 best, least = interval, cost
             interval *= 2
@@ -107,7 +105,7 @@ class Engine:
     def run(self, numbers: Sequence[int]) -> Tensor:
         """The metric of these edits, float64."""
         edits = [self.grid.edit(i) for i in numbers]
-        runs = self._logits_hooked(edits) if self.hooked else self._logits(edits)
+        runs = self._logits_hooked(edits) if self.hooked else self._logits(numbers, edits)
         judged = [(which, self._judge(logits).double()) for which, logits in runs]
         out = torch.empty(len(edits), dtype=torch.float64)
         for which, values in judged:  # read only now: reading waits for all work that was given to the device
@@ -136,24 +134,36 @@ class Engine:
 
     # ---- the patched runs
 
-    def _logits(self, edits: Sequence[Edit]) -> Iterator[tuple[list[int], list[Tensor]]]:
+    def _logits(self, chosen: Sequence[int], edits: Sequence[Edit]) -> Iterator[tuple[list[int], list[Tensor]]]:
         """``(numbers of edits, logits E B k V of each group)``, some edits at a time."""
-        tokens = _of(_TOKENS, self._device)
-        walked = [walk(self.model, edits, ready, self.patches, tokens) for ready in self.ready]
         depth = self._keep or max(r.group.corrupted.shape[1] for r in self.ready)
-        lasts = [[(lane.numbers, lane.last(depth, self._indices)) for lane in lanes] for lanes in walked]
-        del walked
+        lasts = [self._walk(chosen, edits, ready, depth) for ready in self.ready]
         size = max(1, _LOGITS // (self.pairs.count * depth * self.model.cfg.d_vocab))
         for a in range(0, len(edits), size):
             which = list(range(a, min(a + size, len(edits))))
             yield which, [self._unembedded(*x, a, which[-1] + 1) for x in zip(self.ready, lasts, strict=True)]
 
-    def _unembedded(self, ready: Ready, lasts: list[tuple[list[int], Tensor]], a: int, b: int) -> Tensor:
+    def _walk(self, chosen: Sequence[int], edits: Sequence[Edit], ready: Ready, depth: int) -> list[Tensor]:
+        """Of each lane of edits, in order, the final streams at the last positions, ``E B S M``."""
+        tokens, model, patches = _of(_TOKENS, self._device), self.model, self.patches
+        walk = Walk(model, edits, ready, patches, tokens)
+        if not walk.plain:
+            return walk.run(depth)
+        tensors = ready.tensors()
+        bare = ready.bare()  # a recording must not hold what it was made with
+
+        def work(tensors: list[Tensor]) -> list[Tensor]:
+            return Walk(model, edits, bare.over(tensors), patches, tokens).run(depth)
+
+        key = (self.grid, tuple(chosen), ready.interval, ready.pairs, ready.group.clean.shape, depth, tokens)
+        return model.again(key, tensors, work)
+
+    def _unembedded(self, ready: Ready, lasts: list[Tensor], a: int, b: int) -> Tensor:
         """Logits ``E B k V`` of the edits [a, b), which follow one another in the lanes."""
         depth, some, first = self._keep or ready.group.corrupted.shape[1], [], 0
-        for numbers, last in lasts:
-            low, high = max(a - first, 0), min(b - first, len(numbers))
-            first += len(numbers)
+        for last in lasts:
+            low, high = max(a - first, 0), min(b - first, len(last))
+            first += len(last)
             if low < high:
                 some.append(last[low:high])  # E B S M
         if all(x.shape[2] == depth for x in some):

@@ -32,16 +32,29 @@ class Patches:
         mine = masks[ready.indices([e.group for e in edits])][:, None]  # E 1 width
         return torch.where(mine[..., None] if site == STATE else mine, new, old)
 
-    def write(self, rows: Tensor, edits: Sequence[Edit], ready: Ready, start: int) -> None:
-        """Into copies of the stream, ``E B S M`` from column ``start`` on, write each edit's value."""
+    def streams(self, stream: Tensor, edits: Sequence[Edit], ready: Ready) -> Tensor:
+        """Copies of the stream ``B L M``, each from its edit's start on and with its value in it, as tokens ``T M``.
+
+        An edit's are those of its pairs, one after the other.
+        """
+        length = stream.shape[1]
+        starts = tuple(ready.start(e.position) for e in edits)
+        columns = tuple(ready.column(e.position) for e in edits)
+        tokens = ready.indices.made(("tokens", starts), lambda: _tokens(starts, ready.pairs, length))
+        rows = stream.flatten(0, 1)[tokens]  # T M
         for site, some in by_site(edits):
             mine = [edits[i] for i in some]
             value = ready.values(site, mine[0].layer, [e.position for e in mine])  # E B M
-            each, places = ready.indices(some), ready.indices([ready.column(e.position) - start for e in mine])
             if site == "hook_mixer_out":  # it is added to the stream that entered the block
-                value = ready.base.resid[mine[0].layer][:, start + places].transpose(0, 1) + value
-            old = rows[each, :, places]
-            rows[each, :, places] = self.masked(site, mine, ready, value.to(rows.dtype), old)
+                entered = ready.base.resid[mine[0].layer]
+                value = entered[:, ready.indices([columns[i] for i in some])].transpose(0, 1) + value
+            key = ("places", starts, columns, tuple(some))
+            places = ready.indices.made(key, lambda some=some: _places(starts, columns, some, ready.pairs, length))
+            new = value.to(rows.dtype)
+            if not self.whole(site):
+                new = self.masked(site, mine, ready, new, rows[places].view(new.shape))
+            rows.index_copy_(0, places, new.flatten(0, 1))
+        return rows
 
     def states(self, edits: Sequence[Edit], ready: Ready) -> Tensor:
         """The states that edits of one layer put in, ``E B D N``."""
@@ -78,6 +91,20 @@ class Patches:
             put.edits = True  # type: ignore[attr-defined]
             hooks.append((at(f"blocks.{layer}.{site}", places, None if all(on) else on), put))
         return hooks
+
+
+def _tokens(starts: Sequence[int], pairs: int, length: int) -> Tensor:
+    """The numbers of the tokens in a batch of ``pairs`` texts, for suffixes from these columns on, pair by pair."""
+    return torch.cat([torch.arange(b * length + s, (b + 1) * length) for s in starts for b in range(pairs)])
+
+
+def _places(starts: Sequence[int], columns: Sequence[int], some: Sequence[int], pairs: int, length: int) -> Tensor:
+    """Where in those the edits' columns stand, for some of the edits, pair by pair."""
+    sizes = torch.tensor([length - s for s in starts])
+    first = (sizes * pairs).cumsum(0) - sizes * pairs  # of each edit
+    at = first + torch.tensor(columns) - torch.tensor(starts)
+    which = torch.tensor(some)
+    return (at[which, None] + torch.arange(pairs) * sizes[which, None]).flatten()
 
 
 def by_site(edits: Sequence[Edit]) -> list[tuple[str, list[int]]]:

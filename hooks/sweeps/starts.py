@@ -4,7 +4,8 @@ Of the corrupted text the residual stream entering every block is kept and, ever
 layers; of the clean text what will be put in.
 """
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +30,16 @@ class Indices:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._known: dict[tuple[int, ...], Tensor] = {}
+        self._known: dict[Any, Tensor] = {}
 
     def __call__(self, numbers: Sequence[int]) -> Tensor:
         key = tuple(numbers)
+        return self.made(key, lambda: torch.tensor(key, dtype=torch.long))
+
+    def made(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` gives, on the device; the same again for the same key."""
         if key not in self._known:
-            self._known[key] = torch.tensor(key, dtype=torch.long, device=self._device)
+            self._known[key] = make().to(self._device)
         return self._known[key]
 
 
@@ -55,6 +60,21 @@ class Ready:
     @property
     def pairs(self) -> int:
         return len(self.group.rows)
+
+    def tensors(self) -> list[Tensor]:
+        """All that patched runs are computed from, but weights."""
+        return [*self.base.tensors(), *self.clean.tensors()]
+
+    def over(self, tensors: Sequence[Tensor]) -> "Ready":
+        """The same with other tensors, in the order of `tensors`."""
+        rest = iter(tensors)
+        return dataclasses.replace(self, base=self.base.over(rest), clean=self.clean.over(rest), _conv=None)
+
+    def bare(self) -> "Ready":
+        """The same without any of its tensors' values."""
+        none = self.base_logits.new_empty(0)
+        rest = self.over([x.new_empty(0) for x in self.tensors()])
+        return dataclasses.replace(rest, base_logits=none, clean_logits=none)
 
     def column(self, position: int) -> int:
         """The corrupted text's column of a position (negative ones count from the end)."""

@@ -2,42 +2,38 @@
 
 An edit at layer i and position p leaves every earlier layer and every earlier token as they were. So an edit's row
 joins at layer i, made from the corrupted run's stream there, and holds the tokens from its start on, the nearest column
-before p at which the corrupted run's states were kept. Rows with the same start stand in one lane: memory for all of
-them, of which a layer runs the part that has joined.
+before p at which the corrupted run's states were kept. Rows with the same start stand in one lane: a batch of their own
+for conv and scan, while all lanes' tokens share norm and projections.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from mambascope.hooks.model_protocol import Runnable
 from mambascope.hooks.sweeps.over import STATE, Edit
 from mambascope.hooks.sweeps.patches import Patches
-from mambascope.hooks.sweeps.starts import AFTER, BEFORE, Indices, Ready
+from mambascope.hooks.sweeps.starts import AFTER, BEFORE, Ready
 
-__all__ = ["Lane", "walk"]
+__all__ = ["Walk"]
 
 
 @dataclass
 class Lane:
-    """Edits whose rows start at one column: their numbers, in the order in which they join, and their streams."""
+    """Edits whose rows start at one column: their numbers, in the order in which they join, and their tokens."""
 
     start: int
-    numbers: list[int]
-    rows: Tensor  # E B S M
-    joined: int = 0
+    length: int
+    numbers: list[int] = field(default_factory=list)
+    parts: list[Tensor] = field(default_factory=list)  # tokens M
+    joined: int = 0  # edits
 
-    def last(self, keep: int, indices: Indices) -> Tensor:
-        """The streams of the last positions (as many as there are), edits in the order of their numbers."""
-        order = sorted(range(len(self.numbers)), key=self.numbers.__getitem__)
-        return self.rows[:, :, -keep:][indices(order)]
-
-
-def walk(model: Runnable, edits: Sequence[Edit], ready: Ready, patches: Patches, tokens: int) -> list[Lane]:
-    """The final streams of all edits. ``tokens``: rows × length that a block is given at a time."""
-    return _Walk(model, edits, ready, patches, tokens).run()
+    def join(self, tokens: Tensor, edits: int) -> None:
+        self.parts.append(tokens)
+        self.joined += edits
 
 
 def _turn(edit: Edit) -> int:
@@ -47,55 +43,93 @@ def _turn(edit: Edit) -> int:
     return 3 if edit.site in AFTER else 1 if edit.site == STATE else 2
 
 
-class _Walk:
+class Walk:
+    """Edits on their way. ``tokens``: rows × length that a block is given at a time."""
+
     def __init__(self, model: Runnable, edits: Sequence[Edit], ready: Ready, patches: Patches, tokens: int) -> None:
         self.model, self.edits, self.ready, self.patches, self.tokens = model, edits, ready, patches, tokens
-        self._blank = model.initial_state(1)
-        starts: dict[int, list[int]] = {}
-        for i, e in enumerate(edits):
-            starts.setdefault(ready.start(e.position), []).append(i)
-        length, stream = ready.group.corrupted.shape[1], ready.base.resid[edits[0].layer]
-        self.lanes: list[Lane] = []
-        self._joining: dict[tuple[int, int], dict[int, list[int]]] = {}  # by layer and turn: of each lane its edits
-        for n, (start, numbers) in enumerate(sorted(starts.items())):
-            numbers.sort(key=lambda i: (edits[i].layer, _turn(edits[i]), i))
-            rows = stream.new_empty(len(numbers), ready.pairs, length - start, stream.shape[-1])
-            self.lanes.append(Lane(start, numbers, rows))
-            for i in numbers:
-                self._joining.setdefault((edits[i].layer, _turn(edits[i])), {}).setdefault(n, []).append(i)
+        length = ready.group.corrupted.shape[1]
+        starts = sorted({ready.start(e.position) for e in edits})
+        self.lanes = [Lane(start, length - start) for start in starts]
+        lane_of = {start: n for n, start in enumerate(starts)}
+        self._joining: dict[tuple[int, int], list[tuple[int, int]]] = {}  # by layer and turn: lanes and edits
+        lanes = [lane_of[ready.start(e.position)] for e in edits]
+        for i in sorted(range(len(edits)), key=lambda i: (lanes[i], edits[i].layer, _turn(edits[i]), i)):
+            self.lanes[lanes[i]].numbers.append(i)
+            self._joining.setdefault((edits[i].layer, _turn(edits[i])), []).append((lanes[i], i))
 
-    def run(self) -> list[Lane]:
+    @property
+    def plain(self) -> bool:
+        """Whether it is work for the device alone: no hook has to be called on the way."""
+        return all(turn != 2 for _, turn in self._joining)
+
+    def run(self, keep: int) -> list[Tensor]:
+        """Of each lane the final streams of the last ``keep`` positions (as many as there are): ``E B S M``, edits in
+        order."""
         for layer in range(min(e.layer for e in self.edits), self.model.cfg.n_layers):
             self._write(layer, 0, self.ready.base.resid[layer])
-            for lane in self.lanes:
-                if lane.joined:
-                    self._block(layer, lane)
+            self._block(layer)
             self._inside(layer, 1)
             self._inside(layer, 2)
             self._write(layer, 3, self.ready.after(layer))
-        return self.lanes
+        return [self._last(lane, keep) for lane in self.lanes]
+
+    def _last(self, lane: Lane, keep: int) -> Tensor:
+        rows = torch.cat(lane.parts).view(lane.joined, self.ready.pairs, lane.length, -1)  # E B S M
+        order = sorted(range(len(lane.numbers)), key=lane.numbers.__getitem__)
+        return rows[:, :, -keep:][self.ready.indices(order)]
 
     def _write(self, layer: int, turn: int, stream: Tensor) -> None:
         """Edits of the stream itself join: copies of it with their values."""
-        for n, some in self._joining.get((layer, turn), {}).items():
-            lane = self.lanes[n]
-            rows = lane.rows[lane.joined : lane.joined + len(some)]
-            rows.copy_(stream[:, lane.start :])
-            self.patches.write(rows, [self.edits[i] for i in some], self.ready, lane.start)
-            lane.joined += len(some)
+        some = self._joining.get((layer, turn), [])
+        if not some:
+            return
+        tokens = self.patches.streams(stream, [self.edits[i] for _, i in some], self.ready)
+        counts = self._counts(some)
+        sizes = [k * self.ready.pairs * self.lanes[n].length for n, k in counts.items()]
+        for (n, k), part in zip(counts.items(), tokens.split(sizes), strict=True):
+            self.lanes[n].join(part, k)
 
-    def _block(self, layer: int, lane: Lane) -> None:
-        """Run a block on the rows that have joined, in place."""
-        size = max(1, self.tokens // (lane.rows.shape[2] * self.ready.pairs))
-        for part in lane.rows[: lane.joined].split(size):
-            state = self.ready.entering(layer, lane.start, len(part))
-            out = self.model.replay(layer, part.flatten(0, 1), state, None, self.ready.base.backend, None)
-            part.copy_(out.view(part.shape))
+    def _counts(self, some: list[tuple[int, int]]) -> dict[int, int]:
+        counts: dict[int, int] = {}
+        for n, _ in some:
+            counts[n] = counts.get(n, 0) + 1
+        return counts
+
+    def _block(self, layer: int) -> None:
+        """Run a block on the rows that have joined."""
+        lanes, pairs = [lane for lane in self.lanes if lane.joined], self.ready.pairs
+        if not lanes:
+            return
+        parts = [part for lane in lanes for part in lane.parts]
+        stream = torch.cat(parts) if len(parts) > 1 else parts[0]  # T M
+        out, begin, batch, filled = [], 0, list[tuple[Lane, int]](), 0
+
+        def run() -> None:
+            nonlocal begin
+            shapes = [(k * pairs, lane.length) for lane, k in batch]
+            states = [self.ready.entering(layer, lane.start, k) for lane, k in batch]
+            tokens = stream[begin : begin + filled]
+            out.append(self.model.replay_lanes(layer, tokens, shapes, states, self.ready.base.backend))
+            begin += filled
+
+        for lane in lanes:
+            left, each = lane.joined, pairs * lane.length
+            while left:
+                if batch and filled + each > self.tokens:
+                    run()
+                    batch, filled = [], 0
+                k = min(left, max(1, (self.tokens - filled) // each))
+                batch.append((lane, k))
+                filled, left = filled + k * each, left - k
+        run()
+        after = torch.cat(out) if len(out) > 1 else out[0]
+        for lane, part in zip(lanes, after.split([x.joined * pairs * x.length for x in lanes]), strict=True):
+            lane.parts = [part]
 
     def _inside(self, layer: int, turn: int) -> None:
         """Edits inside the block join: the streams that leave it with them, of all lanes from the first one's start."""
-        joining = self._joining.get((layer, turn), {})
-        places = [(n, i) for n, some in joining.items() for i in some]
+        places = self._joining.get((layer, turn), [])
         if not places:
             return
         start = self.lanes[places[0][0]].start
@@ -104,12 +138,10 @@ class _Walk:
         for a in range(0, len(places), size):
             some = places[a : a + size]
             run = self._with_states if turn == 1 else self._with_hooks
-            out = run(layer, [self.edits[i] for _, i in some], stream, start)
-            for n in dict.fromkeys(n for n, _ in some):
-                lane, mine = self.lanes[n], [k for k, (m, _) in enumerate(some) if m == n]
-                rows = lane.rows[lane.joined : lane.joined + len(mine)]
-                rows.copy_(out[mine[0] : mine[-1] + 1, :, lane.start - start :])
-                lane.joined += len(mine)
+            counts = self._counts(some)
+            out = run(layer, [self.edits[i] for _, i in some], stream, start).split(list(counts.values()))  # E B S M
+            for (n, k), rows in zip(counts.items(), out, strict=True):
+                self.lanes[n].join(rows[:, :, self.lanes[n].start - start :].flatten(0, 2), k)
 
     def _with_states(self, layer: int, edits: list[Edit], stream: Tensor, start: int) -> Tensor:
         """The streams ``E B S M`` leaving a block in which each edit's state is put in."""
@@ -122,7 +154,8 @@ class _Walk:
         """The same with any other edit inside the block."""
         state = self.ready.entering(layer, start, len(edits))
         layers = [state] * self.model.cfg.n_layers
-        whole = None if state is None else dataclasses.replace(self._blank, layers=layers, position=start)
+        blank = self.model.initial_state(1)
+        whole = None if state is None else dataclasses.replace(blank, layers=layers, position=start)
         out = self.model.run_with_hooks(
             stream.repeat(len(edits), 1, 1),
             start_at_layer=layer,

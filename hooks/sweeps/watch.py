@@ -1,5 +1,8 @@
 """A recorder that keeps what a sweep starts from: residual streams, some activations, states at regular places."""
 
+import copy
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -62,6 +65,18 @@ class Watch:
 
     def take_norms(self, norms: Tensor) -> None:
         """Part of the Recorder protocol: a sweep ends before anybody changes a weight."""
+
+    def tensors(self) -> list[Tensor]:
+        """All that was kept."""
+        return [*self.values.values(), *self.resid.values(), *(a.states for a in self.anchors.values())]
+
+    def over(self, tensors: Iterator[Tensor]) -> "Watch":
+        """The same with other tensors, in the order of `tensors`."""
+        other = copy.copy(self)
+        other.values = {name: next(tensors) for name in self.values}
+        other.resid = {layer: next(tensors) for layer in self.resid}
+        other.anchors = {name: dataclasses.replace(a, states=next(tensors)) for name, a in self.anchors.items()}
+        return other
 
     def state(self, layer: int, start: int) -> Tensor:
         """h before step ``start``, a multiple of the interval: ``B D N``."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -16,6 +16,7 @@ from mambascope.errors import BackendError, ConfigError, InputError, StateError
 from mambascope.hooks.occupancy import Occupancy
 from mambascope.hooks.run import EditDone, PathTaken, Recorder, Run
 from mambascope.hooks.sites import Clock, Padding, SitePoint
+from mambascope.model.again import Repeats
 from mambascope.model.block import Block
 from mambascope.model.generation import GenerateMethods
 from mambascope.model.graphs import Graphs, piece_tokens
@@ -30,6 +31,7 @@ from mambascope.model.head import (
 )
 from mambascope.model.hooking import HookMethods
 from mambascope.model.inputs import Prepared, check_ids, padding_of, prepare
+from mambascope.model.lanes import through_lanes
 from mambascope.model.mixer import MambaMixer
 from mambascope.model.norm import RMSNorm
 from mambascope.model.put_states import put_states
@@ -76,7 +78,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         self._clock = Clock()
         self.occupancy = Occupancy()
         self._edits: list[EditDone] = []
-        self.graphs = Graphs()
+        self.graphs, self.repeats = Graphs(), Repeats()
         self.setup()
         for point in self.hook_dict.values():
             cast(SitePoint, point).clock = self._clock
@@ -507,14 +509,31 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         with torch.no_grad():
             return self._mamba(layer, "scan").conv_inputs(block.norm(resid, run), run)
 
+    def replay_lanes(
+        self, layer: int, stream: Tensor, shapes: Sequence[tuple[int, int]], states: Sequence[Any], backend: str
+    ) -> Tensor:
+        """As `replay`, for the tokens ``T M`` of several batches (rows, length) one after the other, without gradient.
+
+        Each goes on from its own state (None: the start of its text); see ``mambascope.model.lanes``.
+        """
+        run = self._replaying(backend, None, None)
+        with torch.no_grad():
+            return through_lanes(cast(Block, self.blocks[layer]), stream, shapes, states, run)
+
     def put_states(
         self, layer: int, resid: Tensor, state: MambaState | None, steps: Tensor, h: Tensor, backend: str
     ) -> Tensor:
         """Run one block without hooks on its input ``B L M``, once for each of P edits: h ``P B D N`` put in after
         step ``steps`` ``P``. The residual stream that leaves it, ``P B L M``."""
+        mixer, block = self._mamba(layer, "state h"), cast(Block, self.blocks[layer])
         run = self._replaying(backend, None, None)
         with torch.no_grad():
-            return put_states(cast(Block, self.blocks[layer]), resid, state, steps, h, run)
+            return put_states(mixer, block.norm, resid.to(block.residual_dtype), state, steps, h, run)
+
+    def again(self, key: Any, inputs: list[Tensor], function: Callable[[list[Tensor]], list[Tensor]]) -> list[Tensor]:
+        """``function(inputs)``, work on a GPU that comes again with other values of the same shapes: recorded when it
+        comes for the second time, and replayed from then on; see ``mambascope.model.again``."""
+        return self.repeats.run(self, key, inputs, function)
 
     def _replaying(self, backend: str, recorder: Recorder | None, padding: Padding | None) -> Run:
         try:

@@ -115,12 +115,12 @@ class MambaMixer(Mixer):
         xz = project(r, self.in_proj, run.backend)  # B L 2D
         x = run.emit(self.hook_x, xz[..., :D])
         z = run.emit(self.hook_gate_in, xz[..., D:])
-        u, conv_state = self._conv(x, run, state)
+        u, conv_state = self.conv(x, run, state)
         u = run.emit(self.hook_u, u)
         u_select = run.emit(self.hook_u_select, u, fork=True)
         u_write = run.emit(self.hook_u_write, u, fork=True)
         u_skip = run.emit(self.hook_u_skip, u, fork=True)
-        dt_low, B, C = self._select(u_select, run)
+        dt_low, B, C = self.select(u_select, run)
         raw = project(dt_low, self.dt_proj, run.backend)  # B L D
         raw = run.emit(self.hook_delta_raw, raw)
         h0 = state.ssm if state is not None else None
@@ -142,8 +142,8 @@ class MambaMixer(Mixer):
     def scan_inputs(self, r: Tensor, run: Run, state: MambaState | None) -> "ScanInputs":
         """What the recurrence and what follows it read: the mixer up to there."""
         xz = project(r, self.in_proj, run.backend)  # B L 2D
-        u, _ = self._conv(xz[..., : self.cfg.d_inner], run, state)
-        dt_low, B, C = self._select(u, run)
+        u, _ = self.conv(xz[..., : self.cfg.d_inner], run, state)
+        dt_low, B, C = self.select(u, run)
         delta = ops.softplus(project(dt_low, self.dt_proj, run.backend), backend=run.backend)
         return ScanInputs(u, delta, B, C, xz[..., self.cfg.d_inner :])
 
@@ -152,12 +152,14 @@ class MambaMixer(Mixer):
         gated = apply_gate(torch.add(y, skip), z, self.cfg.activation, run)
         return project(gated, self.out_proj, run.backend)
 
-    def _conv(self, x: Tensor, run: Run, state: MambaState | None) -> tuple[Tensor, Tensor]:
+    def conv(self, x: Tensor, run: Run, state: MambaState | None) -> tuple[Tensor, Tensor]:
+        """u ``B L D`` from x, and the last K-1 inputs."""
         incoming = state.conv if state is not None else None
         points = (self.hook_x, self.hook_conv)
         return causal_conv(x, self.conv1d, incoming, self.cfg.activation, points, run, by_fft=False)
 
-    def _select(self, u: Tensor, run: Run) -> tuple[Tensor, Tensor, Tensor]:
+    def select(self, u: Tensor, run: Run) -> tuple[Tensor, Tensor, Tensor]:
+        """dt_low ``… R``, B and C ``… N`` from u ``… D``."""
         cfg = self.cfg
         dt_low, B, C = project(u, self.x_proj, run.backend).split([cfg.dt_rank, cfg.d_state, cfg.d_state], -1)
         if cfg.mixer_norm_eps is not None:  # Falcon-Mamba (2410.05355): weightless RMSNorm of all three

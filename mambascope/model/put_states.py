@@ -9,20 +9,22 @@ from torch import Tensor
 
 from mambascope import ops
 from mambascope.hooks.run import Run
-from mambascope.model.block import Block
+from mambascope.model.mixer import MambaMixer
+from mambascope.model.norm import RMSNorm
 from mambascope.model.state import MambaState
 
 __all__ = ["put_states"]
 
 
-def put_states(block: Block, resid: Tensor, state: MambaState | None, steps: Tensor, h: Tensor, run: Run) -> Tensor:
-    """The residual stream ``P B L M`` after the block, from that before it, ``B L M``, and its ``state`` there.
+def put_states(
+    mixer: MambaMixer, norm: RMSNorm, resid: Tensor, state: MambaState | None, steps: Tensor, h: Tensor, run: Run
+) -> Tensor:
+    """The residual stream ``P B L M`` after a block, from that before it, ``B L M``, and its ``state`` there.
 
     ``steps`` ``P``: in the p-th run the state after this step is ``h[p]``, ``B D N``, whatever the text says.
     """
-    mixer, backend, (count, batch) = block.mixer, run.backend, h.shape[:2]
-    resid = resid.to(block.residual_dtype)
-    x = mixer.scan_inputs(block.norm(resid, run), run, state)
+    backend, (count, batch) = run.backend, h.shape[:2]
+    x = mixer.scan_inputs(norm(resid, run), run, state)
     A, columns = mixer.decay(), torch.arange(resid.shape[1], device=resid.device)
 
     def each(value: Tensor) -> Tensor:

@@ -111,7 +111,7 @@ class _Graph(Watch):
 class _Attribution:
     def __init__(self, model: Runnable, pairs: Pairs, grid: Grid, metric: Any, keep: int | None, steps: int) -> None:
         self.model, self.pairs, self.grid, self.steps = model, pairs, grid, steps
-        self.indices = Indices(model.device)
+        self.indices, self._where = Indices(model.device), dict[tuple[int, int], Any]()
         self.masks = {site: grid.masks(site, model) for site in grid.sites}
         self.keep = metric.keep if isinstance(metric, Metric) else keep
         if self.keep is not None and self.keep > pairs.shortest:
@@ -263,7 +263,10 @@ class _Attribution:
 
     def _columns(self, group: Group) -> tuple[Any, Any]:
         """Columns of the corrupted and of the clean text, a position each."""
-        return tuple(self._cut([p % x.shape[1] for p in self.grid.positions]) for x in (group.corrupted, group.clean))
+        lengths = group.corrupted.shape[1], group.clean.shape[1]
+        if lengths not in self._where:
+            self._where[lengths] = tuple(self._cut([p % n for p in self.grid.positions]) for n in lengths)
+        return self._where[lengths]
 
     def _cut(self, columns: list[int]) -> Any:
         """As a slice, if they follow one another."""

@@ -82,7 +82,9 @@ class Engine:
             for c in columns:
                 starts[c - c % interval] = starts.get(c - c % interval, 0) + 1
             kept = 4 * n * len(group.rows) * cfg.d_inner * cfg.d_state * -(-length // interval)
-            cost = kept / _of(_COPY, self._device) + sum(lane + k * rows * (length - s) * token for s, k in starts.items())
+            cost = kept / _of(_COPY, self._device) + sum(
+                lane + k * rows * (length - s) * token for s, k in starts.items()
+            )
             if kept <= _STATES and cost < least:
                 best, least = interval, cost
             interval *= 2

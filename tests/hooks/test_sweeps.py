@@ -446,3 +446,82 @@ def test_places_that_are_none() -> None:
         ms.sweep(model, [[1, 2], [3, 60]], [[1, 2], [3, 4]], METRIC)
     with pytest.raises(InputError, match="2 clean texts and 1 corrupted"):
         ms.sweep(model, clean, corrupted[:1], METRIC)
+
+
+# ---- the walk
+
+
+def test_one_walk_calls_every_layer_once_for_all_edits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (clean, corrupted) = make_model(), pair()
+    monkeypatch.setattr(sweeps.engine.Engine, "_interval", lambda self, group: 4)
+    replay, calls = model.replay_lanes, []
+
+    def noted(layer: int, stream: torch.Tensor, shapes: list[tuple[int, int]], *rest: object) -> torch.Tensor:
+        calls.append((layer, list(shapes)))
+        return replay(layer, stream, shapes, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(model, "replay_lanes", noted)
+    ms.sweep(model, clean, corrupted, METRIC, "resid_pre")
+    lanes = [(4, 19), (4, 15), (4, 11), (4, 7), (3, 3)]  # positions in each, and tokens of a row; two pairs
+    assert calls == [(i, [(2 * n * (i + 1), length) for n, length in lanes]) for i in range(3)]
+
+
+def test_groups_smaller_than_a_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of a few edits, over lanes and layers as they come, and blocks given less than a lane."""
+    model, (clean, corrupted) = make_model(), pair()
+    over = ["resid_pre", "h", "mixer_out", "u"]
+    want = ms.sweep(model, clean, corrupted, METRIC, over)
+    monkeypatch.setattr(sweeps.engine.Engine, "_interval", lambda self, group: 4)
+    monkeypatch.setattr(sweeps.engine, "_PIECE", {"cpu": 300, "cuda": 300})
+    monkeypatch.setattr(sweeps.engine, "_TOKENS", {"cpu": 90, "cuda": 90})
+    found = ms.sweep(model, clean, corrupted, METRIC, over)
+    assert float((found.values - want.values).abs().max()) < 1e-5
+    with torch.no_grad():
+        engine = sweeps.engine.Engine(model, sweeps.pairs_of(model, clean, corrupted), found.grid, METRIC, 1)
+    pieces = engine.pieces()
+    assert sorted(i for piece in pieces for i in piece) == list(range(found.values.numel()))
+    starts = [{engine.ready[0].start(found.grid.edit(i).position) for i in piece} for piece in pieces]
+    assert max(map(len, starts)) > 1  # a piece may hold several lanes
+    assert min(map(len, pieces)) < 19 < found.values.numel()
+    run, left = sweeps.engine.Engine.run, len(pieces) // 2
+
+    def stopped(self: sweeps.engine.Engine, numbers: list[int]) -> torch.Tensor:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        return run(self, numbers)
+
+    straight, cut = tmp_path / "straight.sweep", tmp_path / "cut.sweep"
+    ms.sweep(model, clean, corrupted, METRIC, over, file=straight)
+    monkeypatch.setattr(sweeps.engine.Engine, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        ms.sweep(model, clean, corrupted, METRIC, over, file=cut)
+    rest = ms.sweep(model, clean, corrupted, METRIC, over, file=cut)
+    assert 0 < rest.computed < found.values.numel()
+    assert cut.read_bytes() == straight.read_bytes()
+
+
+HOLDER = """
+    import sys
+    from mambascope.hooks.sweeps.file import SweepFile
+    held = SweepFile(sys.argv[1], {}, {}, 1)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_file_that_another_process_writes_is_refused_until_that_one_is_gone(tmp_path: Path) -> None:
+    path, root = tmp_path / "a.sweep", Path(__file__).resolve().parents[2]
+    args = [sys.executable, "-c", textwrap.dedent(HOLDER), str(path)]
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    with subprocess.Popen(args, cwd=root, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(SweepError, match="being written by another sweep; wait for it, or give another file"):
+            small(path)
+        other.kill()  # its lock goes with it
+    assert other.returncode == -signal.SIGKILL
+    path.unlink()
+    assert small(path).complete
+    assert not list(tmp_path.glob(".*"))

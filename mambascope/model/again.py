@@ -94,7 +94,8 @@ class Repeats:
 
     def _replay(self, device: torch.device, taped: _Taped, inputs: list[Tensor]) -> list[Tensor]:
         taped.stream = recording.follow(device, taped.stream)
-        torch._foreach_copy_(taped.inputs, inputs)
+        foreach: Any = torch
+        foreach._foreach_copy_(taped.inputs, inputs)
         taped.graph.replay()
         return [x.clone() for x in taped.outputs]
 

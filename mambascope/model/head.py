@@ -16,11 +16,13 @@ from mambascope.ops.loss import IGNORED, rows_at_a_time
 from mambascope.ops.ready import plain, unwatched
 
 if TYPE_CHECKING:
+    from mambascope.model.inputs import Entry
     from mambascope.model.language_model import HookedMamba
 
 __all__ = [
     "Output",
     "check_logits",
+    "kept_rows",
     "last_positions",
     "loss_of",
     "mean_loss",
@@ -140,3 +142,14 @@ def mean_loss(losses: Tensor, padding: Padding | None, per_token: bool) -> Tenso
         return losses if per_token else losses.mean()
     losses, count = losses * _pairs(padding), _count(padding)
     return losses if per_token else losses.sum() / count
+
+
+def kept_rows(normed: Tensor, begin: int, end: int, entry: "Entry", keep: int | None) -> Tensor:
+    """Of the piece [begin, end) of a text what ``logits_to_keep`` asks for."""
+    if keep is None:
+        return normed
+    if entry.padding is not None or end - begin == entry.length:
+        return last_positions(normed, keep, entry.padding)
+    if isinstance(keep, bool) or not isinstance(keep, int) or not 1 <= keep <= entry.length:
+        raise InputError(f"logits_to_keep must be an integer from 1 to the {entry.length} tokens, got {keep!r}")
+    return normed[:, max(0, entry.length - keep - begin) :]

@@ -15,7 +15,7 @@ from mambascope.hooks.sites import Padding, padding_of
 if TYPE_CHECKING:
     from mambascope.model.language_model import HookedMamba
 
-__all__ = ["Prepared", "check_ids", "prepare"]
+__all__ = ["Entry", "Prepared", "check_ids", "entry_of", "layers_of", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -102,3 +102,58 @@ def prepare(
     shape = (tokens.shape[0], tokens.shape[1])
     padding = padding_of(attention_mask, shape, model.device) if attention_mask is not None else None
     return Prepared(tokens, padding, None)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a forward pass begins: tokens, or a residual stream."""
+
+    tokens: Tensor | None
+    resid: Any
+    padding: Padding | None
+    bos: bool | None
+
+    @property
+    def batch(self) -> int:
+        return (self.tokens if self.tokens is not None else self.resid).shape[0]
+
+    @property
+    def length(self) -> int:
+        return (self.tokens if self.tokens is not None else self.resid).shape[1]
+
+
+def entry_of(
+    model: "HookedMamba", value: Any, prepend_bos: bool | None, mask: Tensor | None, start: int | None
+) -> Entry:
+    """Where a pass begins: checked tokens, or with start_at_layer a checked residual stream."""
+    if start is None:
+        prepared: Prepared = prepare(model, value, prepend_bos, mask)
+        return Entry(prepared.tokens, None, prepared.padding, prepared.bos)
+    if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[-1] != model.cfg.d_model:
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"with start_at_layer the input is a residual stream (B, L, {model.cfg.d_model}), got {got}")
+    if not value.is_floating_point() or value.shape[1] == 0:
+        raise InputError(
+            f"the residual stream must be a non-empty float tensor, got {value.dtype}, {tuple(value.shape)}"
+        )
+    value = value.to(model.device)
+    padding = None if mask is None else padding_of(mask, (value.shape[0], value.shape[1]), model.device)
+    return Entry(None, value, padding, None)
+
+
+def layers_of(n: int, start: int | None, stop: int | None, return_state: bool) -> tuple[int, int]:
+    """The blocks [first, last) of ``n`` that start_at_layer and stop_at_layer mean; InputError where there are none."""
+    for name, value in (("start_at_layer", start), ("stop_at_layer", stop)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not -n <= value <= n:
+            raise InputError(f"{name}={value!r} is outside the model's {n} blocks ({-n}…{n})")
+    if start is not None and start == n:
+        raise InputError(f"start_at_layer={start}: the last block is {n - 1}")
+    first = 0 if start is None else start % n
+    last = n if stop is None or stop == n else stop % n
+    if last < first:
+        raise InputError(f"stop_at_layer={stop} lies before start_at_layer={start}")
+    if return_state and (first, last) != (0, n):
+        raise InputError("return_state needs the whole model: leave start_at_layer and stop_at_layer out")
+    return first, last

@@ -2,9 +2,9 @@
 
 import hashlib
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from mambascope import ops
 from mambascope.config import MambaConfig
-from mambascope.errors import BackendError, ConfigError, InputError, StateError
+from mambascope.errors import ConfigError, InputError, StateError
 from mambascope.hooks.occupancy import Occupancy
 from mambascope.hooks.run import EditDone, PathTaken, Recorder, Run
-from mambascope.hooks.sites import Clock, Padding, SitePoint
+from mambascope.hooks.sites import Clock, SitePoint
 from mambascope.model.again import Repeats
 from mambascope.model.block import Block
 from mambascope.model.generation import GenerateMethods
@@ -23,19 +23,17 @@ from mambascope.model.graphs import Graphs, piece_tokens
 from mambascope.model.head import (
     Output,
     check_logits,
-    last_positions,
+    kept_rows,
     loss_of,
     mean_loss,
     next_token_losses,
     unembed,
 )
 from mambascope.model.hooking import HookMethods
-from mambascope.model.inputs import Prepared, check_ids, padding_of, prepare
-from mambascope.model.lanes import through_lanes
-from mambascope.model.mixer import MambaMixer
+from mambascope.model.inputs import Entry, check_ids, entry_of, layers_of
 from mambascope.model.norm import RMSNorm
-from mambascope.model.put_states import put_states
-from mambascope.model.state import MambaState, State
+from mambascope.model.scope import ScopeMethods
+from mambascope.model.state import State
 from mambascope.model.straight import add_and_norm, through
 from mambascope.model.text import TextMethods
 from mambascope.model.watch import why_in_turn
@@ -44,7 +42,7 @@ from mambascope.ops.ready import unwatched
 __all__ = ["HookedMamba"]
 
 
-class HookedMamba(TextMethods, GenerateMethods, HookMethods):
+class HookedMamba(TextMethods, GenerateMethods, ScopeMethods, HookMethods):
     """A Mamba-1 language model (Gu & Dao, 2312.00752), open at every intermediate.
 
     Use :func:`mambascope.load` for a checkpoint; the constructor gives fresh random weights. Hook points are
@@ -200,8 +198,8 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         """
         if return_type not in ("logits", "loss", "both", "normed", None):
             raise InputError(f"return_type must be 'logits', 'loss', 'both', 'normed' or None, got {return_type!r}")
-        first, last = self._layers(start_at_layer, stop_at_layer, return_state)
-        entry = self._entry(input, prepend_bos, attention_mask, start_at_layer)
+        first, last = layers_of(self.cfg.n_layers, start_at_layer, stop_at_layer, return_state)
+        entry = entry_of(self, input, prepend_bos, attention_mask, start_at_layer)
         if entry.tokens is None and return_type in ("loss", "both") and stop_at_layer is None:
             raise InputError("the loss needs tokens; with start_at_layer ask for return_type='logits'")
         if state is not None:
@@ -216,7 +214,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
 
     def _forward(
         self,
-        entry: "_Entry",
+        entry: Entry,
         run: Run,
         state: State | None,
         first: int,
@@ -256,7 +254,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
                         targets = entry.tokens[:, begin + 1 : stop_at + 1]
                         losses.append(next_token_losses(self, normed[:, : stop_at - begin], targets))
                 if wants_rows:
-                    last_of = self._kept(normed, begin, end, entry, keep)
+                    last_of = kept_rows(normed, begin, end, entry, keep)
                     once = stack is None or (len(pieces) == 1 and wants_logits)  # read before its memory is given back
                     kept.append(last_of if once else last_of.clone())
             if wants_rows:
@@ -272,7 +270,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         return self._with_state(out, entry, state, layers, return_state)
 
     def _through(
-        self, entry: "_Entry", begin: int, end: int, run: Run, layers: list[Any], first: int, last: int, carry: bool
+        self, entry: Entry, begin: int, end: int, run: Run, layers: list[Any], first: int, last: int, carry: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream ``B L M`` after the blocks, of columns [begin, end), but for what the last one adds to it
         (None: that is in it); ``layers`` gets the new states, all of them with ``carry``."""
@@ -301,57 +299,14 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
             run.recorder.begin_block(layer, resid, state)
         return block(resid, run, state)
 
-    def _kept(self, normed: Tensor, begin: int, end: int, entry: "_Entry", keep: int | None) -> Tensor:
-        if keep is None:
-            return normed
-        if entry.padding is not None or end - begin == entry.length:
-            return last_positions(normed, keep, entry.padding)
-        if isinstance(keep, bool) or not isinstance(keep, int) or not 1 <= keep <= entry.length:
-            raise InputError(f"logits_to_keep must be an integer from 1 to the {entry.length} tokens, got {keep!r}")
-        return normed[:, max(0, entry.length - keep - begin) :]
-
-    def _with_state(self, out: Any, entry: "_Entry", state: State | None, layers: list[Any], return_state: bool) -> Any:
+    def _with_state(self, out: Any, entry: Entry, state: State | None, layers: list[Any], return_state: bool) -> Any:
         if not return_state:
             return out
         start = state.position if state is not None else 0
         read = entry.length if entry.padding is None else entry.padding.lengths
         return out, State(layers, start + read, self.model_id)
 
-    def _layers(self, start: int | None, stop: int | None, return_state: bool) -> tuple[int, int]:
-        n = self.cfg.n_layers
-        for name, value in (("start_at_layer", start), ("stop_at_layer", stop)):
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or not -n <= value <= n:
-                raise InputError(f"{name}={value!r} is outside the model's {n} blocks ({-n}…{n})")
-        if start is not None and start == n:
-            raise InputError(f"start_at_layer={start}: the last block is {n - 1}")
-        first = 0 if start is None else start % n
-        last = n if stop is None or stop == n else stop % n
-        if last < first:
-            raise InputError(f"stop_at_layer={stop} lies before start_at_layer={start}")
-        if return_state and (first, last) != (0, n):
-            raise InputError("return_state needs the whole model: leave start_at_layer and stop_at_layer out")
-        return first, last
-
-    def _entry(self, value: Any, prepend_bos: bool | None, mask: Tensor | None, start: int | None) -> "_Entry":
-        if start is None:
-            prepared: Prepared = prepare(self, value, prepend_bos, mask)
-            return _Entry(prepared.tokens, None, prepared.padding, prepared.bos)
-        if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[-1] != self.cfg.d_model:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise InputError(
-                f"with start_at_layer the input is a residual stream (B, L, {self.cfg.d_model}), got {got}"
-            )
-        if not value.is_floating_point() or value.shape[1] == 0:
-            raise InputError(
-                f"the residual stream must be a non-empty float tensor, got {value.dtype}, {tuple(value.shape)}"
-            )
-        value = value.to(self.device)
-        padding = None if mask is None else padding_of(mask, (value.shape[0], value.shape[1]), self.device)
-        return _Entry(None, value, padding, None)
-
-    def _new_run(self, entry: "_Entry", state: State | None, recorder: Recorder | None) -> Run:
+    def _new_run(self, entry: Entry, state: State | None, recorder: Recorder | None) -> Run:
         needs_grad = self._needs_grad(entry.resid, state)
         backend, why = ops.resolve_backend(self.backend, self.device, self.dtype, needs_grad)
         if self.cfg.pattern:
@@ -374,7 +329,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
         )
 
     @contextmanager
-    def _clock_at(self, entry: "_Entry", state: State | None) -> Iterator[None]:
+    def _clock_at(self, entry: Entry, state: State | None) -> Iterator[None]:
         clock = self._clock
         before = (clock.length, clock.start, clock.padding, clock.batch, clock.edits, clock.applied)
         clock.length, clock.padding, clock.batch = entry.length, entry.padding, entry.batch
@@ -386,7 +341,7 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
             self._edits = list(clock.edits.values())
             clock.length, clock.start, clock.padding, clock.batch, clock.edits, clock.applied = before
 
-    def _pieces_of(self, entry: "_Entry", run: Run) -> list[tuple[int, int]]:
+    def _pieces_of(self, entry: Entry, run: Run) -> list[tuple[int, int]]:
         """Column ranges to run one after the other, the states carried between them."""
         whole = [(0, entry.length)]
         if "a" in self.cfg.layers:  # every piece would read all keys before it again, and hold them as well
@@ -453,109 +408,3 @@ class HookedMamba(TextMethods, GenerateMethods, HookMethods):
             yield
         finally:
             self._clock.absolute = before
-
-    # ---- what the cache asks for (mambascope.hooks.model_protocol.Scope) ----------------------------
-
-    def decay(self, layer: int) -> Tensor:
-        """A = -exp(A_log) of a Mamba layer, ``D N``."""
-        with torch.no_grad():
-            return self._mamba(layer, "decay A").decay()
-
-    def _mamba(self, layer: int, what: str) -> MambaMixer:
-        mixer = cast(Block, self.blocks[layer]).mixer
-        if not isinstance(mixer, MambaMixer):
-            raise InputError(f"layer {layer} is {mixer.noun}: it has no {what}, which Mamba layers have")
-        return mixer
-
-    def norm_weight(self, layer: int) -> Tensor:
-        """The weight of the norm before block ``layer``; ``n_layers`` means the final norm."""
-        norm = self.ln_final if layer == self.cfg.n_layers else cast(Block, self.blocks[layer]).norm
-        return norm.weight.detach()
-
-    def state_from_tensors(self, tensors: dict[str, Tensor], layer: int = 0) -> Any:
-        """A state of that layer's mixer, the inverse of its ``tensors``; KeyError where one is missing."""
-        return cast(Block, self.blocks[layer]).mixer.state_type.from_tensors(tensors)
-
-    def replay(
-        self,
-        layer: int,
-        resid: Tensor,
-        state: Any,
-        padding: Padding | None,
-        backend: str,
-        recorder: Recorder | None,
-    ) -> Tensor:
-        """Run one block on its recorded input, without the user's hooks, for ``recorder`` to watch.
-
-        The residual stream that leaves it, ``B L M``, without gradient.
-        """
-        run = self._replaying(backend, recorder, padding)
-        path = cast(Block, self.blocks[layer]).mixer.path
-        with torch.no_grad():
-            out, _ = cast(Block, self.blocks[layer])(resid, run, state)
-        cast(Block, self.blocks[layer]).mixer.path = path
-        return out
-
-    def scan_inputs(self, layer: int, resid: Tensor, state: Any, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-        """u, delta ``B L D`` and B ``B L N`` of one block on its input, without hooks and without the rest of it."""
-        block, run = cast(Block, self.blocks[layer]), self._replaying(backend, None, None)
-        with torch.no_grad():
-            u, delta, B, _, _ = self._mamba(layer, "scan").scan_inputs(block.norm(resid, run), run, state)
-            return u, delta, B
-
-    def conv_inputs(self, layer: int, resid: Tensor, backend: str) -> Tensor:
-        """What the conv of one block reads, ``B L D``, without hooks."""
-        block, run = cast(Block, self.blocks[layer]), self._replaying(backend, None, None)
-        with torch.no_grad():
-            return self._mamba(layer, "scan").conv_inputs(block.norm(resid, run), run)
-
-    def replay_lanes(
-        self, layer: int, stream: Tensor, shapes: Sequence[tuple[int, int]], states: Sequence[Any], backend: str
-    ) -> Tensor:
-        """As `replay`, for the tokens ``T M`` of several batches (rows, length) one after the other, without gradient.
-
-        Each goes on from its own state (None: the start of its text); see ``mambascope.model.lanes``.
-        """
-        run = self._replaying(backend, None, None)
-        with torch.no_grad():
-            return through_lanes(cast(Block, self.blocks[layer]), stream, shapes, states, run)
-
-    def put_states(
-        self, layer: int, resid: Tensor, state: MambaState | None, steps: Tensor, h: Tensor, backend: str
-    ) -> Tensor:
-        """Run one block without hooks on its input ``B L M``, once for each of P edits: h ``P B D N`` put in after
-        step ``steps`` ``P``. The residual stream that leaves it, ``P B L M``."""
-        mixer, block = self._mamba(layer, "state h"), cast(Block, self.blocks[layer])
-        run = self._replaying(backend, None, None)
-        with torch.no_grad():
-            return put_states(mixer, block.norm, resid.to(block.residual_dtype), state, steps, h, run)
-
-    def again(self, key: Any, inputs: list[Tensor], function: Callable[[list[Tensor]], list[Tensor]]) -> list[Tensor]:
-        """``function(inputs)``, work on a GPU that comes again with other values of the same shapes: recorded when it
-        comes for the second time, and replayed from then on; see ``mambascope.model.again``."""
-        return self.repeats.run(self, key, inputs, function)
-
-    def _replaying(self, backend: str, recorder: Recorder | None, padding: Padding | None) -> Run:
-        try:
-            name, _ = ops.resolve_backend(backend, self.device, self.dtype)
-        except BackendError:  # recorded on another machine
-            name, _ = ops.resolve_backend(self.backend, self.device, self.dtype)
-        return Run(cast(ops.Backend, name), "replayed for the cache", Clock(), False, recorder, padding)
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """Where a forward pass begins: tokens, or a residual stream."""
-
-    tokens: Tensor | None
-    resid: Any
-    padding: Padding | None
-    bos: bool | None
-
-    @property
-    def batch(self) -> int:
-        return (self.tokens if self.tokens is not None else self.resid).shape[0]
-
-    @property
-    def length(self) -> int:
-        return (self.tokens if self.tokens is not None else self.resid).shape[1]

@@ -19,6 +19,7 @@ from mambascope.hooks.points import LAZY, ON_DEMAND, hook_names, resolve_name, s
 from mambascope.hooks.recorder import BlockRecord, CacheRecorder, Recording, compact, joined, select_names
 from mambascope.hooks.residual import ResidualMethods
 from mambascope.hooks.run import compute_dtype
+from mambascope.hooks.seals import Seals
 from mambascope.hooks.shares import ShareMethods
 from mambascope.hooks.transformer_lens_bridge import LensMethods
 
@@ -65,6 +66,7 @@ class MambaCache(WindowMethods, EffectiveMethods, ShareMethods, ResidualMethods,
         self.visible = frozenset(recording.names)
         self._device: torch.device | None = None
         self._replays: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
+        self._seals = Seals(recording)
         super().__init__(cast(Any, None), model, has_batch_dim)
 
     @property
@@ -118,15 +120,16 @@ class MambaCache(WindowMethods, EffectiveMethods, ShareMethods, ResidualMethods,
     def read(self, name: str) -> Any:
         """The activation of a full name: a tensor, or a LazyActivation for the ``B L D N`` ones."""
         if name in self.recording.gradients:
-            return self._squeezed(self.recording.gradients[name])
+            return self._squeezed(name, self.recording.gradients[name])
         layer, tail = tail_of(name)
         if layer is None:
-            return self._squeezed(self.recording.top[name])
+            return self._squeezed(name, self.recording.top[name])
         if tail in LAZY and name not in self.recording.blocks[layer].stored:
             return LazyActivation(self, name)
-        return self._squeezed(self._block_value(layer, name))
+        return self._squeezed(name, self._block_value(layer, name))
 
-    def _squeezed(self, value: Tensor) -> Tensor:
+    def _squeezed(self, name: str, value: Tensor) -> Tensor:
+        self._seals.check(name, value)
         return value if self.has_batch_dim else value[0]
 
     def _block_value(self, layer: int, name: str) -> Tensor:
@@ -173,12 +176,20 @@ class MambaCache(WindowMethods, EffectiveMethods, ShareMethods, ResidualMethods,
         """A copy of what is stored, with the same model: a copied model's weights would not be those recorded."""
         return self._with(torch.clone)
 
+    def __copy__(self) -> "MambaCache":
+        return self._with(lambda t: t)
+
     def __reduce__(self) -> Any:
         raise CacheError(
             "a cache is not pickled, since it reads from its model: cache.save(path), ms.load_cache(path, model)"
         )
 
+    def check_unedited(self) -> None:
+        """CacheError if a tensor that is held here was edited in place, so that it is not what the run computed."""
+        self._seals.check_all()
+
     def _with(self, fn: Callable[[Tensor], Tensor], has_batch_dim: bool | None = None) -> "MambaCache":
+        self.check_unedited()
         other = MambaCache(
             self.recording.map(fn), self.model, self.has_batch_dim if has_batch_dim is None else has_batch_dim
         )
@@ -190,7 +201,9 @@ class MambaCache(WindowMethods, EffectiveMethods, ShareMethods, ResidualMethods,
         if not isinstance(device, (str, int, torch.device)):
             raise CacheError(f"a cache moves to a device, got {device!r}; what it stores keeps its dtype")
         target = torch.empty(0, device=device).device
+        self.check_unedited()
         self.recording = self.recording.map(lambda t: t.to(target))
+        self._seals = Seals(self.recording)
         self._device = target
         self._replays.clear()
         return self

@@ -11,6 +11,7 @@ from mambascope.errors import CacheError
 from mambascope.hooks.points import LAZY, ON_DEMAND, tail_of
 from mambascope.hooks.recorder import BlockRecord, Recording
 from mambascope.hooks.run import Anchors
+from mambascope.hooks.seals import Seals
 from mambascope.hooks.sites import Padding
 
 __all__ = ["AgainMethods"]
@@ -58,6 +59,7 @@ class AgainMethods:
     model: Any
     _device: torch.device | None  # where what is stored was moved to
     _replays: OrderedDict[int, dict[str, Tensor]]  # by layer, the latest last
+    _seals: Seals
 
     @property
     def device(self) -> torch.device:
@@ -67,8 +69,9 @@ class AgainMethods:
         layer = record.layer
         if layer not in self._replays:
             self._replays[layer] = self._replay_again(record)
+            self._seals.add(self._replays[layer].values())
             while len(self._replays) > _REPLAYS:
-                self._replays.popitem(last=False)
+                self._seals.forget(self._replays.popitem(last=False)[1].values())
         self._replays.move_to_end(layer)
         return self._replays[layer]
 
@@ -76,6 +79,7 @@ class AgainMethods:
         layer = record.layer
         if record.x is None:
             raise CacheError(f"block {layer} kept no input to recompute from")
+        self._seals.check_source(record)
         self.check_fresh(layer)
         values = self._run_again(record, record.x, record.state, self.recording.padding, demanded)
         self._check_same(layer, values)
@@ -107,9 +111,10 @@ class AgainMethods:
     def _check_same(self, layer: int, values: dict[str, Tensor]) -> None:
         """CacheError if a block that ran again did not come out where it did when it was recorded."""
         name, after = f"blocks.{layer}.hook_resid_post", self.recording.blocks.get(layer + 1)
-        then = self.recording.top.get(name) if after is None else after.x
+        then = self.recording.blocks[layer].stored.get(name) if after is None else after.x
         if then is None:
             return
+        self._seals.check(name, then)
         now, written = values[name], values[f"blocks.{layer}.hook_mixer_out"]
         rounding = max(5e-3, 8 * torch.finfo(written.dtype).eps)  # of other devices, threads, pieces
         allowed = rounding * written.abs().max() + 2 * torch.finfo(now.dtype).eps * now.abs().max()
@@ -124,6 +129,10 @@ class AgainMethods:
         layer = record.layer
         names = [f"blocks.{layer}.mixer.hook_{n}" for n in ("u_write", "delta", "B")]
         ready = record.stored if all(n in record.stored for n in names) else self._replays.get(layer)
+        if ready is not None:
+            self._seals.check(
+                f"what blocks.{layer}.mixer.hook_h follows from (u_write, delta or B)", *map(ready.get, names)
+            )
         if ready is None and record.x is not None and self.recording.padding is None:
             warm = max(0, first - (self.model.cfg.d_conv - 1))  # the conv looks back K-1 tokens
             state = record.state if warm == 0 else None

@@ -23,6 +23,9 @@ __all__ = ["load_cache", "save_cache"]
 def save_cache(cache: MambaCache, path: str | Path) -> None:
     """Write what a cache stores, its tokens, the model's name and weight hash (atomic; see MambaCache.save)."""
     rec = cache.recording
+    cache.check_unedited()
+    for layer in rec.blocks:  # the file names the weights that it belongs to
+        cache.check_fresh(layer)
     tensors: dict[str, Tensor] = {f"top/{n}": v for n, v in rec.top.items()}
     tensors |= {f"grad/{n}": v for n, v in rec.gradients.items()}
     if rec.tokens is not None:

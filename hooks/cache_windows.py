@@ -29,6 +29,7 @@ class WindowMethods(AgainMethods):
     def _window(self, name: str, rows: slice, start: int, stop: int, channels: slice) -> Tensor:
         layer, tail = tail_of(name)
         record = self.recording.blocks[cast(int, layer)]
+        self._seals.check_source(record)
         if name in record.exposed:
             return record.exposed[name][rows, start:stop, channels]
         anchors = record.anchors

@@ -69,6 +69,8 @@ class SitePoint(HookPoint):
         nnsight replaces a wrapped module's ``forward`` instead of adding hooks. It wraps every module, so at
         the lazy points (``B L D N``, ``B H T S``) that alone does not count: exposing them costs too much unasked.
         """
+        if self.placed and self.here():  # first: torch.compile watches lists, but not a module's empty dict of hooks
+            return True
         if self._forward_hooks or self._forward_pre_hooks or self.live_backward or self.demand is not None:
             return True
         return not self.lazy and "forward" in self.__dict__

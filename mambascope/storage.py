@@ -1,8 +1,11 @@
 """Safetensors files of our own making: written whole or not at all, read with their kind checked."""
 
+import glob
 import json
 import os
-import tempfile
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,32 +14,50 @@ from mambascope.errors import MambascopeError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["read_tensors", "write_bytes", "write_tensors"]
+__all__ = ["read_tensors", "replacing", "sweep_out", "write_bytes", "write_tensors"]
 
 _FORMAT = "mambascope/1"
+_UNFINISHED = ".unfinished"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new file beside ``path`` to write into, flushed to disk and put in its place at the end, in one step.
+
+    A failure at any point (full disk, an interrupt) leaves the old file whole and no debris, a kill only debris. An
+    OSError tells the path.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_UNFINISHED}")
+    try:
+        temporary.open("xb").close()
+        yield temporary
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None or error.filename == str(path):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk names no file
+    finally:
+        temporary.unlink(missing_ok=True)
+    _settle(path.parent)
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new one, never a part."""
+    """Write a file so that a reader sees the old content or the new one, never a part; see :func:`replacing`."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would hide the file from its group
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _settle(path.parent)
+    with replacing(path) as part:
+        part.write_bytes(data)
+
+
+def sweep_out(path: Path) -> None:
+    """Remove what killed writers of this file left beside it. Only for one who knows that nobody else writes it."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_UNFINISHED}"):
+        left.unlink(missing_ok=True)
 
 
 def _settle(folder: Path) -> None:

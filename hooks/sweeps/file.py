@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from mambascope.errors import SweepError
-from mambascope.storage import read_tensors, write_tensors
+from mambascope.storage import read_tensors, sweep_out, write_tensors
 
 __all__ = ["SweepFile", "read_sweep_file"]
 
 _KIND = "sweep"
+_SHOWN = 60  # characters of a value in an error
 
 
 def read_sweep_file(path: str | Path) -> tuple[dict[str, Any], Tensor, Tensor]:
@@ -38,12 +39,17 @@ class SweepFile:
     """The file while a sweep writes it. ``asked`` is compared with what an existing file was made for."""
 
     def __init__(self, path: str | Path, asked: dict[str, Any], about: dict[str, Any], size: int) -> None:
+        if not isinstance(path, (str, os.PathLike)):
+            raise SweepError(f"file must be a path, got {type(path).__name__}")
         self.path = Path(path)
+        if self.path.is_dir():
+            raise SweepError(f"{self.path} is a folder; give the name of a file to write the sweep in")
         if not self.path.parent.is_dir():
             raise SweepError(f"{self.path.parent} is no folder to write a sweep in; make it first")
         self._manifest = {"asked": _plain(asked), "about": _plain(about)}
         self._lock = _Lock(self.path)
         try:
+            sweep_out(self.path)  # the lock is ours
             self.values = torch.full((size,), float("nan"), dtype=torch.float64)
             self.done = torch.zeros(size, dtype=torch.bool)
             if self.path.exists():
@@ -97,15 +103,22 @@ def _plain(value: Any) -> Any:
 def _differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
     out = []
     for key in sorted(then.keys() | now.keys()):
-        a, b = then.get(key), now.get(key)
-        if a != b:
-            out.append(f"{key}: the file has {_short(a)}, this call {_short(b)}")
+        a, b, where = then.get(key), now.get(key), key
+        if a == b:
+            continue
+        while len(json.dumps([a, b])) > _SHOWN and isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+            i = next(
+                i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y
+            )  # long: the first place that differs
+            where, a, b = f"{where}[{i}]", a[i], b[i]
+        out.append(f"{where}: the file has {_short(a)}, this call {_short(b)}")
     return out
 
 
 def _short(value: Any) -> str:
     text = json.dumps(value)
-    return text if len(text) <= 60 else f"{text[:40]}…{text[-16:]}"
+    count = f" ({len(value)} entries)" if isinstance(value, list) else ""
+    return text if len(text) <= _SHOWN else f"{text[:40]}…{text[-16:]}{count}"
 
 
 class _Lock:

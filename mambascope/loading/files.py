@@ -8,7 +8,6 @@ may not repeat a key.
 import json
 import os
 import stat
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,23 +150,11 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
     LoadError: the file cannot be written; the text names it and the cause.
     """
     final = Path(path)
-    temporary: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        with open(temporary, "rb+") as stream:
-            os.fsync(stream.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, final)
+        with replacing(final) as part:
+            write(part)
     except OSError as error:
         raise LoadError(f"cannot write {str(final)!r}: {error}; whatever was there before is unchanged") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

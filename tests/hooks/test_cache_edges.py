@@ -1,7 +1,9 @@
 """What a cache must survive: weights changed behind its back, modules hooked, odd indices, autocast."""
 
+import copy
 import gc
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,14 +32,71 @@ def test_an_optimizer_step_is_noticed_whatever_it_does_to_versions(ids: torch.Te
 
 
 @pytest.mark.parametrize("name", ["A_log", "D", "in_proj.weight", "out_proj.weight"])
-def test_an_edit_through_data_is_noticed_when_a_block_runs_again(name: str, ids: torch.Tensor) -> None:
+@pytest.mark.parametrize("layer", [1, 2])
+def test_an_edit_through_data_is_noticed_when_a_block_runs_again(name: str, layer: int, ids: torch.Tensor) -> None:
     model = make_model()
     with torch.no_grad():
         _, cache = model.run_with_cache(ids)
-        model.blocks[1].mixer.get_parameter(name).data.mul_(1.5)
+        model.blocks[layer].mixer.get_parameter(name).data.mul_(1.5)
         assert cache["delta", 0].isfinite().all()
         with pytest.raises(CacheError, match="changed"):
-            cache["delta", 1]
+            cache["delta", layer]
+
+
+@pytest.mark.parametrize(
+    ("edited", "refused", "sound"),
+    [
+        (("resid_pre", 1), [("delta", 1), ("h", 1), ("resid_pre", 1), ("resid_post", 0), ("u", 0)], [("delta", 2)]),
+        (("resid_post", 2), [("delta", 2), ("resid_post", 2)], [("delta", 1), ("ln_final.hook_normalized",)]),
+        (("delta", 1), [("delta", 1), ("h", 1), ("A_bar", 1)], [("u", 1), ("resid_post", 1), ("h", 0)]),
+        (("hook_embed",), [("hook_embed",), ("delta", 0), ("resid_pre", 0)], [("delta", 1)]),
+    ],
+)
+def test_what_a_cache_handed_out_and_was_edited_in_place_is_not_read_again(
+    edited: tuple[object, ...], refused: list[tuple[object, ...]], sound: list[tuple[object, ...]], ids: torch.Tensor
+) -> None:
+    model = make_model()
+    with torch.no_grad():
+        _, cache = model.run_with_cache(ids)
+        _, other = model.run_with_cache(ids)
+
+        def read(mine: object, key: tuple[object, ...]) -> torch.Tensor:
+            value = mine[key[0] if len(key) == 1 else key]  # type: ignore[index]
+            return value[:, 3:9]
+
+        base = cache[edited[0] if len(edited) == 1 else edited]
+        base[:, 4].add_(1e-6)  # far less than a replay's own check could tell
+        for key in refused:
+            with pytest.raises(CacheError, match=r"was edited in place after this cache was recorded.*\.clone\(\)"):
+                read(cache, key)
+        for key in sound:
+            assert torch.equal(read(cache, key), read(other, key))
+        for copied in (
+            cache.check_unedited,
+            lambda: cache.apply_slice_to_batch_dim(slice(0, 1)),
+            lambda: cache.to("cpu"),
+        ):
+            if edited != ("delta", 1):  # that was computed for the reader, and is not stored
+                with pytest.raises(CacheError, match="edited in place"):
+                    copied()
+
+
+def test_a_cache_of_other_weights_is_not_saved_under_the_present_ones(ids: torch.Tensor, tmp_path: Path) -> None:
+    model = make_model()
+    with torch.no_grad():
+        _, cache = model.run_with_cache(ids)
+        cache.save(tmp_path / "a")
+        model.blocks[2].mixer.out_proj.weight.mul_(1.5)
+        with pytest.raises(CacheError, match=r"blocks.2.mixer.out_proj.weight has changed since"):
+            cache.save(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_copy_reads_as_the_cache_does(ids: torch.Tensor) -> None:
+    with torch.no_grad():
+        _, cache = make_model().run_with_cache(ids)
+    for twin in (copy.copy(cache), copy.deepcopy(cache)):
+        assert torch.equal(twin["delta", 1], cache["delta", 1])
 
 
 def test_a_forward_hook_on_a_module_is_part_of_what_happened(ids: torch.Tensor) -> None:

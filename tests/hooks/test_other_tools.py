@@ -42,6 +42,24 @@ def test_compiled_model_gives_the_same_numbers(tokens: torch.Tensor) -> None:
         assert error(torch.compile(model)(tokens), model(tokens)) < 5e-6
 
 
+def test_compiled_code_notices_hooks_that_come_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past its limit of recompilations torch compiles inner functions apart, for points that had no hooks then."""
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 1)
+    ids = torch.arange(7)[None]
+    with torch.no_grad():
+        for seed in range(2):
+            model = make_model(seed, backend="torch", n_layers=2)
+            compiled, plain = torch.compile(model, backend="eager"), model(ids)
+            assert error(compiled(ids), plain) < 1e-6
+            for site in ("blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre[3]", "blocks.1.mixer.hook_delta"):
+                with model.hooks([(site, lambda v, hook: v * 0.5)]):
+                    assert error(compiled(ids), model(ids)) < 1e-6, site
+                    assert error(compiled(ids), plain) > 1e-3, site
+                assert error(compiled(ids), plain) < 1e-6
+    torch._dynamo.reset()
+
+
 def test_nnsight_reads_and_sets_what_hooks_do(model: HookedMamba, tokens: torch.Tensor) -> None:
     from nnsight import NNsight
 

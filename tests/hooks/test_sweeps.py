@@ -278,6 +278,9 @@ def test_killed_half_way_it_gives_the_same_file_and_repeats_nothing(
     args = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(killed), str(tmp_path / "log1"), str(half)]
     ended = subprocess.run(args, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, check=False)
     assert ended.returncode == -signal.SIGKILL
+    debris = [tmp_path / f".killed.sweep.0{i}.unfinished" for i in range(2)]  # as a kill amid a write leaves
+    for file in debris:
+        file.write_bytes(b"half")
     partial = ms.load_sweep(killed)
     assert 0 < int(partial.done.sum()) < partial.done.numel()
     assert not partial.complete
@@ -319,9 +322,19 @@ def test_a_file_of_other_inputs_is_refused_with_what_differs(tmp_path: Path) -> 
     model, (clean, corrupted) = make_model(seed=5), pair()
     with pytest.raises(SweepError, match="weights: the file has"):
         ms.sweep(model, clean, corrupted, METRIC, file=path)
-    with pytest.raises(SweepError, match="clean: the file has.*metric: the file has"):
+    with pytest.raises(SweepError, match=r"clean\[0\]\[2\]: the file has.*metric: the file has"):
         ms.sweep(make_model(), corrupted, clean, ms.Probability(3), file=path)
+    late = pair()[1].clone()
+    late[1, -1] += 1
+    with pytest.raises(
+        SweepError, match=rf"corrupted\[1\]\[18\]: the file has {late[1, -1] - 1}, this call {late[1, -1]};"
+    ):
+        ms.sweep(make_model(), pair()[0], late, METRIC, file=path)
     assert path.read_bytes() == before
+    with pytest.raises(SweepError, match="is a folder"):
+        small(tmp_path)
+    with pytest.raises(SweepError, match="file must be a path, got int"):
+        small(3)  # type: ignore[arg-type]
     path.write_bytes(b"something else")
     with pytest.raises(SweepError, match="cannot be read"):
         small(path)

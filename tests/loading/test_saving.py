@@ -139,10 +139,10 @@ def test_a_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     save_model(make(), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def refuse(**kwargs: Any) -> None:
-        raise PermissionError(13, "Permission denied", str(kwargs["dir"]))
+    def refuse(part: Path, *_: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(part))
 
-    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    monkeypatch.setattr("pathlib.Path.open", refuse)
     with pytest.raises(LoadError, match=r"cannot write .*model\.safetensors.*Permission denied.*is unchanged"):
         save_model(make(seed=1), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mambascope.errors import LoadError
+from mambascope.storage import replacing
 
 __all__ = ["CONFIG_BYTES", "INDEX_BYTES", "ModelFolder", "atomic_write", "parse_json", "plain_name", "write_text"]
 

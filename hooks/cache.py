@@ -119,17 +119,19 @@ class MambaCache(WindowMethods, EffectiveMethods, ShareMethods, ResidualMethods,
 
     def read(self, name: str) -> Any:
         """The activation of a full name: a tensor, or a LazyActivation for the ``B L D N`` ones."""
-        if name in self.recording.gradients:
-            return self._squeezed(name, self.recording.gradients[name])
         layer, tail = tail_of(name)
-        if layer is None:
-            return self._squeezed(name, self.recording.top[name])
-        if tail in LAZY and name not in self.recording.blocks[layer].stored:
+        if name in self.recording.gradients:
+            value = self.recording.gradients[name]
+        elif layer is None:
+            value = self.recording.top[name]
+        elif tail in LAZY and name not in self.recording.blocks[layer].stored:
             return LazyActivation(self, name)
-        return self._squeezed(name, self._block_value(layer, name))
-
-    def _squeezed(self, name: str, value: Tensor) -> Tensor:
+        else:
+            value = self._block_value(layer, name)
         self._seals.check(name, value)
+        return self._squeezed(value)
+
+    def _squeezed(self, value: Tensor) -> Tensor:
         return value if self.has_batch_dim else value[0]
 
     def _block_value(self, layer: int, name: str) -> Tensor:

@@ -30,9 +30,11 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{_UNFINISHED}")
     try:
         temporary.open("xb").close()
+        mode = temporary.stat().st_mode  # as the system makes files; who writes may put another one in its place
         yield temporary
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
+        temporary.chmod(mode)
         os.replace(temporary, path)
     except OSError as error:
         if error.errno is None or error.filename == str(path):

@@ -117,7 +117,7 @@ def test_a_full_disk_leaves_the_old_model_whole(tmp_path: Path, monkeypatch: pyt
 
     def full(handle: int) -> None:
         nonlocal calls
-        calls += 1
+        calls += not stat.S_ISDIR(os.fstat(handle).st_mode)  # folders are flushed where the system can
         if calls == at + 1:
             raise OSError(28, "No space left on device")
         real(handle)

@@ -139,8 +139,12 @@ def test_a_read_only_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     save_model(make(), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def refuse(part: Path, *_: Any) -> None:
-        raise PermissionError(13, "Permission denied", str(part))
+    real = Path.open
+
+    def refuse(part: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if mode == "xb":
+            raise PermissionError(13, "Permission denied", str(part))
+        return real(part, mode, *args, **kwargs)
 
     monkeypatch.setattr("pathlib.Path.open", refuse)
     with pytest.raises(LoadError, match=r"cannot write .*model\.safetensors.*Permission denied.*is unchanged"):

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 __all__ = ["LensMethods", "caching_hooks"]
 
 _NO_HEADS = (
-    "a Mamba block has no attention heads, so {} has nothing to work on; decompose_resid gives whole blocks, "
-    "get_full_resid_decomposition(expand_neurons=True) and stack_neuron_results give inner channels"
+    "a Mamba block has no attention heads, so {} has nothing to work on (cache['result', layer] has an attention "
+    "layer's); decompose_resid gives whole blocks, get_full_resid_decomposition(expand_neurons=True) and "
+    "stack_neuron_results give inner channels"
 )
 
 
@@ -106,11 +107,11 @@ class LensMethods:
     # ---- heads
 
     def compute_head_results(self) -> None:
-        """Refused by name: there are no heads."""
+        """Refused by name: a Mamba block has no heads; ``cache["result", layer]`` has an attention layer's."""
         raise CacheError(_NO_HEADS.format("compute_head_results"))
 
     def stack_head_results(self, *_: Any, **__: Any) -> Any:
-        """Refused by name: there are no heads."""
+        """Refused by name, as :meth:`compute_head_results`."""
         raise CacheError(_NO_HEADS.format("stack_head_results"))
 
     # ---- state-space mixers

@@ -13,6 +13,9 @@ Glossary of letters, everywhere in code and docs:
 ``R``  rank of delta (dt_rank)      ``delta``  step size, after softplus
 ``V``  vocabulary (d_vocab)         ``h``   state *after* the step
 ``M``  residual width (d_model)     ``y``   ``C h``, before skip and gate
+``H``  attention heads (n_heads)    ``T``   positions of queries, ``B H T S``
+``E``  width of a head              ``S``   positions of keys, or sources
+``F``  feed-forward width (d_ff)
 ====== ============================ ======= ==========================================
 
 A letter in a shape comment (``# B L D``) is always the left column.

@@ -130,7 +130,7 @@ class MambaConfig:
             object.__setattr__(self, "pattern", "")
 
     def _check_options(self) -> None:
-        layers = set(self.layers)
+        layers = set(self.pattern or "m")  # not expanded: a file may claim any number of layers
         for field, letters in OPTIONS.items():
             value, unset = getattr(self, field), (0, 1) if field == "n_heads" else (0,)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:

@@ -8,7 +8,7 @@ For a given text a Mamba layer is a causal convolution whose kernel changes at e
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +25,7 @@ from mambascope.hooks.effective_path import (
     columns_of,
     entry_state,
     layer_index,
+    nothing,
     read_layer,
     tensor_of,
 )
@@ -122,6 +123,7 @@ class EffectiveMethods:
         if found.read is not None:
             total = total * found.read[torch.arange(len(at), device=total.device), at]
         values = (found.back(row.weights), before, bias, found.back(found.inputs), total)
+        found.sure()
         return EffectiveKernel(layer, tuple(at.tolist()), through, *(self._squeezed(v) for v in values))
 
     def influence(
@@ -141,6 +143,7 @@ class EffectiveMethods:
             found.delta, found.A, found.B, found.C, at,
             gain=found.gain, taps=found.taps, read=found.read, backend=self._backend(found.delta),
         )  # fmt: skip
+        found.sure()
         return self._squeezed(found.back(column))
 
     def hidden_attention(
@@ -271,10 +274,15 @@ class AttentionView:
         found = self._read(wanted.stop)
         padding = found.padding
         if padding is None:
-            return self._map(found, wanted, sources)
-        mask = padding.mask
-        real = mask[:, wanted.start : wanted.stop, None] & mask[:, None, sources.start : sources.stop]
-        return self._shifted(found, padding, wanted, sources) * real
+            value = self._map(found, wanted, sources)
+        else:
+            mask = padding.mask
+            real = mask[:, wanted.start : wanted.stop, None] & mask[:, None, sources.start : sources.stop]
+            value = self._shifted(found, padding, wanted, sources) * real
+        found.sure()
+        if self._found is found:
+            self._found = replace(found, sure=nothing)  # once is enough
+        return value
 
     def _shifted(self, found: Layer, padding: Padding, rows: range, cols: range) -> Tensor:
         """The window where a row's columns of the cache are its columns of the kernel plus its left padding."""

@@ -11,6 +11,7 @@
 ============= ========================= ===========================================================================
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -25,10 +26,24 @@ from mambascope.hooks.sites import Padding
 if TYPE_CHECKING:
     from mambascope.hooks.cache import MambaCache
 
-__all__ = ["PATHS", "Layer", "Through", "channel_index", "columns_of", "layer_index", "read_layer", "unedited"]
+__all__ = [
+    "PATHS",
+    "Layer",
+    "Through",
+    "channel_index",
+    "columns_of",
+    "layer_index",
+    "nothing",
+    "read_layer",
+    "unedited",
+]
 
 Through = Literal["scan", "conv", "gate", "conv+gate"]
 PATHS: tuple[Through, ...] = get_args(Through)
+
+
+def nothing() -> None:
+    """What is sure already."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,8 @@ class Layer:
     taps: Tensor | None = None
     conv_bias: Tensor | None = None
     read: Tensor | None = None
+    sure: Callable[[], None] = nothing
+    """Raises what `read_layer` left open. Its answers wait for a GPU: call it when the work on these is under way."""
 
     @property
     def inputs(self) -> Tensor:
@@ -129,8 +146,9 @@ def read_layer(
 ) -> Layer:
     """The layer's tensors with the factors of the path; ``stop``: only the edits before that column matter.
 
-    Raises InputError for NaN (layer and position named), an unknown path, a direction without a gate; CacheError if a
-    hook edited what the path describes.
+    Raises InputError for an unknown path or a direction without a gate; CacheError if a hook edited what the path
+    describes. What is found out on the tensors' device (weights that changed in place, NaN: layer and position named)
+    its ``sure`` raises.
     """
     if through not in PATHS:
         raise InputError(f"through={through!r} is unknown{nearest(str(through), PATHS)}; known: {', '.join(PATHS)}")
@@ -139,10 +157,20 @@ def read_layer(
         raise InputError(
             f"direction is a vector of the residual stream, where through={through!r} does not lead; use through='gate'"
         )
-    cache.check_fresh(layer)
+    unchanged = cache._asked_fresh(layer)
     found = _scan_tensors(cache, layer)
-    _finite(cache, layer, found)
-    unedited(cache, layer, through, stop)
+    finite = _asked_finite(cache, layer, found)
+
+    def sure() -> None:
+        unchanged()
+        finite()
+
+    record = cache.recording.blocks.get(layer)
+    if record is not None and record.edited:
+        sure()
+        unedited(cache, layer, through, stop)
+    else:
+        found = replace(found, sure=sure)
     if through in ("conv", "conv+gate"):
         found = _through_conv(cache, found)
     if gate:
@@ -164,12 +192,20 @@ def _scan_tensors(cache: "MambaCache", layer: int) -> Layer:
     return Layer(layer, delta, cache.model.decay(layer).to(delta.device), B, C, u)
 
 
-def _finite(cache: "MambaCache", layer: int, found: Layer) -> None:
-    """InputError naming the first position where the states stop being numbers."""
+def _asked_finite(cache: "MambaCache", layer: int, found: Layer) -> Callable[[], None]:
+    """A question for later: InputError naming the first position where the states stop being numbers."""
     values = {"delta": found.delta, "B": found.B, "C": found.C, "u_write": found.u}
     ends = [v for x in values.values() for v in torch.aminmax(x.detach())]
-    if bool(torch.isfinite(torch.stack([e.float() for e in ends])).all()):
-        return
+    finite = torch.isfinite(torch.stack([e.float() for e in ends])).all()
+
+    def answer() -> None:
+        if not bool(finite):
+            _refuse_nan(cache, layer, values)
+
+    return answer
+
+
+def _refuse_nan(cache: "MambaCache", layer: int, values: dict[str, Tensor]) -> None:
     padding = cache.recording.padding
     first = None
     for name, x in values.items():
@@ -181,7 +217,7 @@ def _finite(cache: "MambaCache", layer: int, found: Layer) -> None:
                 first = (name, row, place)
     if first is not None:
         name, row, place = first
-        where = f"position {place}" if found.delta.shape[0] == 1 else f"row {row}, position {place}"
+        where = f"position {place}" if values["delta"].shape[0] == 1 else f"row {row}, position {place}"
         raise InputError(
             f"{name} of layer {layer} is NaN or infinite at {where}, and so are the states from there on; look for the "
             "weight or the edit that caused it"

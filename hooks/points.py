@@ -172,14 +172,18 @@ def points_of(letter: str) -> tuple[HookSpec, ...]:
 
 def hook_names(layers: int | str) -> list[str]:
     """Every hook point's full name in a model, in the order they fire; ``layers``: its letters, or how many Mamba."""
+    return list(_hook_names("m" * layers if isinstance(layers, int) else layers))
+
+
+@lru_cache(64)
+def _hook_names(letters: str) -> tuple[str, ...]:
     first = next(i for i, spec in enumerate(HOOK_POINTS) if spec.scope == "block")
     last = max(i for i, spec in enumerate(HOOK_POINTS) if spec.scope == "block")
-    letters = "m" * layers if isinstance(layers, int) else layers
     tails = {letter: [s.name for s in points_of(letter) if s.scope == "block"] for letter in set(letters)}
     names = [spec.name for spec in HOOK_POINTS[:first]]
     for layer, letter in enumerate(letters):
         names += [f"blocks.{layer}.{tail}" for tail in tails[letter]]
-    return names + [spec.name for spec in HOOK_POINTS[last + 1 :]]
+    return (*names, *(spec.name for spec in HOOK_POINTS[last + 1 :]))
 
 
 def widths(cfg: MambaConfig) -> dict[str, int]:

@@ -34,7 +34,7 @@ from mambascope.model.inputs import Entry, check_ids, entry_of, layers_of
 from mambascope.model.norm import RMSNorm
 from mambascope.model.scope import ScopeMethods
 from mambascope.model.state import State
-from mambascope.model.straight import add_and_norm, through
+from mambascope.model.straight import add_and_norm, in_turn, through
 from mambascope.model.text import TextMethods
 from mambascope.model.watch import why_in_turn
 from mambascope.ops.ready import unwatched
@@ -277,6 +277,8 @@ class HookedMamba(TextMethods, GenerateMethods, ScopeMethods, HookMethods):
         resid = entry.resid if entry.tokens is None else self.hooked_embed(entry.tokens[:, begin:end], run)
         if run.quiet:
             return through(self, resid, layers, run, first, last)
+        if self.cfg.pattern and run.padding is None and run.recorder is None and self._calm():
+            return in_turn(self, resid, layers, run, first, last)
         return self.graphs.stretches.run(self, resid, layers, run, (first, last), carry), None
 
     def _normed(self, resid: Tensor, out: Tensor | None, run: Run) -> Tensor:
@@ -320,6 +322,10 @@ class HookedMamba(TextMethods, GenerateMethods, ScopeMethods, HookMethods):
     def _quiet(self) -> bool:
         """Whether nobody sits in the model and nobody traces it: then no hook point needs to be walked past."""
         return self.cfg.activation == "silu" and unwatched() and not self.graphs.watch.why_not(self)
+
+    def _calm(self) -> bool:
+        """As `_quiet`, in a model with other mixers, which run with their points: only Mamba's may be passed by."""
+        return self.cfg.activation == "silu" and unwatched() and not self.graphs.watch.look(self)
 
     def _needs_grad(self, resid: Tensor | None, state: State | None) -> bool:
         return torch.is_grad_enabled() and (

@@ -21,7 +21,7 @@ from mambascope.ops.ready import plain, unwatched
 if TYPE_CHECKING:
     from mambascope.model.language_model import HookedMamba
 
-__all__ = ["Join", "add_and_norm", "decays", "through", "took"]
+__all__ = ["Join", "add_and_norm", "decays", "in_turn", "through", "took"]
 
 Join = Callable[[int, Tensor | None, Tensor, nn.Module], tuple[Tensor, Tensor]]
 """From a layer, what the block before it wrote (None: nothing), the residual entering that block, and this layer's norm
@@ -81,6 +81,24 @@ def through(
         if left is not None:
             left(i, scan)
         mixer.path = path
+    return resid, out
+
+
+def in_turn(
+    model: "HookedMamba", resid: Tensor, layers: list[Any], run: Run, first: int, last: int
+) -> tuple[Tensor, Tensor | None]:
+    """As `through` where some blocks are no Mamba: those run as they do for hooks, Mamba's between them straight."""
+    letters, out, i = model.cfg.layers, None, first
+    while i < last:
+        if out is not None:
+            resid, out = resid + out, None
+        if letters[i] != "m":
+            resid, layers[i] = model.run_block(i, resid, run, layers[i])
+            i += 1
+            continue
+        stop = next((k for k in range(i, last) if letters[k] != "m"), last)
+        resid, out = through(model, resid, layers, run, i, stop)
+        i = stop
     return resid, out
 
 

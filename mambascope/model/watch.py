@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
-from mambascope.config import MIXERS, MambaConfig
+from mambascope.config import MIXERS as NOUNS
+from mambascope.config import MambaConfig
 from mambascope.hooks.sites import SitePoint
 from mambascope.hooks.state_point import StatePoint
 from mambascope.model.block import Block
 from mambascope.model.mixer import MambaMixer
+from mambascope.model.mixers.registry import MIXERS
 from mambascope.model.norm import RMSNorm
 
 if TYPE_CHECKING:
@@ -36,7 +38,18 @@ ENTRY, EXIT, INSIDE = 1, 2, 4
 _EDGES = {"hook_resid_pre": ENTRY, "hook_resid_post": EXIT}
 _MOST_NOTED = 4096
 
-_PLAIN = (Block, MambaMixer, RMSNorm, SitePoint, StatePoint, nn.Linear, nn.Conv1d, nn.Embedding, nn.ModuleList)
+_PLAIN = (
+    Block,
+    *MIXERS.values(),
+    nn.LSTM,
+    RMSNorm,
+    SitePoint,
+    StatePoint,
+    nn.Linear,
+    nn.Conv1d,
+    nn.Embedding,
+    nn.ModuleList,
+)
 _SLOTS: dict[type, dict[str, type]] = {
     Block: {"norm": RMSNorm, "mixer": MambaMixer},
     MambaMixer: {
@@ -72,10 +85,11 @@ class Watch:
 
     def why_not(self, model: "HookedMamba") -> str:
         """What stands in the way of running the weights alone; empty if nothing does. ``answer`` keeps it."""
-        self.answer = self._look(model)
+        self.answer = why_in_turn(model.cfg) if model.cfg.pattern else self.look(model)
         return self.answer
 
-    def _look(self, model: "HookedMamba") -> str:
+    def look(self, model: "HookedMamba") -> str:
+        """What is not as the constructor made it; empty if nothing is, whatever kinds of layers there are."""
         if list(chain.from_iterable(map(dict.values, self._children))) != self._modules or not self._modules:
             self._walk(model)
         if self._why:
@@ -164,20 +178,20 @@ def _hooked(space: dict[str, Any]) -> bool:
 
 
 def why_in_turn(cfg: MambaConfig) -> str:
-    """Why the blocks of a model with other mixers run one by one: the first of those; empty if all are Mamba."""
+    """Why a pass of a model with other mixers is not recorded: the first of those; empty if all are Mamba."""
     other = next((i for i, letter in enumerate(cfg.layers) if letter != "m"), None)
-    return "" if other is None else f"blocks run one by one, since layer {other} is {MIXERS[cfg.layers[other]]}"
+    return "" if other is None else f"no recordings, since layer {other} is {NOUNS[cfg.layers[other]]}"
 
 
 def _strange(model: "HookedMamba") -> Iterator[str]:
-    if model.cfg.pattern:
-        yield why_in_turn(model.cfg)
     for name, m in model.named_modules():
         if m is model:
             continue
         if type(m) not in _PLAIN:
             yield f"{name} is a {type(m).__name__}"
         for slot, kind in _SLOTS.get(type(m), {}).items():
+            if slot == "mixer":
+                kind = MIXERS[model.cfg.layers[int(name.split(".")[1])]]
             if type(getattr(m, slot)) is not kind:
                 yield f"{name}.{slot} was exchanged"
     if type(model.unembed) is not nn.Linear or type(model.embed) is not nn.Embedding:

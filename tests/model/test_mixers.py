@@ -161,3 +161,37 @@ def test_configs_round_trip_and_mamba_alone_stays_what_it_was() -> None:
     assert not {"pattern", "n_heads", "window", "d_ff", "rotary_base"} & plain.to_dict().keys()
     for cfg in (plain, model_of("mwfa").cfg, plain.with_pattern("af", d_ff=40)):
         assert MambaConfig.from_dict(cfg.to_dict()) == cfg
+
+
+@pytest.mark.parametrize("pattern", ["mmam", "amma", "mlmm", "mwfa"])
+def test_mamba_layers_of_a_hybrid_run_straight_to_the_same_bits(
+    pattern: str, ids: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(pattern).float()
+    calls: list[tuple[int, int]] = []
+    from mambascope.model import straight
+
+    plain = straight.through
+
+    def counted(model: HookedMamba, resid: Tensor, layers: list, run: object, i: int, stop: int) -> object:
+        calls.append((i, stop))
+        return plain(model, resid, layers, run, i, stop)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(straight, "through", counted)
+    with torch.no_grad():
+        straight_out, state = model(ids, return_state=True)
+        assert [i for a, b in calls for i in range(a, b)] == [i for i, x in enumerate(model.cfg.layers) if x == "m"]
+        calls.clear()
+        with model.hooks([("hook_embed", lambda v, hook: None)]):
+            out, slow = model(ids, return_state=True)
+        assert not calls
+    assert torch.equal(out, straight_out)
+    for a, b in zip(state.layers, slow.layers, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a.tensors().values(), b.tensors().values(), strict=True))
+    weights = list(model.parameters())
+    fast = torch.autograd.grad(model(ids, return_type="loss"), weights)
+    assert calls
+    with model.hooks([("hook_embed", lambda v, hook: None)]):
+        other = torch.autograd.grad(model(ids, return_type="loss"), weights)
+    for a, b in zip(fast, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)

@@ -242,3 +242,23 @@ def test_training_metrics_of_a_hybrid_are_numbers(model: HookedMamba) -> None:
     assert norms.keys() == {"state_norm_0", "state_norm_1", "state_norm_3"}
     assert "prefix_matching" in induction_metrics(model) and "prefix_matching" not in induction_metrics(rival)
     assert all(value == value for value in norms.values())
+
+
+@pytest.mark.parametrize("tail", ["1.mixer.hook_z", "1.mixer.hook_pattern", "3.mixer.hook_k", "2.mixer.hook_post"])
+def test_a_hook_at_absolute_positions_of_a_growing_text_is_that_of_one_run(model: HookedMamba, tail: str) -> None:
+    site, seen = f"blocks.{tail}[6]", []
+
+    def zero(value: Tensor, hook: Any) -> Tensor:
+        seen.append(hook.pos)
+        return value * 0
+
+    mask = torch.ones(2, 5, dtype=torch.long)
+    mask[1, 3:] = 0
+    with torch.no_grad(), model.hooks([(site, zero)]):
+        text = model.generate(INPUT[:, :5], max_new_tokens=5)
+        assert seen == [6]
+        want = model(text)[:, 4:-1].argmax(-1)
+        assert torch.equal(text[:, 5:], want)
+        rows = model.generate(INPUT[:, :5], max_new_tokens=6, attention_mask=mask)
+        for row, n in zip(rows, (5, 3), strict=True):
+            assert torch.equal(row[n:], model(row[None])[0, n - 1 : -1].argmax(-1))

@@ -83,9 +83,16 @@ class Runnable(Scope, Protocol):
         ...
 
     def replay_lanes(
-        self, layer: int, stream: Tensor, shapes: Sequence[tuple[int, int]], states: Sequence[Any], backend: str
+        self,
+        layer: int,
+        stream: Tensor,
+        shapes: Sequence[tuple[int, int]],
+        states: Sequence[Any],
+        backend: str,
+        keep: int | None = None,
     ) -> Tensor:
-        """As `replay`, for the tokens ``T M`` of several batches (rows, length), each with a state of its own."""
+        """As `replay`, for the tokens ``T M`` of several batches (rows, length), each with a state of its own; the last
+        ``keep`` tokens of every row."""
         ...
 
     def again(self, key: Any, inputs: list[Tensor], function: Callable[[list[Tensor]], list[Tensor]]) -> list[Tensor]:

@@ -4,6 +4,7 @@ See ``walk`` for how they run. With hooks of the user's in force, every edit ins
 on, so that those hooks see the positions they were given. Where a layer is no Mamba, suffixes start with the text.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,9 +14,9 @@ from torch import Tensor
 from mambascope.errors import InputError
 from mambascope.hooks.metrics import Bound, Given, Metric, bind
 from mambascope.hooks.model_protocol import Runnable
-from mambascope.hooks.sweeps.over import Edit, Grid
+from mambascope.hooks.sweeps.over import STATE, Edit, Grid
 from mambascope.hooks.sweeps.patches import Patches
-from mambascope.hooks.sweeps.starts import Indices, Ready, read
+from mambascope.hooks.sweeps.starts import AFTER, BEFORE, Indices, Ready, read
 from mambascope.hooks.sweeps.texts import Group, Pairs
 from mambascope.hooks.sweeps.walk import Walk
 
@@ -57,10 +58,14 @@ class Engine:
         rows = [rows[i] for i in _inverse([i for g in pairs.groups for i in g.rows])]
         tokens = [r.group.corrupted[b] for b, r in rows]
         self.bound: Bound = bind(metric, Given(model, [r.clean_logits[b] for b, r in rows], tokens), reads)
-        self.clean = self._judged("the clean text", [r.clean_logits for r in self.ready])
-        self.corrupted = self._judged("the corrupted text", [r.base_logits for r in self.ready])
         last = torch.stack([r.clean_logits[b, -1] for b, r in rows])
-        self.spread = float(last[..., : model.cfg.n_tokens].float().std(-1).mean())
+        texts = [[r.clean_logits for r in self.ready], [r.base_logits for r in self.ready]]
+        numbers = [self._judge([p[None] for p in parts]).double().flatten() for parts in texts]
+        spread = last[..., : model.cfg.n_tokens].float().std(-1).mean().double()[None]
+        self.clean, self.corrupted, self.spread = torch.cat([*numbers, spread]).tolist()
+        for what, value in (("the clean text", self.clean), ("the corrupted text", self.corrupted)):
+            if not math.isfinite(value):
+                raise InputError(f"the metric is {value} on {what}; it must give a finite number")
 
     # ---- the plan
 
@@ -93,10 +98,11 @@ class Engine:
     def pieces(self) -> list[list[int]]:
         """The numbers of the edits that are computed and written together, in order of their columns."""
         first, most, tokens = self.ready[0], _of(_PIECE, self._device), 0
-        edits = sorted(((e := self.grid.edit(i)).position, e.layer, i) for i in range(self.grid.size))
+        length = first.group.corrupted.shape[1]
+        costs = {p: self.pairs.count * (length - first.start(p)) for p in self.grid.positions}
         found: list[list[int]] = [[]]
-        for position, _, i in edits:
-            mine = self.pairs.count * (first.group.corrupted.shape[1] - first.start(position))
+        for i in self.grid.in_order():
+            mine = costs[self.grid.position(i)]
             if found[-1] and tokens + mine > most:
                 found.append([])
                 tokens = 0
@@ -106,15 +112,14 @@ class Engine:
 
     def run(self, numbers: Sequence[int]) -> Tensor:
         """The metric of these edits, float64."""
-        edits = [self.grid.edit(i) for i in numbers]
-        runs = self._logits_hooked(edits) if self.hooked else self._logits(numbers, edits)
+        runs = self._logits_hooked(numbers) if self.hooked else self._logits(numbers)
         judged = [(which, self._judge(logits).double()) for which, logits in runs]
-        out = torch.empty(len(edits), dtype=torch.float64)
+        out = torch.empty(len(numbers), dtype=torch.float64)
         for which, values in judged:  # read only now: reading waits for all work that was given to the device
             out[which] = values.cpu()
         bad = (~torch.isfinite(out)).nonzero()
         if len(bad):
-            e = edits[int(bad[0])]
+            e = self.grid.edit(numbers[int(bad[0])])
             raise InputError(
                 f"the metric is {float(out[bad[0]])} with {e.site} of layer {e.layer} patched at position "
                 f"{e.position}; a metric must give a finite number on every run"
@@ -128,37 +133,29 @@ class Engine:
         order = _inverse([i for g in self.pairs.groups for i in g.rows])
         return self.bound.judge(torch.cat(parts, 1)[:, order])
 
-    def _judged(self, what: str, parts: list[Tensor]) -> float:
-        value = float(self._judge([p[None] for p in parts]))
-        if value != value or value in (float("inf"), float("-inf")):
-            raise InputError(f"the metric is {value} on {what}; it must give a finite number")
-        return value
-
     # ---- the patched runs
 
-    def _logits(self, chosen: Sequence[int], edits: Sequence[Edit]) -> Iterator[tuple[list[int], list[Tensor]]]:
-        """``(numbers of edits, logits E B k V of each group)``, some edits at a time."""
+    def _logits(self, numbers: Sequence[int]) -> Iterator[tuple[list[int], list[Tensor]]]:
+        """``(places of edits in the piece, logits E B k V of each group)``, some edits at a time."""
         depth = self._keep or max(r.group.corrupted.shape[1] for r in self.ready)
-        lasts = [self._walk(chosen, edits, ready, depth) for ready in self.ready]
+        lasts = [self._walk(numbers, ready, depth) for ready in self.ready]
         size = max(1, _LOGITS // (self.pairs.count * depth * self.model.cfg.d_vocab))
-        for a in range(0, len(edits), size):
-            which = list(range(a, min(a + size, len(edits))))
+        for a in range(0, len(numbers), size):
+            which = list(range(a, min(a + size, len(numbers))))
             yield which, [self._unembedded(*x, a, which[-1] + 1) for x in zip(self.ready, lasts, strict=True)]
 
-    def _walk(self, chosen: Sequence[int], edits: Sequence[Edit], ready: Ready, depth: int) -> list[Tensor]:
+    def _walk(self, numbers: Sequence[int], ready: Ready, depth: int) -> list[Tensor]:
         """Of each lane of edits, in order, the final streams at the last positions, ``E B S M``."""
-        tokens, model, patches = _of(_TOKENS, self._device), self.model, self.patches
-        walk = Walk(model, edits, ready, patches, tokens)
-        if not walk.plain:
-            return walk.run(depth)
-        tensors = ready.tensors()
+        grid, tokens, model, patches = self.grid, _of(_TOKENS, self._device), self.model, self.patches
+
+        def walk(ready: Ready) -> list[Tensor]:
+            return Walk(model, [grid.edit(i) for i in numbers], ready, patches, tokens).run(depth)
+
+        if not all(site in (BEFORE, STATE, *AFTER) for site in grid.sites):  # hooks are called on the way
+            return walk(ready)
         bare = ready.bare()  # a recording must not hold what it was made with
-
-        def work(tensors: list[Tensor]) -> list[Tensor]:
-            return Walk(model, edits, bare.over(tensors), patches, tokens).run(depth)
-
-        key = (self.grid, tuple(chosen), ready.interval, ready.pairs, ready.group.clean.shape, depth, tokens)
-        return model.again(key, tensors, work)
+        key = (grid, tuple(numbers), ready.interval, ready.pairs, ready.group.clean.shape, depth, tokens)
+        return model.again(key, ready.tensors(), lambda tensors: walk(bare.over(tensors)))
 
     def _unembedded(self, ready: Ready, lasts: list[Tensor], a: int, b: int) -> Tensor:
         """Logits ``E B k V`` of the edits [a, b), which follow one another in the lanes."""
@@ -181,14 +178,15 @@ class Engine:
             parts.append(logits)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _logits_hooked(self, edits: Sequence[Edit]) -> Iterator[tuple[list[int], list[Tensor]]]:
+    def _logits_hooked(self, numbers: Sequence[int]) -> Iterator[tuple[list[int], list[Tensor]]]:
         """With the user's hooks in force: whole texts, from each edit's layer on."""
+        edits = [self.grid.edit(i) for i in numbers]
         for layer in sorted({e.layer for e in edits}):
-            numbers = [i for i, e in enumerate(edits) if e.layer == layer]
+            places = [i for i, e in enumerate(edits) if e.layer == layer]
             tokens = self.pairs.count * max(r.group.corrupted.shape[1] for r in self.ready)
             size = max(1, _of(_TOKENS, self._device) // tokens)
-            for a in range(0, len(numbers), size):
-                which = numbers[a : a + size]
+            for a in range(0, len(places), size):
+                which = places[a : a + size]
                 some = [edits[i] for i in which]
                 yield which, [self._run_hooked(layer, some, ready) for ready in self.ready]
 

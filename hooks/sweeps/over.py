@@ -57,6 +57,23 @@ class Grid:
         s, k = divmod(i, layers)
         return Edit(self.sites[s], self.layers[k], self.positions[p], g)
 
+    def in_order(self) -> list[int]:
+        """The numbers of all edits: by position, at each by layer."""
+        sites, layers, positions, groups = self.shape
+        first = sorted(range(positions), key=self.positions.__getitem__)
+        return [
+            ((s * layers + k) * positions + p) * groups + g
+            for p in first
+            for k in range(layers)
+            for s in range(sites)
+            for g in range(groups)
+        ]
+
+    def position(self, i: int) -> int:
+        """The i-th edit's."""
+        _, _, positions, groups = self.shape
+        return self.positions[i // groups % positions]
+
     def masks(self, site: str, model: Runnable) -> Tensor | None:
         """Which channels each group replaces, bool ``groups width``; None: all."""
         if self.channels is None:

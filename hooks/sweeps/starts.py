@@ -146,9 +146,15 @@ def read(
     if STATE in grid.sites and hooked:
         tails |= set(WINDOW)
     _check_memory(model, group, min(interval, _SPACING), len(tails))
-    end = f"blocks.{n - 1}.hook_resid_post"
+    end, names = f"blocks.{n - 1}.hook_resid_post", {f"blocks.{i}.{t}" for i in grid.layers for t in tails}
+    if group.clean.shape == group.corrupted.shape and not hooked:  # both at once
+        both = Watch(names, min(interval, _SPACING), end=end)
+        logits = model(torch.cat([group.corrupted, group.clean]), recorder=both, logits_to_keep=keep)
+        half = len(group.rows)
+        base, clean = both.rows(slice(half)), both.rows(slice(half, None))
+        return Ready(model, group, interval, base, clean, logits[:half], logits[half:], indices)
     base = Watch(set(), min(interval, _SPACING), end=end)
-    clean = Watch({f"blocks.{i}.{t}" for i in grid.layers for t in tails}, min(max(interval, 16), _SPACING), end=end)
+    clean = Watch(names, min(max(interval, 16), _SPACING), end=end)
     base_logits = model(group.corrupted, recorder=base, logits_to_keep=keep)
     clean_logits = model(group.clean, recorder=clean, logits_to_keep=keep)
     return Ready(model, group, interval, base, clean, base_logits, clean_logits, indices)

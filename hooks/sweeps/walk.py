@@ -58,26 +58,25 @@ class Walk:
             self.lanes[lanes[i]].numbers.append(i)
             self._joining.setdefault((edits[i].layer, _turn(edits[i])), []).append((lanes[i], i))
 
-    @property
-    def plain(self) -> bool:
-        """Whether it is work for the device alone: no hook has to be called on the way."""
-        return all(turn != 2 for _, turn in self._joining)
-
     def run(self, keep: int) -> list[Tensor]:
         """Of each lane the final streams of the last ``keep`` positions (as many as there are): ``E B S M``, edits in
         order."""
-        for layer in range(min(e.layer for e in self.edits), self.model.cfg.n_layers):
+        n = self.model.cfg.n_layers
+        for layer in range(min(e.layer for e in self.edits), n):
             self._write(layer, 0, self.ready.base.resid[layer])
-            self._block(layer)
+            self._block(layer, keep if layer == n - 1 else None)
+            if layer == n - 1:  # nothing reads the other tokens any more
+                for lane in self.lanes:
+                    lane.length = min(lane.length, keep)
             self._inside(layer, 1)
             self._inside(layer, 2)
             self._write(layer, 3, self.ready.after(layer))
-        return [self._last(lane, keep) for lane in self.lanes]
+        return [self._last(lane) for lane in self.lanes]
 
-    def _last(self, lane: Lane, keep: int) -> Tensor:
+    def _last(self, lane: Lane) -> Tensor:
         rows = torch.cat(lane.parts).view(lane.joined, self.ready.pairs, lane.length, -1)  # E B S M
         order = sorted(range(len(lane.numbers)), key=lane.numbers.__getitem__)
-        return rows[:, :, -keep:][self.ready.indices(order)]
+        return rows[self.ready.indices(order)]
 
     def _write(self, layer: int, turn: int, stream: Tensor) -> None:
         """Edits of the stream itself join: copies of it with their values."""
@@ -85,10 +84,14 @@ class Walk:
         if not some:
             return
         tokens = self.patches.streams(stream, [self.edits[i] for _, i in some], self.ready)
-        counts = self._counts(some)
-        sizes = [k * self.ready.pairs * self.lanes[n].length for n, k in counts.items()]
-        for (n, k), part in zip(counts.items(), tokens.split(sizes), strict=True):
-            self.lanes[n].join(part, k)
+        counts, begin, length = self._counts(some), 0, self.ready.group.corrupted.shape[1]
+        for n, k in counts.items():
+            lane, rows = self.lanes[n], k * self.ready.pairs
+            size = rows * (length - lane.start)
+            part, begin = tokens[begin : begin + size], begin + size
+            if lane.length < length - lane.start:
+                part = part.unflatten(0, (rows, -1))[:, -lane.length :].flatten(0, 1)
+            lane.join(part, k)
 
     def _counts(self, some: list[tuple[int, int]]) -> dict[int, int]:
         counts: dict[int, int] = {}
@@ -96,8 +99,8 @@ class Walk:
             counts[n] = counts.get(n, 0) + 1
         return counts
 
-    def _block(self, layer: int) -> None:
-        """Run a block on the rows that have joined."""
+    def _block(self, layer: int, keep: int | None) -> None:
+        """Run a block on the rows that have joined; ``keep``: what is wanted of each."""
         lanes, pairs = [lane for lane in self.lanes if lane.joined], self.ready.pairs
         if not lanes:
             return
@@ -110,7 +113,7 @@ class Walk:
             shapes = [(k * pairs, lane.length) for lane, k in batch]
             states = [self.ready.entering(layer, lane.start, k) for lane, k in batch]
             tokens = stream[begin : begin + filled]
-            out.append(self.model.replay_lanes(layer, tokens, shapes, states, self.ready.base.backend))
+            out.append(self.model.replay_lanes(layer, tokens, shapes, states, self.ready.base.backend, keep))
             begin += filled
 
         for lane in lanes:
@@ -124,7 +127,8 @@ class Walk:
                 filled, left = filled + k * each, left - k
         run()
         after = torch.cat(out) if len(out) > 1 else out[0]
-        for lane, part in zip(lanes, after.split([x.joined * pairs * x.length for x in lanes]), strict=True):
+        sizes = [x.joined * pairs * min(x.length, keep or x.length) for x in lanes]
+        for lane, part in zip(lanes, after.split(sizes), strict=True):
             lane.parts = [part]
 
     def _inside(self, layer: int, turn: int) -> None:
@@ -141,7 +145,7 @@ class Walk:
             counts = self._counts(some)
             out = run(layer, [self.edits[i] for _, i in some], stream, start).split(list(counts.values()))  # E B S M
             for (n, k), rows in zip(counts.items(), out, strict=True):
-                self.lanes[n].join(rows[:, :, self.lanes[n].start - start :].flatten(0, 2), k)
+                self.lanes[n].join(rows[:, :, rows.shape[2] - self.lanes[n].length :].flatten(0, 2), k)
 
     def _with_states(self, layer: int, edits: list[Edit], stream: Tensor, start: int) -> Tensor:
         """The streams ``E B S M`` leaving a block in which each edit's state is put in."""

@@ -66,6 +66,10 @@ class Watch:
     def take_norms(self, norms: Tensor) -> None:
         """Part of the Recorder protocol: a sweep ends before anybody changes a weight."""
 
+    def rows(self, rows: slice) -> "Watch":
+        """What was kept of some rows of the batch."""
+        return self.over(iter([x[rows] for x in self.tensors()]))
+
     def tensors(self) -> list[Tensor]:
         """All that was kept."""
         return [*self.values.values(), *self.resid.values(), *(a.states for a in self.anchors.values())]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Repeats"]
 
-_MOST = 4  # recordings: each holds the memory that its work takes
+_MOST = 64  # recordings
 _MOST_SEEN = 256
 
 Work = Callable[[list[Tensor]], list[Tensor]]
@@ -33,7 +33,6 @@ class _Taped:
     inputs: list[Tensor]
     outputs: list[Tensor]
     work: Work  # holds what else the recording reads
-    stream: Any = None  # of the last replay
 
 
 class Repeats:
@@ -43,15 +42,25 @@ class Repeats:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._known: OrderedDict[Any, _Taped | str] = OrderedDict()  # or why there is none; "" after the first time
+        self._pool: Any = None  # all recordings share it: they replay one at a time, and are read before the next
+        self._held = 0  # bytes of it
+        self._stream: Any = None  # of the last replay
 
     def __reduce__(self) -> Any:
         """A copy of a model, or one from a file, records for itself."""
         return (Repeats, ())
 
+    def __len__(self) -> int:
+        return sum(isinstance(known, _Taped) for known in self._known.values())
+
     def clear(self) -> None:
         """Drop every recording and its memory."""
         with self._lock:
-            self._known.clear()
+            self._clear()
+
+    def _clear(self) -> None:
+        self._known.clear()
+        self._pool, self._held = None, 0
 
     def run(self, model: "HookedMamba", key: Any, inputs: list[Tensor], work: Work) -> list[Tensor]:
         """``work(inputs)``. ``key`` tells all that the work depends on but the values of inputs and weights."""
@@ -82,18 +91,21 @@ class Repeats:
         return backend in graphs.RECORDED_BACKENDS and not model.graphs.watch.why_not(model)
 
     def _record(self, device: torch.device, inputs: list[Tensor], work: Work) -> _Taped | str:
+        if self._held > graphs._limit(device):
+            self._clear()
         mine = [x.clone() for x in inputs]
         try:
+            self._pool = recording.new_pool(device) if self._pool is None else self._pool
             with torch.inference_mode(False), torch.no_grad():
-                graph, outputs, grown = recording.record(lambda: work(mine), device, recording.new_pool(device))
+                graph, outputs, grown = recording.record(lambda: work(mine), device, self._pool)
         except (RuntimeError, torch.OutOfMemoryError) as error:
+            self._clear()  # the memory may be what is missing
             return recording.notice("work that comes again", error)
-        if grown > graphs._limit(device):
-            return f"it holds {grown} bytes"
+        self._held += grown + sum(x.numel() * x.element_size() for x in mine)
         return _Taped(graph, mine, outputs, work)
 
     def _replay(self, device: torch.device, taped: _Taped, inputs: list[Tensor]) -> list[Tensor]:
-        taped.stream = recording.follow(device, taped.stream)
+        self._stream = recording.follow(device, self._stream)
         foreach: Any = torch
         foreach._foreach_copy_(taped.inputs, inputs)
         taped.graph.replay()

@@ -87,15 +87,22 @@ class ScopeMethods:
             return self._mamba(layer, "scan").conv_inputs(block.norm(resid, run), run)
 
     def replay_lanes(
-        self, layer: int, stream: Tensor, shapes: Sequence[tuple[int, int]], states: Sequence[Any], backend: str
+        self,
+        layer: int,
+        stream: Tensor,
+        shapes: Sequence[tuple[int, int]],
+        states: Sequence[Any],
+        backend: str,
+        keep: int | None = None,
     ) -> Tensor:
         """As `replay`, for the tokens ``T M`` of several batches (rows, length) one after the other, without gradient.
 
-        Each goes on from its own state (None: the start of its text); see ``mambascope.model.lanes``.
+        Each goes on from its own state (None: the start of its text). ``keep``: give the last so many tokens of every
+        row only. See ``mambascope.model.lanes``.
         """
         run = self._replaying(backend, None, None)
         with torch.no_grad():
-            return through_lanes(cast(Block, self.blocks[layer]), stream, shapes, states, run)
+            return through_lanes(cast(Block, self.blocks[layer]), stream, shapes, states, run, keep)
 
     def put_states(
         self, layer: int, resid: Tensor, state: MambaState | None, steps: Tensor, h: Tensor, backend: str

@@ -1,9 +1,10 @@
-"""Sweeps whose walk is recorded: the second of a shape is, and later ones replay it on their own values.
+"""Sweeps and attributions that are recorded: the second of a shape is, and later ones replay it on their own values.
 
 CUDA graphs need a GPU (``tests/bench/bench_sweeps.py`` compares there). Here a recording is played by calling the
 recorded function again on the recorded memory.
 """
 
+import copy
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording, "new_pool", lambda device: object())
     monkeypatch.setattr(recording, "follow", lambda device, last: None)
     monkeypatch.setattr(graphs, "_undisturbed", lambda device: True)
-    monkeypatch.setattr(graphs, "_limit", lambda device: 1000)
+    monkeypatch.setattr(graphs, "_limit", lambda device: 1 << 30)
     monkeypatch.setattr(graphs, "RECORDED_BACKENDS", ("torch",))
     monkeypatch.setattr(graphs.Graphs, "claim", lambda self, model, run: None)  # of the passes themselves: not here
 
@@ -84,3 +85,46 @@ def test_it_runs_as_ever_where_it_cannot_be_recorded() -> None:
     Again.failure = None
     assert torch.equal(swept(model, 3), swept(plain, 3))  # it is not tried again
     assert Again.made == 0
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_attribution_is_recorded_span_by_span(steps: int) -> None:
+    sites = ["resid_pre", "u", "delta", "B", "C", "h"]
+    model, plain = make_model(backend="torch"), make_model(backend="torch")
+    plain.graphs.enabled = False
+    for n, seed in enumerate((1, 2, 3, 1)):
+        found, want = (ms.attribute(m, *pair(seed=seed), METRIC, sites, steps=steps) for m in (model, plain))
+        assert torch.equal(found.values, want.values)
+        assert Again.made == 2 * (n > 0)  # three layers in spans of two
+    assert float((want.values - want.corrupted).abs().max()) > 1e-3
+    other = [ms.attribute(m, *pair(seed=2), METRIC, ["mixer_in", "u_select"]) for m in (plain, model, model, model)]
+    assert all(torch.equal(x.values, other[0].values) for x in other)
+    assert Again.made == 4
+    hooks = [("blocks.1.hook_resid_pre[5]", lambda old, hook: old * 2)]
+    with model.hooks(fwd_hooks=hooks), plain.hooks(fwd_hooks=hooks):
+        found, want = (ms.attribute(m, *pair(seed=3), METRIC, sites, steps=steps) for m in (model, plain))
+    assert torch.equal(found.values, want.values)
+    assert Again.made == 4
+
+
+def test_memory_that_recordings_hold_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(backend="torch")
+    swept(model, 1), swept(model, 1)
+    assert Again.made == 1
+    monkeypatch.setattr(graphs, "_limit", lambda device: 1)
+    for _ in range(3):
+        swept(model, 1, "resid_pre")  # recording this drops the first
+    assert Again.made == 2
+    swept(model, 1)
+    assert Again.made == 2  # it came as the first of its kind
+    model.repeats.clear()
+    assert len(model.repeats) == 0
+
+
+def test_copies_record_for_themselves() -> None:
+    model = make_model(backend="torch")
+    for _ in range(2):
+        swept(model, 1)
+    twin = copy.deepcopy(model)
+    assert (len(model.repeats), len(twin.repeats)) == (1, 0)
+    assert torch.equal(swept(twin, 2), swept(model, 2))

@@ -30,6 +30,9 @@ def test_lanes_are_batches_by_themselves(options: dict[str, Any]) -> None:
     got = model.replay_lanes(1, torch.cat([x.flatten(0, 1) for x in parts]), SHAPES, states, "torch")
     want = [model.replay(1, x, s, None, "torch", None) for x, s in zip(parts, states, strict=True)]
     assert error(got, torch.cat([x.flatten(0, 1) for x in want])) < 1e-6
+    for keep in (1, 2, 5, 9):
+        few = model.replay_lanes(1, torch.cat([x.flatten(0, 1) for x in parts]), SHAPES, states, "torch", keep)
+        assert error(few, torch.cat([x[:, -keep:].flatten(0, 1) for x in want])) < 1e-6
     other = model.replay_lanes(1, torch.cat([x.flatten(0, 1) for x in parts]), SHAPES, [None] * 3, "torch")
     assert error(other, got) > 1e-3
 

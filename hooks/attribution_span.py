@@ -55,12 +55,13 @@ class Entering:
 
     def over(self, tensors: list[Tensor]) -> "Entering":
         """The same with other tensors, in the order of `tensors`."""
-        rest = iter(tensors[4:])
-        courses = [
+        stream, g, clean, base, *states = tensors
+        rest = iter(states)
+        there, here = (
             {i: dataclasses.replace(a, states=next(rest)) for i, a in course.items()}
             for course in (self.clean_states, self.base_states)
-        ]
-        return Entering(*tensors[:4], *courses, backend=self.backend)
+        )
+        return Entering(stream, g, clean, base, there, here, self.backend)
 
     def bare(self) -> "Entering":
         """The same without any of its tensors' values."""

@@ -327,7 +327,7 @@ def test_a_file_of_other_inputs_is_refused_with_what_differs(tmp_path: Path) -> 
     late = pair()[1].clone()
     late[1, -1] += 1
     with pytest.raises(
-        SweepError, match=rf"corrupted\[1\]\[18\]: the file has {late[1, -1] - 1}, this call {late[1, -1]};"
+        SweepError, match=rf"corrupted\[1\]\[18\]: the file has {late[1, -1] - 1}, this call {late[1, -1]}[;)]"
     ):
         ms.sweep(make_model(), pair()[0], late, METRIC, file=path)
     assert path.read_bytes() == before

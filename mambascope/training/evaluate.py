@@ -50,6 +50,7 @@ def bits_per_byte(
     *,
     piece: int = 2048,
     reset_every: int | None = None,
+    window: int | None = None,
     report: Callable[[str], None] | None = None,
 ) -> BitsPerByte:
     """Bits per UTF-8 byte of a text: total nats / ln 2 / bytes.
@@ -57,7 +58,9 @@ def bits_per_byte(
     The model reads the separator token and then the whole text as one stream, in pieces of ``piece`` tokens with its
     state carried on, so that every token is predicted from all that came before and scored exactly once.
     ``reset_every`` (tokens, a multiple of ``piece``) starts afresh from the separator instead: a measure of what long
-    context brings. Sums are float64. Raises InputError for an empty text or a tokenizer without separator.
+    context brings. ``window`` (tokens, even) reads windows that overlap by half and scores the second halves, so that
+    every token has between half a window and a window before it: for attention, which knows no more than the length it
+    was trained at. Sums are float64. Raises InputError for an empty text or a tokenizer without separator.
     """
     separator = tokenizer.token_to_id(SEPARATOR)
     if separator is None:
@@ -69,6 +72,10 @@ def bits_per_byte(
     device = next(model.parameters()).device
     ids = torch.from_numpy(encode(tokenizer, text).astype(np.int64)).to(device)
     inputs = torch.cat([ids.new_tensor([separator]), ids[:-1]])
+    if window is not None:
+        if reset_every is not None or window < 2 or window % 2:
+            raise InputError(f"window must be an even number of tokens, without reset_every, got {window}")
+        return _counted(_window_nats(model, inputs, ids, window, report), text, len(ids))
     nats, state = torch.zeros((), dtype=torch.float64, device=device), None
     for start in range(0, len(ids), piece):
         tokens, targets = inputs[start : start + piece], ids[start : start + piece]
@@ -79,7 +86,39 @@ def bits_per_byte(
         nats += F.cross_entropy(logits[0].float(), targets, reduction="none").double().sum()
         if report is not None and start // piece % 32 == 31:
             report(f"{start + len(targets):,}/{len(ids):,} tokens")
-    return BitsPerByte(nats.item(), len(ids), len(text.encode("utf-8")), len(text.split()))
+    return _counted(nats.item(), text, len(ids))
+
+
+def _counted(nats: float, text: str, tokens: int) -> BitsPerByte:
+    return BitsPerByte(nats, tokens, len(text.encode("utf-8")), len(text.split()))
+
+
+def _window_nats(
+    model: nn.Module, inputs: torch.Tensor, ids: torch.Tensor, window: int, report: Callable[[str], None] | None
+) -> float:
+    """-log p of ``ids``, each read after the half window before its own; eight windows at a time."""
+    half, total = window // 2, 0.0
+    first, rest = ids[:half], ids[half:]
+    logits = model(inputs[None, : len(first)], return_type="logits")[0]
+    total += F.cross_entropy(logits.float(), first, reduction="none").double().sum().item()
+    starts = list(range(0, len(rest), half))
+    for a in range(0, len(starts), 8):
+        for group in _of_one_length([inputs[s : s + window] for s in starts[a : a + 8]]):
+            rows = torch.stack([row for _, row in group])
+            logits = model(rows, return_type="logits")[:, half:].float()  # B half V
+            goal = torch.stack([rest[starts[a + i] :][: rows.shape[1] - half] for i, _ in group])
+            total += F.cross_entropy(logits.flatten(0, 1), goal.flatten(), reduction="none").double().sum().item()
+        if report is not None and a // 8 % 32 == 31:
+            report(f"{starts[a]:,}/{len(ids):,} tokens")
+    return total
+
+
+def _of_one_length(rows: list[torch.Tensor]) -> list[list[tuple[int, torch.Tensor]]]:
+    """Rows with their places, grouped by length: the last of a text may be short."""
+    groups: dict[int, list[tuple[int, torch.Tensor]]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(len(row), []).append((i, row))
+    return list(groups.values())
 
 
 def held_out_losses(

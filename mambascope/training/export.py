@@ -128,29 +128,39 @@ def evaluate_text(
     """Bits per byte of WikiText-2's validation text under a model folder's stored weights, in float32.
 
     Twice: with the state carried through the whole text (the number that counts), and with a fresh start every
-    ``reset_every`` tokens. Written into the card. Raises LoadError where the text is not below a folder of ``data``.
+    ``reset_every`` tokens. A model with attention knows no more than the length it was trained at: instead of both it
+    reads windows of that length that overlap by half. Written into the card. Raises LoadError where the text is not
+    below a folder of ``data``.
     """
     folder, path = Path(folder), find_file(HELD_OUT, [Path(d) for d in data])
     model, text = open_model(folder, device), read_text(path)
     if model.tokenizer is None:
         raise InputError(f"{folder} has no tokenizer; bits per byte needs one")
-    tokenizer = model.tokenizer.backend
-    report(f"{HELD_OUT}: {len(text.encode('utf-8')):,} bytes, state carried through the whole text")
-    carried = bits_per_byte(model, tokenizer, text, report=report)
-    reset = bits_per_byte(model, tokenizer, text, reset_every=reset_every)
+    tokenizer, context = model.tokenizer.backend, "state carried through the whole text"
+    told = "one stream from the separator, state carried on; every token scored once"
+    window = read_card(folder)["recipe"]["train"]["length"] // 2 * 2 if "a" in model.cfg.layers else None
+    if window is not None:
+        told = context = f"windows of {window} tokens, overlapping by half; every token scored once, in a second half"
+    report(f"{HELD_OUT}: {len(text.encode('utf-8')):,} bytes, {context}")
+    carried = bits_per_byte(model, tokenizer, text, window=window, report=report)
+    fresh: dict[str, float] = {}
+    if window is None:
+        reset = bits_per_byte(model, tokenizer, text, reset_every=reset_every)
+        fresh = {f"bits_per_byte_with_a_fresh_start_every_{reset_every}_tokens": reset.bits_per_byte}
     values = {
         "bits_per_byte": carried.bits_per_byte,
-        f"bits_per_byte_with_a_fresh_start_every_{reset_every}_tokens": reset.bits_per_byte,
+        **fresh,
         "nats_per_token": carried.nats_per_token,
         "perplexity_per_word": carried.word_perplexity,
         "tokens": carried.tokens,
         "utf8_bytes": carried.utf8_bytes,
-        "context": "one stream from the separator, state carried on; every token scored once",
+        "context": told,
         "text_sha256": sha256(path),
         "command": f"python -m mambascope.zoo evaluate {folder.name} --data …",
         **machine(model.device),
     }
-    report(f"bits per byte {carried.bits_per_byte:.4f}  (fresh start every {reset_every}: {reset.bits_per_byte:.4f})")
+    more = "".join(f"  (fresh start every {reset_every}: {value:.4f})" for value in fresh.values())
+    report(f"bits per byte {carried.bits_per_byte:.4f}{more}")
     report(f"nats per token {carried.nats_per_token:.4f}  perplexity per word {carried.word_perplexity:.2f}")
     if write:
         add_evaluation(folder, "WikiText-2 validation", values)

@@ -68,3 +68,21 @@ def test_held_out_losses(tiny):
     assert held_out_losses({"x": ids}, length=9, windows=5, batch=2)(model) == {"x": pytest.approx(math.log(16))}
     with pytest.raises(InputError, match="'x' has 100 tokens, fewer than one window of 100"):
         held_out_losses({"x": ids}, length=100, windows=5, batch=2)
+
+
+def test_windows_score_every_token_once_with_half_a_window_before_it(tiny, tokenizer):
+    model, text, window = tiny(vocabulary=270), TEXT[:130], 10
+    ids = [tokenizer.token_to_id(SEPARATOR), *tokenizer.encode(text).ids]
+    nats = 0.0
+    for t in range(1, len(ids)):
+        first = max(0, (t - 1) // 5 * 5 - 5)  # where the window begins in whose second half token t stands
+        logits = model(torch.tensor([ids[first:t]]))[0, -1].double()
+        nats -= torch.log_softmax(logits, -1)[ids[t]].item()
+    found = bits_per_byte(model, tokenizer, text, window=window)
+    assert found.tokens == len(ids) - 1
+    assert found.nats == pytest.approx(nats, rel=1e-5)
+    whole = bits_per_byte(model, tokenizer, text, window=2 * len(ids))
+    assert whole.nats == pytest.approx(bits_per_byte(model, tokenizer, text).nats, rel=1e-5)
+    for wrong in ({"window": 7}, {"window": 8, "reset_every": 2048}):
+        with pytest.raises(InputError, match="window must be an even number"):
+            bits_per_byte(model, tokenizer, text, **wrong)

@@ -217,3 +217,17 @@ def test_command_line_errors(tmp_path, capsys):
     ):
         assert main(arguments) == 1
         assert message in capsys.readouterr().err
+
+
+def test_a_hybrid_is_trained_watched_and_evaluated_in_windows_of_its_length(home, tmp_path, capsys):
+    out = tmp_path / "run"
+    rival = ["--set", "name=tiny-hybrid", "--set", "model.pattern=ma", "--set", "model.n_heads=2"]
+    more = ["--data", str(home), "--out", str(out), "--device", "cpu"]
+    assert main(["train", str(home / "tiny.toml"), *more, *rival]) == 0
+    folder = out / "model"
+    assert load(folder).cfg.layers == "ma"
+    assert main(["evaluate", "tiny-hybrid", "--folder", str(folder), "--data", str(home), "--device", "cpu"]) == 0
+    values = read_card(folder)["evaluations"]["WikiText-2 validation"]
+    assert values["context"].startswith("windows of 32 tokens, overlapping by half")
+    assert 1.0 < values["bits_per_byte"] < 4.5
+    assert not any("fresh_start" in key for key in values)

@@ -3,10 +3,10 @@
     python -m tests.bench.bench_gpu_model [--csv FILE] [--only PART …] [--limit SECONDS] [--anyway]
 
 The gate: a replayed pass gives the bits of the eager one (logits, states, what a cache keeps, after edits of weights),
-a hook that returns None changes no bit, a step is as near to float64 as the whole text. It runs in processes beside
-others that compile what the timings need; the timings begin when all are done. Every timed call is the public one,
-starts on an idle device and includes its host time. The CSV is written after every row; what the limit left out is
-said.
+a hook that returns None changes no bit, a step is as near to float64 as the whole text, gradients of joined blocks as
+near as those of the operators one by one. It runs in processes beside others that compile what the timings need; the
+timings begin when all are done. Every timed call is the public one, starts on an idle device and includes its host
+time. The CSV is written after every row; what the limit left out is said.
 """
 
 import argparse
@@ -411,6 +411,27 @@ PARTS: dict[str, Callable[[Table], Any]] = {
 }
 
 
+def gate_gradients(gate: Gate, dtype: torch.dtype) -> None:
+    """Gradients of the loss, blocks joined, and operators one by one, against float64; twice the same bits."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = HookedMamba(MambaConfig(d_model=WIDTH, n_layers=2, d_vocab=1000), dtype=dtype)
+    exact = HookedMamba(model.cfg, device=DEVICE, dtype=torch.float64, backend="torch")
+    exact.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    leaves, names = list(model.parameters()), [name for name, _ in model.named_parameters()]
+    for length in (2, 65, 1000):
+        x = ids(2, length, vocabulary=1000)
+        truth = torch.autograd.grad(exact(x, return_type="loss"), list(exact.parameters()))
+        found, again = (torch.autograd.grad(model(x, return_type="loss"), leaves) for _ in range(2))
+        look = ("blocks.0.mixer.hook_u", lambda value, hook: None)
+        apart = torch.autograd.grad(model.run_with_hooks(x, return_type="loss", fwd_hooks=[look]), leaves)
+        for name, a, b, other, want in zip(names, found, again, apart, truth, strict=True):
+            what = f"{dtype} 2 x {length}, gradient of {name}"
+            gate.same(f"{what}, twice", a, b)
+            bar = max(5e-6 if dtype == torch.float32 else 2e-3, 1.5 * relative(other, want))
+            gate.need(f"{what}: {relative(a, want):.1e}, bar {bar:.1e}", relative(a, want) <= bar)
+
+
 def compile_text(dtype: torch.dtype, batch: int) -> None:
     """What forwards, caches and windows launch."""
     model, x = build(dtype, 2), ids(batch, 2048)
@@ -467,7 +488,7 @@ def prepare(table: Table, limit: float) -> bool:
             (compile_tokens, half, 8), (compile_backward, half, 8), (compile_pieces, half, 1),
         ):  # fmt: skip
             waiting[pool.submit(_compiled, work, dtype, batch)] = f"{work.__name__} {dtype} {batch}"
-        for check in (gate_graphs, gate_steps):
+        for check in (gate_graphs, gate_steps, gate_gradients):
             for dtype in (half, wide):
                 waiting[pool.submit(_gated, check, dtype)] = f"{check.__name__} {dtype}"
         waiting[pool.submit(_gated, gate_products, wide)] = "gate_products"

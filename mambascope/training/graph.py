@@ -3,11 +3,13 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mambascope.errors import InputError
+from mambascope.training.head import answer_loss
 from mambascope.training.sampler import Batch
 
-__all__ = ["StepGraph"]
+__all__ = ["GradientGraph", "StepGraph"]
 
 _WARMUP = 3
 
@@ -51,3 +53,42 @@ class StepGraph:
         self._graph.replay()
         loss, norm = self._results
         return loss.clone(), norm.clone()
+
+
+class GradientGraph:
+    """A model's loss and gradients as one CUDA graph for one shape of batch: no launch waits for Python.
+
+    ``gradients(batch)`` gives the loss, on the device, and leaves every parameter's gradient in its ``.grad``, which is
+    overwritten by the next call and not added to: clone what must last. An optimizer may step between calls, since
+    weights are read where they lie. Holds the memory of one step for as long as it lives. The first three calls run as
+    they are. InputError without an NVIDIA GPU, for another shape, and where a weight was moved since it was recorded.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Batch], Tensor] = answer_loss) -> None:
+        self.model, self.loss = model, loss
+        device = next(model.parameters()).device
+        if device.type != "cuda":
+            raise InputError(f"a CUDA graph needs a model on an NVIDIA GPU, this one is on {device}")
+        self._graph, self._shape = StepGraph(self._step, device), None
+        self._gradients: list[tuple[nn.Parameter, Tensor | None]] = []
+        self._places: list[int] = []
+
+    def _step(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        self.model.zero_grad(set_to_none=True)
+        loss = self.loss(self.model, batch)
+        loss.backward()
+        self._gradients = [(p, p.grad) for p in self.model.parameters()]
+        return loss.detach(), loss.detach()
+
+    def __call__(self, batch: Batch) -> Tensor:
+        shape = (batch.tokens.shape, batch.targets.shape)
+        if self._shape not in (None, shape):
+            raise InputError(f"recorded for tokens and targets {self._shape}, got {shape}; make one for each shape")
+        places = [p.data_ptr() for p in self.model.parameters()]
+        if self._shape is not None and places != self._places:
+            raise InputError("a weight lies elsewhere than when the step was recorded; make a new GradientGraph")
+        self._shape, self._places = shape, places
+        loss = self._graph(batch)[0]
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+        return loss

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mambascope.ops.scan.triton_launch import check, launch
-from mambascope.ops.scan.triton_math import LOG2E, MINUS_LOG2E, steps
+from mambascope.ops.scan.triton_math import LOG2E, steps
 from mambascope.ops.scan.triton_replay import replayed
 
 __all__ = ["loss_forward"]
@@ -45,25 +45,25 @@ def _loss_kernel(logits, targets, losses, columns, ignored, GRADIENT: tl.constex
     at = logits + row * columns
     right = tl.load(at + target, mask=known, other=float("nan")).to(tl.float32)
     i = tl.arange(0, BLOCK)
-    top = tl.full([BLOCK], -1e30, tl.float32)  # every lane has its own maximum: no thread waits for another
+    top = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    for block in steps(0, tl.cdiv(columns, BLOCK)):
+    blocks = tl.cdiv(columns, BLOCK)
+    for block in steps(0, blocks):
         column = block * BLOCK + i
         v = tl.load(at + column, mask=column < columns, other=float("-inf")).to(tl.float32)
-        apart = v - top
-        e = tl.exp2(tl.abs(apart) * MINUS_LOG2E)
-        total = tl.where(apart > 0.0, tl.fma(total, e, 1.0), total + e)
-        top = tl.maximum(top, v)
-    lanes = top
-    top = tl.max(lanes, axis=0)
-    whole = tl.sum(total * tl.exp2((lanes - top) * LOG2E), axis=0)
+        higher = tl.maximum(top, tl.max(v, axis=0))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp2((top - base) * LOG2E) + tl.exp2((v - base) * LOG2E)
+        top = higher
+    top = tl.where(top == float("-inf"), 0.0, top)
+    whole = tl.sum(total, axis=0)
     logp = right - top - tl.log(whole)
-    tl.store(losses + row, tl.where(scored, -logp, 0.0))
+    tl.store(losses + row + tl.arange(0, 1), tl.where(scored, -logp, 0.0))
     if GRADIENT:
         there = _expm1(logp)
         share = 1.0 / whole
-        for block in steps(0, tl.cdiv(columns, BLOCK)):
-            column = block * BLOCK + i
+        for block in steps(0, blocks):
+            column = (blocks - 1 - block) * BLOCK + i  # backwards: what was read last is in the cache for certain
             inside = column < columns
             v = tl.load(at + column, mask=inside, other=0.0).to(tl.float32)
             v = tl.where(column == target, there, tl.exp2((v - top) * LOG2E) * share)

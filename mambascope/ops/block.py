@@ -9,6 +9,7 @@ is added inside the norm's pass; dt_proj's bias gets its sum from the scan. No c
 tensor of B L D is left, and a 24-layer model has 24 nodes instead of 500.
 """
 
+from contextlib import nullcontext
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -145,7 +146,9 @@ class _Block(torch.autograd.Function):
         *weights: Any,
     ) -> Any:
         w = BlockWeights(*weights)
-        with torch.autocast(residual.device.type, enabled=False):
+        device = residual.device.type
+        quiet = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        with quiet:
             output, kept, ctx.interval = _forward(eps, dtype, before, residual, conv_state, h0, w)
         ctx.save_for_backward(*(kept[name] for name in _KEPT), *weights)
         ctx.eps, ctx.dtype = eps, dtype
@@ -158,9 +161,11 @@ class _Block(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: a checkpoint gives them a single time
         kept: dict[str, Any] = dict(zip(_KEPT, saved, strict=False))
         w = BlockWeights(*saved[len(_KEPT) :])
-        with torch.no_grad():
+        if not torch.is_grad_enabled():
             found = _backward(ctx, kept, w, arriving)
-        if torch.is_grad_enabled():
+        else:
+            with torch.no_grad():
+                found = _backward(ctx, kept, w, arriving)
             behind = [x for x in (*saved, *arriving) if x is not None and x.requires_grad]
             given = [g for g in found if g is not None]
             once = iter(_Once.apply(len(given), *given, *behind) if behind and given else given)  # type: ignore[arg-type]

@@ -6,10 +6,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mambascope.training.build import build_model, train_recipe
     from mambascope.training.evaluate import bits_per_byte
+    from mambascope.training.graph import GradientGraph
     from mambascope.training.loop import TrainingError, TrainResult, train
     from mambascope.training.recipe import Recipe, load_recipe
+    from mambascope.training.sampler import Batch
 
 _HOME = {
+    "Batch": "sampler",
+    "GradientGraph": "graph",
     "Recipe": "recipe",
     "TrainResult": "loop",
     "TrainingError": "loop",
@@ -21,6 +25,8 @@ _HOME = {
 }
 
 __all__ = [
+    "Batch",
+    "GradientGraph",
     "Recipe",
     "TrainResult",
     "TrainingError",

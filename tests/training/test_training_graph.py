@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from mambascope.config import MambaConfig
+from mambascope.errors import InputError
 from mambascope.model import HookedMamba
 from mambascope.training.build import train_recipe
 from mambascope.training.command import recipe_for
+from mambascope.training.graph import GradientGraph
+from mambascope.training.head import answer_loss
 from mambascope.training.loop import train
 from mambascope.training.recipe import TrainSettings
 from mambascope.training.sampler import Batch
@@ -54,3 +57,26 @@ def test_a_text_step_in_bf16_is_recorded_too(tmp_path):
         losses[graph] = [row["loss"] for row in result.rows]
     assert losses[True] == pytest.approx(losses[False], rel=1e-3)
     assert losses[True][-1] < losses[True][0] - 0.5
+
+
+def test_recorded_gradients_are_the_eager_ones_bit_for_bit():
+    torch.manual_seed(0)
+    model = HookedMamba(MambaConfig(d_model=64, n_layers=2, d_vocab=50), device="cuda", dtype=torch.bfloat16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    gradients = GradientGraph(model)
+    for step in range(6):
+        tokens = torch.randint(50, (2, 65), generator=torch.Generator().manual_seed(step)).cuda()
+        batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        loss = gradients(batch)
+        found = [p.grad.clone() for p in model.parameters()]
+        want = answer_loss(model, batch)
+        assert torch.equal(loss, want)
+        for a, b in zip(found, torch.autograd.grad(want, list(model.parameters())), strict=True):
+            assert torch.equal(a, b)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    with pytest.raises(InputError, match="make one for each shape"):
+        gradients(Batch(tokens[:, :10], tokens[:, 1:11]))
+    model.ln_final.weight.data = model.ln_final.weight.data.clone()
+    with pytest.raises(InputError, match="a weight lies elsewhere"):
+        gradients(batch)

@@ -9,6 +9,7 @@ from mambascope.errors import InputError
 from mambascope.model import HookedMamba
 from mambascope.training.feed import Feed
 from mambascope.training.floor import Floor, measure_floor
+from mambascope.training.graph import GradientGraph
 from mambascope.training.head import answer_loss
 from mambascope.training.metrics import largest_fall
 from mambascope.training.sampler import IGNORED, Batch
@@ -78,3 +79,8 @@ def test_the_floor_counts_products_and_scans() -> None:
     assert floor.scans > 0
     assert floor.tokens == 32
     assert str(Floor(1e-3, 3e-3, 8)) == "floor: 2,000 tokens/s (a step: matrix products 1.00 ms, scans 3.00 ms)"
+
+
+def test_recorded_gradients_need_a_gpu() -> None:
+    with pytest.raises(InputError, match="a CUDA graph needs a model on an NVIDIA GPU, this one is on cpu"):
+        GradientGraph(mamba())

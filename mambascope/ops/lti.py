@@ -12,7 +12,10 @@ nothing overflows.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -30,7 +33,7 @@ def fft_convolve(kernel: Float[Tensor, "... K D"], u: Float[Tensor, "... L D"]) 
 
     One kernel ``K D`` for all rows of u, or one each.
 
-    Zero-padded to a power of two >= K + L - 1. Time O(D L log L), memory some channels at a time. Taps beyond u's
+    Zero-padded to K + L - 1 or a little more. Time O(D L log L), memory some channels at a time. Taps beyond u's
     length reach nothing and are left out. float32 in gives float32 (error about 1e-6 of the largest value).
     Differentiable in both. Raises InputError for a kernel of other channels than u's, or of none.
     """
@@ -38,14 +41,69 @@ def fft_convolve(kernel: Float[Tensor, "... K D"], u: Float[Tensor, "... L D"]) 
     rows_fit = kernel.ndim == 2 or (kernel.ndim == u.ndim and kernel.shape[:-2] == u.shape[:-2])
     if not rows_fit or kernel.shape[-1] != width or kernel.shape[-2] == 0:
         raise InputError(f"the kernel must be K {width} for an input of {width} channels, got {tuple(kernel.shape)}")
-    kernel = kernel[..., :length, :].to(u.dtype)
-    size = 2 ** math.ceil(math.log2(kernel.shape[-2] + length - 1)) if length > 1 else 1
-    group = max(1, _BLOCK // size)
+    return cast(Tensor, _Convolution.apply(kernel[..., :length, :].to(u.dtype), u))
+
+
+class _Convolution(torch.autograd.Function):
+    """`fft_convolve` with its gradients as real transforms: two correlations (torch would make complex ones)."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: Tensor, u: Tensor) -> Tensor:
+        ctx.save_for_backward(kernel, u)
+        return _by_channels(
+            lambda k, x, size: _rfft(k, size) * _rfft(x, size), (kernel, u), u.shape[-2], _size(kernel, u)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        (kernel, u), (dy,) = ctx.saved_tensors, grads
+        size, over = _size(kernel, u), tuple(range(u.ndim - kernel.ndim))
+
+        def for_kernel(x: Tensor, g: Tensor, size: int) -> Tensor:
+            product = _rfft(x, size).conj() * _rfft(g, size)
+            return product.sum(over) if over else product
+
+        dkernel = du = None
+        if ctx.needs_input_grad[0]:
+            dkernel = _by_channels(for_kernel, (u, dy), kernel.shape[-2], size)
+        if ctx.needs_input_grad[1]:
+            du = _by_channels(
+                lambda k, g, size: _rfft(k, size).conj() * _rfft(g, size), (kernel, dy), u.shape[-2], size
+            )
+        return dkernel, du
+
+
+def _size(kernel: Tensor, u: Tensor) -> int:
+    """A size in which neither the convolution nor its gradients wrap around."""
+    return _good_size(kernel.shape[-2] + u.shape[-2] - 1)
+
+
+@lru_cache(256)
+def _good_size(least: int) -> int:
+    """The smallest product of 2s, 3s and 5s from ``least`` on: what transforms are fast at."""
+    best, five = 2 ** (least - 1).bit_length(), 1
+    while five < best:
+        three = five
+        while three < best:
+            best = min(best, three * 2 ** max(0, (-(-least // three) - 1).bit_length()))
+            three *= 3
+        five *= 5
+    return best
+
+
+def _rfft(x: Tensor, size: int) -> Tensor:
+    return torch.fft.rfft(x, size, dim=-2)
+
+
+def _by_channels(
+    spectrum: Callable[[Tensor, Tensor, int], Tensor], pair: tuple[Tensor, Tensor], keep: int, size: int
+) -> Tensor:
+    """The first ``keep`` entries of what has this spectrum, some channels at a time."""
+    width, group = pair[0].shape[-1], max(1, _BLOCK // size)
     parts = []
     for first in range(0, width, group):
-        some = slice(first, first + group)
-        product = torch.fft.rfft(kernel[..., some], size, dim=-2) * torch.fft.rfft(u[..., some], size, dim=-2)
-        parts.append(torch.fft.irfft(product, size, dim=-2)[..., :length, :])
+        one, two = (x[..., first : first + group] for x in pair)
+        parts.append(torch.fft.irfft(spectrum(one, two, size), size, dim=-2)[..., :keep, :])
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 

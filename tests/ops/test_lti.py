@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from mambascope.errors import InputError
-from mambascope.ops.lti import Diagonal, diagonal_kernel, fft_convolve
+from mambascope.ops.lti import Diagonal, _good_size, diagonal_kernel, fft_convolve
 from tests.ops.tolerance import error
 
 KINDS = pytest.mark.parametrize("kind", ["real", "complex"])
@@ -108,3 +108,13 @@ def test_a_kernel_by_hand_and_what_is_refused() -> None:
         diagonal_kernel(half, half, 0)
     with pytest.raises(InputError, match="kernel must be K 5"):
         fft_convolve(torch.ones(3, 4), torch.ones(7, 5))
+
+
+def test_sizes_of_transforms_are_products_of_small_primes() -> None:
+    for least in (1, 2, 3, 7, 135, 1001, 4097):
+        size, n = _good_size(least), _good_size(least)
+        for p in (2, 3, 5):
+            while n % p == 0:
+                n //= p
+        assert n == 1 and least <= size <= 1.25 * least + 1, least
+    assert [_good_size(n) for n in (135, 144, 145, 1025)] == [135, 144, 150, 1080]

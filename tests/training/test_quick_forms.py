@@ -3,10 +3,13 @@
 The full forms are the package's sweeps (``python -m mambascope.zoo sweep NAME``).
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 
-from mambascope.analyses.tasks import Score, evaluate
+from mambascope.analyses.tasks import evaluate
 from mambascope.training.build import train_recipe
 from mambascope.training.recipe import Recipe
 from mambascope.training.sweep import load_sweep
@@ -14,9 +17,17 @@ from mambascope.training.sweep import load_sweep
 
 @pytest.fixture
 def trained(tmp_path):
-    """A function (sweep, model, train, task options) -> score of a short training of that sweep's recipe."""
+    """A function (sweep, model, train, task options) -> scores at ``lengths`` (the trained one) of a short training of
+    that sweep's recipe; one score where no lengths are given."""
 
-    def train(sweep: str, model: dict, train: dict, options: dict | None = None, name: str | None = None) -> Score:
+    def train(
+        sweep: str,
+        model: dict,
+        train: dict,
+        options: dict | None = None,
+        name: str | None = None,
+        lengths: Sequence[int] = (),
+    ) -> Any:
         values = load_sweep(sweep).runs[0].recipe.to_dict()
         values["model"] = {"d_vocab": values["model"]["d_vocab"], "n_layers": 1, **model}
         quick = {"cuda_graph": False, "warmup": 20, "log_every": 50, "checkpoint_every": 10**6, "evaluate_every": 10**6}
@@ -28,7 +39,9 @@ def trained(tmp_path):
         assert recipe.task is not None
         where = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         made, _ = train_recipe(recipe, where, report=lambda _: None)
-        return evaluate(recipe.task.make(), made, recipe.train.length, 300, trained_length=recipe.train.length)
+        task, trained = recipe.task.make(), recipe.train.length
+        scores = [evaluate(task, made, n, 300, trained_length=trained) for n in lengths or (trained,)]
+        return scores if lengths else scores[0]
 
     return train
 
@@ -73,3 +86,36 @@ def test_parity_holds_for_a_few_bits_and_is_lost_after_many(trained) -> None:
     assert float(by_position[:2].min()) > 0.95
     assert 0.4 < float(by_position[-16:].mean()) < 0.6
     assert torch.isfinite(by_position).all()
+
+
+def test_selection_copies_out_of_noise_what_a_time_invariant_model_cannot(trained) -> None:
+    """S4D in Mamba's block differs by selection alone. Seeds 1 to 3: Mamba 0.997 to 0.999, S4D 0.54 to 0.65."""
+    mamba, s4d = (
+        trained(
+            "selective-copying",
+            {"d_vocab": 8, "d_model": 32, "n_layers": 2, "pattern": pattern, "initializer_range": 0.5},
+            {"steps": 500, "batch": 32, "length": 68, "lr": 1e-2},
+            {"vocabulary": 8, "memorize": 3},
+        ).accuracy
+        for pattern in "ms"
+    )
+    assert mamba > 0.93
+    assert s4d < 0.8
+
+
+def test_one_lstm_layer_holds_parity_where_mamba_and_attention_of_fixed_depth_fall(trained) -> None:
+    """Trained at 32 bits, read at 8, 32, 128. Seeds 1 and 2: LSTM 1.000 at all, Mamba 0.58, attention 0.53 at 32."""
+    for pattern, lr, options in (("l", 5e-3, {}), ("m", 3e-3, {}), ("a", 3e-3, {"n_heads": 2})):
+        scores = trained(
+            "state-tracking",
+            {"d_vocab": 2, "d_model": 32, "d_state": 8, "pattern": pattern, **options},
+            {"steps": 400, "batch": 32, "length": 32, "lr": lr},
+            name="parity",
+            lengths=(8, 32, 128),
+        )
+        accuracy = [score.accuracy for score in scores]
+        if pattern == "l":
+            assert min(accuracy) > 0.98
+        else:
+            assert accuracy[1] < 0.75 and accuracy[2] < 0.6, pattern
+        assert [score.beyond_training for score in scores] == [False, False, True]

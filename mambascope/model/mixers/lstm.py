@@ -5,10 +5,13 @@
 
 Nobody looking inside: torch's ``nn.LSTM``. A step at which somebody looks is spelled out between two stretches of it.
 All six points are in the recurrence: a hook is called once for every addressed step, in order, with its ``B D``, and
-an edit changes everything after it.
+an edit changes everything after it. On a GPU cuDNN runs it, forward in float32 as IEEE has it; its gradients are
+torch's to decide, which are TF32 unless ``torch.backends.cudnn.rnn.fp32_precision`` says "ieee".
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +95,7 @@ class LSTMMixer(Mixer):
         state = self.initial_state(r.shape[0]) if state is None else state.map(torch.clone)
         padding = run.padding
         aligned = padding is not None and padding.any_left
-        with torch.autocast(r.device.type, enabled=False):
+        with torch.autocast(r.device.type, enabled=False), _ieee(r.device):
             x = r.to(self.lstm.all_weights[0][0].dtype)
             x = padding.align(x) if aligned and padding is not None else x
             hidden, (h, c), form = self._walk(x, (state.h, state.c), run)
@@ -163,3 +166,17 @@ class LSTMMixer(Mixer):
         out, after = self.lstm(packed, (before[0][None].contiguous(), before[1][None].contiguous()))
         hidden, _ = pad_packed_sequence(out, batch_first=True, total_length=x.shape[1])
         return hidden, (after[0][0], after[1][0])
+
+
+@contextmanager
+def _ieee(device: torch.device) -> Iterator[None]:
+    """float32 means float32: cuDNN's recurrences are TF32 by default, off by 1e-3, and would not match a step alone."""
+    if device.type != "cuda":
+        yield
+        return
+    rnn: Any = torch.backends.cudnn.rnn
+    before, rnn.fp32_precision = rnn.fp32_precision, "ieee"
+    try:
+        yield
+    finally:
+        rnn.fp32_precision = before

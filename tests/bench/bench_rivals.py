@@ -55,7 +55,7 @@ def gate(letter: str, device: str) -> dict[str, float]:
         found["states"] = max(error(a.tensors()[n], v) for a, b in pairs for n, v in b.tensors().items())
         first, middle = model(ids[:, :57], return_state=True)
         found["split"] = error(torch.cat([first, model(ids[:, 57:], state=middle)], 1), want)
-        step = model.initial_state(3)
+        step, logits = model.initial_state(3), plain[:, -1]
         for t in range(130):
             logits, step = model.step(ids[:, t], step)
         found["steps"] = error(logits, want[:, -1])

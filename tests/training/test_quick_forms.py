@@ -88,19 +88,19 @@ def test_parity_holds_for_a_few_bits_and_is_lost_after_many(trained) -> None:
     assert torch.isfinite(by_position).all()
 
 
-def test_selection_copies_out_of_noise_what_a_time_invariant_model_cannot(trained) -> None:
-    """S4D in Mamba's block differs by selection alone. Seeds 1 to 3: Mamba 0.997 to 0.999, S4D 0.54 to 0.65."""
+def test_selection_copies_out_of_noise_what_a_time_invariant_model_does_not(trained) -> None:
+    """S4D in Mamba's block differs by selection alone. Seeds 1 to 3: Mamba 0.975 to 0.998, S4D 0.585 to 0.627."""
     mamba, s4d = (
         trained(
             "selective-copying",
             {"d_vocab": 8, "d_model": 32, "n_layers": 2, "pattern": pattern, "initializer_range": 0.5},
-            {"steps": 500, "batch": 32, "length": 68, "lr": 1e-2},
-            {"vocabulary": 8, "memorize": 3},
+            {"steps": 300, "batch": 24, "length": 68, "lr": 1.5e-2},
+            {"vocabulary": 8, "memorize": 2},
         ).accuracy
         for pattern in "ms"
     )
-    assert mamba > 0.93
-    assert s4d < 0.8
+    assert mamba > 0.9
+    assert s4d < 0.78
 
 
 def test_one_lstm_layer_holds_parity_where_mamba_and_attention_of_fixed_depth_fall(trained) -> None:

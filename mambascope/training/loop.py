@@ -59,11 +59,11 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
 
 
 def make_optimizer(model: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer:
-    """Adam or AdamW as the recipe says. Weight decay acts on matrices only: not on vectors, and not on ``A_log``,
-    whose zero is no neutral value."""
+    """Adam or AdamW as the recipe says. Weight decay acts on matrices only: not on vectors, and not on ``A_log`` and
+    ``A_imag``, whose zero is no neutral value."""
     decayed, free = [], []
     for name, parameter in model.named_parameters():
-        matrix = parameter.ndim >= 2 and not name.endswith("A_log")
+        matrix = parameter.ndim >= 2 and not name.endswith(("A_log", "A_imag"))
         (decayed if matrix else free).append(parameter)
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": free, "weight_decay": 0.0}]
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam

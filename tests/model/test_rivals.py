@@ -14,6 +14,9 @@ from mambascope.hooks.points import spec_of
 from mambascope.hooks.run import Run
 from mambascope.model import HookedMamba
 from mambascope.model.mixers.conv import LONG
+from mambascope.training.floor import measure_floor
+from mambascope.training.loop import make_optimizer
+from mambascope.training.recipe import TrainSettings
 from tests.conftest import error
 
 V, M, D, N = 19, 16, 20, 6
@@ -397,6 +400,18 @@ def test_contradictory_options_are_refused_by_name(fields: dict[str, object], te
     with pytest.raises(ConfigError, match=text):
         MambaConfig(d_model=32, n_layers=2, d_vocab=V, **fields)  # type: ignore[arg-type]
     assert MambaConfig(d_model=32, n_layers=2, d_vocab=V, pattern="h", d_state=7, ssm_init="real").d_state == 7
+
+
+def test_training_times_the_recurrence_and_never_decays_a_rate() -> None:
+    settings = TrainSettings(steps=2, batch=2, length=8, lr=1e-3, weight_decay=0.1)
+    for letter in LETTERS:
+        model = model_of(letter, torch.float32)
+        floor = measure_floor(model, 2, 8)
+        assert (floor.cores > 0) == (letter != "g") and floor.scans == 0
+        free = {id(p) for p in make_optimizer(model, settings).param_groups[1]["params"]}
+        rates = [p for n, p in model.named_parameters() if n.endswith(("A_log", "A_imag", "log_dt", "ssm.D"))]
+        assert all(id(p) in free for p in rates) and len(rates) == (4 if letter in "sph" else 0)
+        assert id(model.blocks[0].mixer.out_proj.weight) not in free
 
 
 def test_an_exchanged_part_is_refused_rather_than_ignored() -> None:

@@ -88,8 +88,9 @@ def test_parity_holds_for_a_few_bits_and_is_lost_after_many(trained) -> None:
     assert torch.isfinite(by_position).all()
 
 
-def test_selection_copies_out_of_noise_what_a_time_invariant_model_does_not(trained) -> None:
-    """S4D in Mamba's block differs by selection alone. Seeds 1 to 3: Mamba 0.975 to 0.998, S4D 0.585 to 0.627."""
+def test_selection_learns_to_copy_out_of_noise_before_a_time_invariant_model_does(trained) -> None:
+    """S4D in Mamba's block differs by selection alone. Seeds 1 to 3: Mamba 0.975 to 0.998, S4D 0.585 to 0.627. So short
+    a context S4D learns later (0.967 after 1,500 steps, seed 1): this shows who learns it first, not who could."""
     mamba, s4d = (
         trained(
             "selective-copying",

@@ -66,6 +66,17 @@ class DiagonalSSM(nn.Module):
         rate = torch.exp(self.log_dt.double())[:, None] * A
         return Diagonal(rate, (torch.exp(rate) - 1) / A, C)
 
+    def core(self, batch: int, length: int) -> Callable[[], None]:
+        """The convolution of a training step, its kernel and its gradients, on random inputs: to be timed."""
+        like = self.log_dt
+        u = torch.randn(batch, length, len(like), device=like.device, dtype=like.dtype, requires_grad=True)
+        g, leaves = torch.randn_like(u), [p for name, p in self.named_parameters() if name != "D"]
+
+        def step() -> None:
+            torch.autograd.grad(self.discretised().run(None, u), [u, *leaves], g)
+
+        return step
+
     def forward(
         self, u: Tensor, h0: Tensor | None, run: Run, kernel_point: SitePoint, state_point: StatePoint
     ) -> tuple[Tensor, Tensor, str]:

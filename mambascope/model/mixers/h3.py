@@ -7,6 +7,8 @@ one (``d_conv`` of them; the paper has 64), which is a causal conv; its skip is 
 one of S4D. Multiplications are of channels one by one (the paper's heads of width 1).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -54,6 +56,10 @@ class H3Mixer(Mixer):
         cfg, like = self.cfg, self.in_proj.weight
         ssm = torch.zeros(batch, cfg.d_inner, cfg.d_state, device=like.device, dtype=compute_dtype(like.dtype))
         return ConvSSMState(ssm, like.new_zeros(batch, cfg.d_inner, cfg.d_conv - 1))
+
+    def core(self, batch: int, length: int, dtype: torch.dtype) -> Callable[[], None] | None:
+        """The state space model, forward and backward, in the parameters' dtype."""
+        return self.ssm.core(batch, length)
 
     def forward(self, r: Tensor, run: Run, state: ConvSSMState | None = None) -> tuple[Tensor, ConvSSMState]:
         """Mix the normalised residual ``B L M``; the output ``B L M`` and the state after the last real token."""

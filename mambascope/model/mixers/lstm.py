@@ -84,6 +84,18 @@ class LSTMMixer(Mixer):
         zeros = torch.zeros(batch, self.cfg.d_inner, device=like.device, dtype=compute_dtype(like.dtype))
         return LSTMState(zeros, zeros.clone())
 
+    def core(self, batch: int, length: int, dtype: torch.dtype) -> Callable[[], None] | None:
+        """The recurrence, forward and backward, in the parameters' dtype."""
+        like = self.lstm.all_weights[0][0]
+        x = torch.randn(batch, length, self.cfg.d_model, device=like.device, dtype=like.dtype, requires_grad=True)
+        g = torch.randn(batch, length, self.cfg.d_inner, device=like.device, dtype=like.dtype)
+
+        def step() -> None:
+            with torch.autocast(x.device.type, enabled=False), _ieee(x.device):
+                torch.autograd.grad(self.lstm(x)[0], [x, *self.lstm.parameters()], g)
+
+        return step
+
     def forward(self, r: Tensor, run: Run, state: LSTMState | None = None) -> tuple[Tensor, LSTMState]:
         """Mix the normalised residual ``B L M``; the output ``B L M`` and h, c after the last real token."""
         if type(self.lstm) is not nn.LSTM or hooked(self.lstm):

@@ -10,6 +10,8 @@
     u = x = in_proj(r);  y = ssm(u);  out_proj(SiLU(y + D u))
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +50,10 @@ class _S4D(Mixer):
         self.hook_skip = SitePoint()
         self.hook_gated = SitePoint()
         self.out_proj = nn.Linear(D, cfg.d_model, bias=cfg.proj_bias)
+
+    def core(self, batch: int, length: int, dtype: torch.dtype) -> Callable[[], None] | None:
+        """The state space model, forward and backward, in the parameters' dtype."""
+        return self.ssm.core(batch, length)
 
     def _zeros(self, batch: int) -> Tensor:
         like = self.in_proj.weight

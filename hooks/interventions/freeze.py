@@ -51,9 +51,9 @@ def freeze(
 ) -> Intervention:
     """Take some of delta, B, C, the SiLU factor ("silu") and the gate z ("gate") from another run, at every token.
 
-    ``layers``: default all. ``channels`` restricts delta, silu and gate; B and C have no channels, so name them apart
-    from it. Held: ``B L D`` or ``B L N`` for each layer and name. The other run's texts must have the tokens' number
-    of this one; in ``generate`` the text may not grow past it.
+    ``layers``: default all Mamba layers. ``channels`` restricts delta, silu and gate; B and C have no channels, so name
+    them apart from it. Held: ``B L D`` or ``B L N`` for each layer and name. The other run's texts must have as many
+    tokens as this one's; in ``generate`` the text may not grow past it.
 
     Raises
     ------

@@ -63,8 +63,8 @@ def knockout(
 ) -> Intervention:
     """Cut the flow from source tokens to target tokens in some layers: alpha[t, s] = 0 for t in T, s in S.
 
-    ``layers``: numbers, or None for all. ``sources``, ``targets``: a position, a slice, a list (for all rows), or
-    ``B k`` numbers for each row. ``through``: "scan" (what s writes into the state) or "conv" (what s's x writes,
+    ``layers``: numbers; None: all Mamba layers. ``sources``, ``targets``: a position, a slice, a list (for all rows),
+    or ``B k`` numbers for each row. ``through``: "scan" (what s writes into the state) or "conv" (what s's x writes,
     by way of the conv, into the states and skips of s and the K-1 tokens after it). ``initial_state``: T loses the
     state before the text as well. ``channels``, ``dims``: only these channels and state dimensions.
     In ``generate`` positions are absolute, and the prompt must be part of the call.

@@ -45,6 +45,7 @@ __all__ = ["HookedMamba"]
 class HookedMamba(TextMethods, GenerateMethods, ScopeMethods, HookMethods):
     """A Mamba-1 language model (Gu & Dao, 2312.00752), open at every intermediate.
 
+    With ``pattern`` in the config some or all layers are something else (attention, feed-forward, …; docs/models.md).
     Use :func:`mambascope.load` for a checkpoint; the constructor gives fresh random weights. Hook points are
     listed in ``mambascope.HOOK_POINTS``; ``model.explain_path()`` tells how each layer was last computed.
     ``backend`` is ``"auto"``, ``"triton"``, ``"cpu"``, ``"torch"`` or ``"reference"``.

@@ -91,6 +91,8 @@ class _Ready:
 
 class _Attribution:
     def __init__(self, model: Runnable, pairs: Pairs, grid: Grid, metric: Any, keep: int | None, steps: int) -> None:
+        if torch.is_inference_mode_enabled():
+            raise InputError("attribution takes gradients, which torch.inference_mode() rules out: leave it first")
         self.model, self.pairs, self.grid, self.steps = model, pairs, grid, steps
         self.spans = Spans(model, grid, pairs.align, steps)
         self.keep = metric.keep if isinstance(metric, Metric) else keep

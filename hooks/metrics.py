@@ -63,7 +63,9 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def _ids(model: "Runnable", answer: Answer, pairs: int, what: str) -> tuple[int, ...]:
-    each = [answer] * pairs if isinstance(answer, (str, int)) else list(answer)
+    if isinstance(answer, torch.Tensor):
+        answer = answer.tolist()
+    each = list(answer) if isinstance(answer, Sequence) and not isinstance(answer, str) else [answer] * pairs
     if len(each) != pairs:
         raise InputError(f"{what}: {len(each)} answers for {pairs} pairs; give one, or one for each pair")
     return tuple(_id(model, a, what) for a in each)
@@ -95,6 +97,9 @@ class LogitDifference(Metric):
     def bind(self, given: Given) -> tuple[Callable[[Tensor], Tensor], dict[str, Any], tuple[tuple[int, ...], ...]]:
         pairs = len(given.corrupted_tokens)
         right, wrong = (_ids(given.model, a, pairs, "LogitDifference") for a in (self.right, self.wrong))
+        for row, (good, bad) in enumerate(zip(right, wrong, strict=True)):
+            if good == bad:
+                raise InputError(f"LogitDifference: right and wrong answer of pair {row} are one token ({good})")
         a, b = torch.tensor(right), torch.tensor(wrong)
         return (
             lambda logits: _pick(_wide(logits), a) - _pick(_wide(logits), b),
@@ -200,6 +205,8 @@ def bind(metric: Metric | Callable[[Tensor], Any], given: Given, keep: int | Non
         judge, about, answers = metric.bind(given)
         spec = {"metric": type(metric).__name__, **about}
         return Bound(lambda logits: judge(logits).mean(1), metric.keep, spec, type(metric).differentiable, answers)
+    if isinstance(metric, type) and issubclass(metric, Metric):
+        raise InputError(f"metric is the class {metric.__name__}; give one of its kind: {metric.__name__}(…)")
     if not callable(metric):
         raise InputError(
             f"metric must be one of mambascope.hooks.metrics or a function of logits, got {type(metric).__name__}"
@@ -222,6 +229,8 @@ def _number(value: Any, name: str, like: Tensor) -> Tensor:
             f"metric {name} returned a tensor of shape {tuple(value.shape)}; it must return one number: take .mean() "
             "or pick what you want (it is given logits B k V: pairs, last positions, vocabulary)"
         )
+    if value.is_complex():
+        raise InputError(f"metric {name} returned a complex number; it must return a real one")
     return value.reshape(()).to(torch.promote_types(value.dtype, torch.float32))
 
 

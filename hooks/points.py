@@ -229,6 +229,10 @@ def resolve_name(name: str, known: dict[str, object] | frozenset[str] | set[str]
         if candidate.endswith("mixer.hook_h") and (there := candidate.removesuffix("mixer.hook_h") + other) in known:
             return there
     _refuse_elsewhere(candidate, known)
+    layered = next((n for n in known if n.startswith("blocks.") and n.endswith(f".{candidate}")), None)
+    if layered is not None and candidate.startswith("hook_"):
+        short = candidate.removeprefix("hook_")
+        raise UnknownNameError(f"{name!r} stands in every block: name one of them, {layered!r} or '{short}0'")
     raise UnknownNameError(f"no hook point is called {name!r}{nearest(candidate, known) or nearest(name, known)}")
 
 

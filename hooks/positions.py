@@ -88,6 +88,8 @@ def at(name: str, positions: int | slice | Sequence[int] | Sequence[Sequence[int
     HookError: positions that are no integers, not ``B`` or ``B k``, or ``rows`` of another shape. When the model
         runs: another batch, a position outside a row's tokens (both named), one position twice in a row.
     """
+    if not isinstance(name, str) or "[" in name:
+        raise HookError(f"ms.at takes a hook point's name, and the positions apart from it; got {name!r}")
     if isinstance(positions, slice) or (isinstance(positions, int) and not isinstance(positions, bool)):
         if rows is not None:
             raise HookError(f"{name}: rows= goes with positions for every row, not with one index for all")
@@ -221,7 +223,7 @@ class Clock:
     start: int | Tensor = 0  # absolute position of the first real token, one number or B
     padding: Padding | None = None
     absolute: bool = False  # generate, step: indices are absolute, negative ones refused
-    calls: int = 0  # forward passes so far
+    ran: bool = False  # whether a forward pass began; a count would make torch.compile compile each pass anew
     edits: dict[int, Any] = field(default_factory=dict)  # what interventions did in this call
     applied: dict[Any, list[Any]] = field(default_factory=dict)  # which were where, to see overlaps
 

@@ -258,6 +258,10 @@ class SitePoint(HookPoint):
         before, self.pos, self.rows, self.reached = (self.pos, self.rows), pos, rows, True
         try:
             return self.checked(fn(value, hook=point), value)
+        except Exception as error:
+            if not isinstance(error, HookError):
+                error.add_note(f"raised by a hook at {self.name}; hooks are called as hook(value, hook=point)")
+            raise
         finally:
             self.pos, self.rows = before
 
@@ -267,7 +271,7 @@ class SitePoint(HookPoint):
             return answer
         if not isinstance(answer, Tensor):
             raise HookError(f"{self.name}: a hook must return a tensor or None, got {type(answer).__name__}")
-        for what in ("shape", "dtype", "device"):
+        for what in ("shape", "dtype", "device", "layout"):
             if getattr(answer, what) != getattr(value, what):
                 got, want = getattr(answer, what), getattr(value, what)
                 got, want = (tuple(got), tuple(want)) if what == "shape" else (got, want)

@@ -5,6 +5,8 @@ dimensions, overlaps, the report, the record) is common to all kinds and lives h
 """
 
 import dataclasses
+import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -28,7 +30,9 @@ __all__ = [
     "index_from_json",
     "index_to_json",
     "kind",
+    "layers_of",
     "missed",
+    "number",
     "sites_of",
 ]
 
@@ -74,11 +78,38 @@ def kind(name: str, *, overwrites: bool, own_dims: bool = False) -> Callable[[An
 
 
 def sites_of(site: str | Site | Sequence[str | Site]) -> tuple[Site, ...]:
-    """One site or several, strings or ``ms.at(…)``, as Sites; HookError if there is none."""
-    given = [site] if isinstance(site, (str, Site)) else list(site)
+    """One site or several, strings or ``ms.at(…)``, as Sites; HookError if there is none, or something else."""
+    given = [site] if isinstance(site, (str, Site)) or not isinstance(site, Sequence) else list(site)
     if not given:
         raise HookError("an intervention needs a site; none was given")
+    for s in given:
+        if not isinstance(s, (str, Site)):
+            raise HookError(f"a site is a string like 'blocks.3.mixer.hook_h[10]', or ms.at(…); got {s!r}")
     return tuple(s if isinstance(s, Site) else Site(*parse_site(s)) for s in given)
+
+
+def layers_of(what: str, layers: int | Sequence[int]) -> list[int]:
+    """One layer or several as a list of integers; HookError if there is none, or something else."""
+    chosen = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
+    for i in chosen:
+        if isinstance(i, bool) or not hasattr(i, "__index__"):
+            raise HookError(f"{what}: layers are integers, got {i!r}")
+    if not chosen:
+        raise HookError(f"{what}: layers is empty")
+    return [operator.index(i) for i in chosen]
+
+
+def number(what: str, value: Any) -> float:
+    """A number that is not NaN, as a float; HookError for anything else."""
+    try:
+        if isinstance(value, (str, bytes, bool)):
+            raise TypeError
+        found = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise HookError(f"{what} must be a number, got {value!r}") from None
+    if math.isnan(found):
+        raise HookError(f"{what} is NaN, which would spread over everything after it")
+    return found
 
 
 def _choice(name: str, chosen: Any) -> tuple[int, ...] | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mambascope.errors import HookError
 from mambascope.hooks.cache import MambaCache
-from mambascope.hooks.interventions.base import Edit, Intervention, Target, kind
+from mambascope.hooks.interventions.base import Edit, Intervention, Target, kind, layers_of
 from mambascope.hooks.interventions.held import cached, check_cache, lengths_of, match
 from mambascope.hooks.points import scan_layers
 from mambascope.hooks.positions import Site
@@ -71,9 +71,7 @@ def freeze(
     lengths = set(lengths_of(cache))
     if len(lengths) > 1:
         raise HookError("freeze needs a cache whose rows have one length")
-    chosen = (
-        scan_layers(cache.model.cfg, "freeze") if layers is None else [layers] if isinstance(layers, int) else layers
-    )
+    chosen = scan_layers(cache.model.cfg, "freeze") if layers is None else layers_of("freeze", layers)
     sites, held = [], {}
     for i in chosen:
         for name in names:

@@ -39,6 +39,9 @@ def full_name(cache: MambaCache, name: str) -> str:
     full = resolve_name(name, hook_names(cache.model.cfg.layers))
     if full not in cache:
         raise CacheError(f"{full} was not cached; name it in names_filter")
+    layer = tail_of(full)[0]
+    if layer is not None:  # an intervention belongs to the weights that it will run with
+        cache.check_fresh(layer)
     return full
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from mambascope import ops
 from mambascope.config import MIXERS
 from mambascope.errors import HookError
-from mambascope.hooks.interventions.base import Edit, Intervention, Target, kind
+from mambascope.hooks.interventions.base import Edit, Intervention, Target, kind, layers_of
 from mambascope.hooks.interventions.base import index_from_json as from_json
 from mambascope.hooks.interventions.base import index_to_json as to_json
 from mambascope.hooks.interventions.freeze import activation_factor
@@ -43,7 +43,10 @@ def _tokens(name: str, chosen: Any) -> Any:
         if empty:
             raise HookError(f"knockout: {name} is empty; name at least one token")
         return chosen
-    where = chosen if isinstance(chosen, Tensor) else torch.as_tensor(list(chosen))
+    try:
+        where = chosen if isinstance(chosen, Tensor) else torch.as_tensor(list(chosen))
+    except (TypeError, ValueError, RuntimeError):
+        raise HookError(f"knockout: {name} must be positions, got {chosen!r}") from None
     if where.numel() == 0:
         raise HookError(f"knockout: {name} is empty; name at least one token")
     if where.is_floating_point() or where.dtype == torch.bool or where.ndim not in (1, 2):
@@ -83,12 +86,9 @@ def knockout(
     if ends[0] and ends[1] and min(*ends[0], *ends[1]) >= 0 and max(ends[1]) < min(ends[0]) and not initial_state:
         raise HookError(f"knockout: all targets ({t}) lie before the sources ({s}), so nothing flows there")
     options = {"sources": to_json(s), "targets": to_json(t), "through": through, "initial_state": bool(initial_state)}
-    chosen = [layers] if isinstance(layers, int) else None if layers is None else list(layers)
-    if chosen is None:
+    if layers is None:
         return Intervention("knockout", (Site("blocks.0.mixer.hook_y"),), {**options, "all": True}, {}, channels, dims)
-    if not chosen:
-        raise HookError("knockout: layers is empty; None means all")
-    sites = tuple(Site(f"blocks.{i}.mixer.hook_y") for i in chosen)
+    sites = tuple(Site(f"blocks.{i}.mixer.hook_y") for i in layers_of("knockout (None means all)", layers))
     return Intervention("knockout", sites, options, {}, channels, dims)
 
 
@@ -137,7 +137,7 @@ class _Cut:
     def masks(self, clock: Any) -> tuple[Tensor, Tensor]:
         """S and T as columns, ``1|B L`` bool; HookError where they cannot be cut."""
         name = f"knockout in blocks.{self.layer}"
-        S, T = clock.mask(self.sources, f"{name}: source "), clock.mask(self.targets, f"{name}: target ")
+        S, T = clock.mask(self.sources, f"{name}: sources"), clock.mask(self.targets, f"{name}: target ")
         if not clock.absolute and not self.initial:
             flows = ((S.int().cumsum(1) > 0) & T).any(1)
             if not bool(flows.all()):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mambascope.errors import HookError
-from mambascope.hooks.interventions.base import Edit, Intervention, Target, kind, sites_of
+from mambascope.hooks.interventions.base import Edit, Intervention, Target, kind, layers_of, sites_of
 from mambascope.hooks.interventions.held import cached, match
 from mambascope.hooks.interventions.pairs import Pair, pair
 from mambascope.hooks.interventions.values import patch
@@ -75,7 +75,8 @@ def path_patch(
     prompts = base if isinstance(base, Pair) else pair(model, source, base)
     senders = [_part(model, s, _SENDERS) for s in sites_of(sender)]
     targets = [_part(model, r, _RECEIVERS) for r in sites_of(receivers)]
-    middle = {through} if isinstance(through, int) else {int(i) for i in through}
+    none = isinstance(through, Sequence) and not isinstance(through, str) and not through
+    middle = set() if none else set(layers_of("path_patch: through", through))
     count = model.cfg.n_layers
     if any(not 0 <= i < count for i in middle):
         raise HookError(f"through={sorted(middle)}: the model has blocks 0…{count - 1}")

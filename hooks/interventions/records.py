@@ -16,11 +16,21 @@ from mambascope.storage import read_tensors, write_tensors
 __all__ = ["Record", "load", "load_record", "record", "save"]
 
 
-def _packed(interventions: Iterable[Intervention]) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    every = list(interventions)
+Edits = Intervention | Iterable[Intervention]
+
+
+def _listed(interventions: Edits) -> list[Intervention]:
+    """One intervention or several, as a list; HookError for anything else."""
+    one = isinstance(interventions, Intervention) or not isinstance(interventions, Iterable)
+    every: list[Any] = [interventions] if one else list(interventions)
     for iv in every:
         if not isinstance(iv, Intervention):
             raise HookError(f"only interventions have a record, got {type(iv).__name__}")
+    return every
+
+
+def _packed(interventions: Edits) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    every = _listed(interventions)
     tensors = {f"edit/{i}/{name}": value for i, iv in enumerate(every) for name, value in iv.tensors.items()}
     return [iv.to_dict() for iv in every], tensors
 
@@ -36,7 +46,7 @@ def _unpacked(data: list[dict[str, Any]], tensors: dict[str, Tensor]) -> list[In
     return out
 
 
-def save(path: str | Path, interventions: Iterable[Intervention]) -> None:
+def save(path: str | Path, interventions: Edits) -> None:
     """Write interventions as one safetensors file: their tensors, and the rest as JSON in its header (atomic)."""
     data, tensors = _packed(interventions)
     write_tensors(path, tensors, {"kind": "interventions", "interventions": json.dumps(data)})
@@ -84,7 +94,7 @@ class Record:
         write_tensors(path, tensors, meta)
 
 
-def record(model: Any, text: Any, interventions: Iterable[Intervention], **options: Any) -> Record:
+def record(model: Any, text: Any, interventions: Edits, **options: Any) -> Record:
     """The record of ``model.run_with(text, interventions, **options)``; options must be JSON values."""
     try:
         json.dumps(options)
@@ -92,7 +102,7 @@ def record(model: Any, text: Any, interventions: Iterable[Intervention], **optio
         raise HookError(f"a record keeps JSON values as options: {error}") from None
     tokens, padding = tokens_of(model, text)
     mask = None if padding is None else padding.mask
-    return Record(tokens, list(interventions), model.weight_hash(), model.cfg.name, mask, options)
+    return Record(tokens, _listed(interventions), model.weight_hash(), model.cfg.name, mask, options)
 
 
 def load_record(path: str | Path) -> Record:

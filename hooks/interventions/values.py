@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mambascope.errors import HookError
 from mambascope.hooks.cache import MambaCache
-from mambascope.hooks.interventions.base import Edit, Intervention, Target, kind, sites_of
+from mambascope.hooks.interventions.base import Edit, Intervention, Target, kind, layers_of, number, sites_of
 from mambascope.hooks.interventions.held import cached, cached_mean, check_cache, lengths_of, match
 from mambascope.hooks.points import spec_of, widths
 from mambascope.hooks.positions import Index, PerRow, Site, at
@@ -23,8 +23,7 @@ def state(layer: int | Sequence[int], position: Any = None) -> list[Site]:
 
     ``position``: an int, a slice, numbers of their own for every row (see ``ms.at``), or None: every token.
     """
-    layers = [layer] if isinstance(layer, int) else list(layer)
-    names = [f"blocks.{i}.mixer.hook_h" for i in layers]
+    names = [f"blocks.{i}.mixer.hook_h" for i in layers_of("state", layer)]
     return [Site(name) if position is None else at(name, position) for name in names]
 
 
@@ -164,8 +163,11 @@ def steer(
     """Add ``scale * direction``; a direction has the shape of the point's last axes (``M``, ``D``, ``D N``)."""
     sites = sites_of(site)
     if not isinstance(direction, Tensor) or not direction.is_floating_point():
-        raise HookError(f"steer needs a float tensor as direction, got {type(direction).__name__}")
-    options = {"scale": float(scale)}
+        got = str(direction.dtype) if isinstance(direction, Tensor) else type(direction).__name__
+        raise HookError(f"steer needs a float tensor as direction, got {got}")
+    if bool(direction.isnan().any()):
+        raise HookError("steer: the direction has NaN in it")
+    options = {"scale": number("steer: scale", scale)}
     return Intervention("steer", sites, options, {"direction": direction.detach().clone()}, channels, dims)
 
 
@@ -191,6 +193,8 @@ def clamp(
     """Keep values between ``low`` and ``high`` (one may be left out)."""
     if low is None and high is None:
         raise HookError("clamp needs low, high or both")
+    low = None if low is None else number("clamp: low", low)
+    high = None if high is None else number("clamp: high", high)
     if low is not None and high is not None and low > high:
         raise HookError(f"clamp: low={low} is above high={high}")
     options = {"low": low, "high": high}
@@ -205,7 +209,9 @@ def _place_clamp(iv: Intervention, model: Target) -> list[tuple[Site, Edit]]:
 
 def scale(site: Where, factor: float, *, channels: Any = None, dims: Any = None) -> Intervention:
     """Multiply by a number."""
-    return Intervention("scale", sites_of(site), {"factor": float(factor)}, channels=channels, dims=dims)
+    return Intervention(
+        "scale", sites_of(site), {"factor": number("scale: factor", factor)}, channels=channels, dims=dims
+    )
 
 
 @kind("scale", overwrites=False)
@@ -257,7 +263,8 @@ def decay(
     layer: int | Sequence[int], position: Any, factor: float, *, channels: Any = None, dims: Any = None
 ) -> Intervention:
     """Multiply the state after ``position`` by ``factor`` (between 0 and 1: forget in part)."""
+    factor = number("decay: factor", factor)
     if not 0 <= factor <= 1:
         raise HookError(f"decay: the factor lies between 0 and 1, got {factor}; use scale() for others")
     sites = tuple(state(layer, position))
-    return Intervention("scale", sites, {"factor": float(factor)}, channels=channels, dims=dims)
+    return Intervention("scale", sites, {"factor": factor}, channels=channels, dims=dims)

@@ -149,6 +149,10 @@ def _layers(model: Runnable, sites: Sequence[str], wanted: Any) -> tuple[int, ..
         wanted = [i for i in range(n) if all(f"blocks.{i}.{site}" in model.hook_dict for site in sites)]
         if not wanted:
             raise HookError(f"no layer has all of {', '.join(sites)}; sweep them one at a time")
+    elif isinstance(wanted, int):
+        wanted = [wanted]
+    elif isinstance(wanted, slice):
+        wanted = range(n)[wanted]
     found = []
     for i in wanted:
         if isinstance(i, bool) or not isinstance(i, int) or not -n <= i < n:

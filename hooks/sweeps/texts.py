@@ -49,14 +49,16 @@ class Pairs:
     def same_length(self) -> bool:
         return len(self.groups) == 1 and self.groups[0].clean.shape == self.groups[0].corrupted.shape
 
-    def positions(self, wanted: Sequence[int] | None) -> tuple[int, ...]:
+    def positions(self, wanted: Sequence[int] | int | slice | None) -> tuple[int, ...]:
         """The positions asked for (None: all), checked; InputError names the first that some text has not."""
         n = self.shortest
         every = range(n) if self.align == "start" else range(-n, 0)
         if wanted is None:
             return tuple(every)
+        if isinstance(wanted, slice) and self.align == "start":
+            wanted = every[wanted]
         found = []
-        for p in wanted:
+        for p in [wanted] if isinstance(wanted, (int, slice)) else wanted:
             if isinstance(p, bool) or not isinstance(p, int):
                 raise InputError(f"positions must be integers, got {p!r}")
             q = p % n if self.same_length and -n <= p < n and self.align == "start" else p
@@ -67,7 +69,7 @@ class Pairs:
                 )
             found.append(q)
         if not found or len(set(found)) < len(found):
-            raise InputError(f"positions must name at least one position and none twice, got {list(wanted)}")
+            raise InputError(f"positions must name at least one position and none twice, got {wanted!r}")
         return tuple(sorted(found))
 
     def labels(self, model: Runnable, positions: Sequence[int]) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Hooks by site, and caching: TransformerLens' methods, strict where they would be silent."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -125,6 +126,23 @@ class HookMethods(HookedRootModule):
             finally:
                 self._leave(reset_hooks_end, clear_contexts)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A model of its own; what hooks it now hooks the copy as well, until its ``reset_hooks()``."""
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """HookError if hooks are in force: a function among them could not be written."""
+        live = next((name for name, point in self.hook_dict.items() if cast(SitePoint, point).live), None)
+        if live is not None:
+            raise HookError(
+                f"a model with hooks in force (at {live}) cannot be pickled or saved whole: leave the context that put "
+                "them there, or call reset_hooks(including_permanent=True); ms.loading.save_model writes the weights"
+            )
+        return super().__reduce_ex__(protocol)
+
     def _leave(self, reset: bool, clear_contexts: bool) -> None:
         """End a context: its hooks go, from the points that have some (there are 28 points a block)."""
         for point in self._at_level.pop(self.context_level, []) if reset else []:
@@ -145,10 +163,13 @@ class HookMethods(HookedRootModule):
         one = isinstance(interventions, Intervention)
         pairs = expand([interventions] if one else interventions, cast(Any, self))  # type: ignore[arg-type]
         clock = cast(Any, self)._clock
-        calls = clock.calls
-        with self.hooks(fwd_hooks=pairs):
-            yield self
-        _check_reached(pairs if clock.calls > calls else [])
+        before, clock.ran = clock.ran, False
+        try:
+            with self.hooks(fwd_hooks=pairs):
+                yield self
+            _check_reached(pairs if clock.ran else [])
+        finally:
+            clock.ran = clock.ran or before
 
     def run_with(self, input: Any, interventions: "Intervention | list[Any]", **options: Any) -> Any:
         """``model(input, **options)`` with interventions in force; see :meth:`intervene`.

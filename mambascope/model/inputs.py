@@ -49,7 +49,7 @@ def check_ids(tokens: Tensor, n_tokens: int, what: str = "tokens") -> None:
         raise InputError(f"{what} must have shape (batch, length), got {tuple(tokens.shape)}")
     if tokens.numel() == 0:
         raise InputError(f"{what} is empty (shape {tuple(tokens.shape)}); give at least one token")
-    if torch.compiler.is_compiling() or (tokens.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if torch.compiler.is_compiling() or tokens.is_meta or (tokens.is_cuda and torch.cuda.is_current_stream_capturing()):
         return  # values cannot be looked at there
     keeps = tokens.is_cuda and not tokens.is_inference()
     if keeps and _known(tokens, n_tokens):
@@ -95,6 +95,7 @@ def prepare(
             "prepend_bos=True goes with text; token ids are taken as they are, so put the id in front yourself"
         )
     tokens = value[None] if value.ndim == 1 else value
+    _check_place(tokens, model)
     check_ids(tokens, model.cfg.n_tokens)  # ids on the host cost no wait for the device
     tokens = tokens.to(model.device, torch.long, non_blocking=True)
     if attention_mask is not None and attention_mask.ndim == 1:
@@ -122,6 +123,11 @@ class Entry:
         return (self.tokens if self.tokens is not None else self.resid).shape[1]
 
 
+def _check_place(value: Tensor, model: "HookedMamba") -> None:
+    if value.is_meta and model.device.type != "meta":
+        raise InputError(f"the input lies on torch's meta device and holds no values; the model is on {model.device}")
+
+
 def entry_of(
     model: "HookedMamba", value: Any, prepend_bos: bool | None, mask: Tensor | None, start: int | None
 ) -> Entry:
@@ -132,6 +138,7 @@ def entry_of(
     if not isinstance(value, Tensor) or value.ndim != 3 or value.shape[-1] != model.cfg.d_model:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise InputError(f"with start_at_layer the input is a residual stream (B, L, {model.cfg.d_model}), got {got}")
+    _check_place(value, model)
     if not value.is_floating_point() or value.shape[1] == 0:
         raise InputError(
             f"the residual stream must be a non-empty float tensor, got {value.dtype}, {tuple(value.shape)}"

@@ -340,7 +340,7 @@ class HookedMamba(TextMethods, GenerateMethods, ScopeMethods, HookMethods):
         clock = self._clock
         before = (clock.length, clock.start, clock.padding, clock.batch, clock.edits, clock.applied)
         clock.length, clock.padding, clock.batch = entry.length, entry.padding, entry.batch
-        clock.edits, clock.applied, clock.calls = {}, {}, clock.calls + 1
+        clock.edits, clock.applied, clock.ran = {}, {}, True
         clock.start = state.position if state is not None else 0
         try:
             yield

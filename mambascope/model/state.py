@@ -87,6 +87,10 @@ class State:
     def clone(self) -> "State":
         return self._map(torch.clone)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "State":
+        """A clone: torch copies no tensor that is part of a graph."""
+        return self.clone()
+
     def detach(self) -> "State":
         return self._map(torch.detach)
 

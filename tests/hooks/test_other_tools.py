@@ -2,9 +2,11 @@
 
 import copy
 import shutil
+from collections.abc import Iterator
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from mambascope.model import HookedMamba
 from tests.conftest import error, make_model
@@ -42,22 +44,37 @@ def test_compiled_model_gives_the_same_numbers(tokens: torch.Tensor) -> None:
         assert error(torch.compile(model)(tokens), model(tokens)) < 5e-6
 
 
-def test_compiled_code_notices_hooks_that_come_later(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_compiled_code_notices_hooks_that_come_later() -> None:
     """Past its limit of recompilations torch compiles inner functions apart, for points that had no hooks then."""
-    torch._dynamo.reset()
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 1)
-    ids = torch.arange(7)[None]
+    ids, others = torch.arange(7)[None], []
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=2):
+        for _ in range(5):
+            others.append(make_model(backend="torch"))
+            torch.compile(others[-1], backend="eager")(ids)
+        for site in ("blocks.1.mixer.hook_delta", "blocks.1.hook_resid_pre"):
+            model = make_model(backend="torch")
+            others.append(model)
+            with model.hooks([(site, lambda v, hook: v * 0.5)]):
+                assert error(torch.compile(model, backend="eager")(ids), model(ids)) < 1e-6, site
+
+
+@pytest.mark.usefixtures("dynamo")
+def test_a_compiled_model_is_compiled_once_and_takes_other_lengths() -> None:
+    model, counter = make_model(backend="torch", n_layers=1), CompileCounter()
+    compiled = torch.compile(model, backend=counter, dynamic=True)
     with torch.no_grad():
-        for seed in range(2):
-            model = make_model(seed, backend="torch", n_layers=2)
-            compiled, plain = torch.compile(model, backend="eager"), model(ids)
-            assert error(compiled(ids), plain) < 1e-6
-            for site in ("blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre[3]", "blocks.1.mixer.hook_delta"):
-                with model.hooks([(site, lambda v, hook: v * 0.5)]):
-                    assert error(compiled(ids), model(ids)) < 1e-6, site
-                    assert error(compiled(ids), plain) > 1e-3, site
-                assert error(compiled(ids), plain) < 1e-6
-    torch._dynamo.reset()
+        for length in (7, 7, 7, 11, 30):
+            ids = torch.arange(length)[None]
+            assert error(compiled(ids), model(ids)) < 1e-6
+    assert counter.frame_count == 1
 
 
 def test_nnsight_reads_and_sets_what_hooks_do(model: HookedMamba, tokens: torch.Tensor) -> None:

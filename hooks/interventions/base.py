@@ -90,7 +90,7 @@ def sites_of(site: str | Site | Sequence[str | Site]) -> tuple[Site, ...]:
 
 def layers_of(what: str, layers: int | Sequence[int]) -> list[int]:
     """One layer or several as a list of integers; HookError if there is none, or something else."""
-    chosen = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
+    chosen: list[Any] = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
     for i in chosen:
         if isinstance(i, bool) or not hasattr(i, "__index__"):
             raise HookError(f"{what}: layers are integers, got {i!r}")

@@ -21,8 +21,8 @@ Edits = Intervention | Iterable[Intervention]
 
 def _listed(interventions: Edits) -> list[Intervention]:
     """One intervention or several, as a list; HookError for anything else."""
-    one = isinstance(interventions, Intervention) or not isinstance(interventions, Iterable)
-    every: list[Any] = [interventions] if one else list(interventions)
+    given: Any = interventions
+    every = list(given) if isinstance(given, Iterable) else [given]
     for iv in every:
         if not isinstance(iv, Intervention):
             raise HookError(f"only interventions have a record, got {type(iv).__name__}")

@@ -43,7 +43,7 @@ class Repeats:
         self._lock = threading.Lock()
         self._known: OrderedDict[Any, _Taped | str] = OrderedDict()  # or why there is none; "" after the first time
         self._pool: Any = None  # all recordings share it: they replay one at a time, and are read before the next
-        self._held = 0  # bytes of it
+        self.held = 0  # bytes of it and of what stands beside
         self._stream: Any = None  # of the last replay
 
     def __reduce__(self) -> Any:
@@ -60,7 +60,7 @@ class Repeats:
 
     def _clear(self) -> None:
         self._known.clear()
-        self._pool, self._held = None, 0
+        self._pool, self.held = None, 0
 
     def run(self, model: "HookedMamba", key: Any, inputs: list[Tensor], work: Work) -> list[Tensor]:
         """``work(inputs)``. ``key`` tells all that the work depends on but the values of inputs and weights."""
@@ -91,7 +91,7 @@ class Repeats:
         return backend in graphs.RECORDED_BACKENDS and not model.graphs.watch.why_not(model)
 
     def _record(self, device: torch.device, inputs: list[Tensor], work: Work) -> _Taped | str:
-        if self._held > graphs._limit(device):
+        if self.held > graphs._limit(device):
             self._clear()
         mine = [x.clone() for x in inputs]
         try:
@@ -101,7 +101,7 @@ class Repeats:
         except (RuntimeError, torch.OutOfMemoryError) as error:
             self._clear()  # the memory may be what is missing
             return recording.notice("work that comes again", error)
-        self._held += grown + sum(x.numel() * x.element_size() for x in mine)
+        self.held += grown + sum(x.numel() * x.element_size() for x in mine)
         return _Taped(graph, mine, outputs, work)
 
     def _replay(self, device: torch.device, taped: _Taped, inputs: list[Tensor]) -> list[Tensor]:

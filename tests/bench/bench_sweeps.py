@@ -5,7 +5,7 @@
 
 A correctness gate comes first: the sweep against naive runs (1e-5 of the largest
 value, or twice what naive runs in other batches differ by), attribution's state contraction against float64.
-Then, ratios of medians:
+Then, ratios of medians; on a GPU of the third time and later, from recordings, and apart of the first of a shape:
 
 - a residual-stream sweep of layers × positions against the same sweep with every run in full: edits batched, either a
   layer's positions at a time or as many rows as a block takes (the faster counts); a state sweep against it;
@@ -136,10 +136,10 @@ def peer_of(model: HookedMamba) -> Any:
 def seconds(
     cases: dict[str, Callable[[], object]], rounds: int, device: str, cpu_time: bool = False
 ) -> dict[str, float]:
-    """Median seconds after a round that is not counted, the cases taken in turn."""
+    """Median seconds after two rounds that are not counted (the second makes recordings), the cases taken in turn."""
     clock = time.process_time if cpu_time else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in cases}
-    for round_ in range(rounds + 1):
+    for round_ in range(rounds + 2):
         for name, fn in cases.items():
             gc.collect()
             if device == "cuda":
@@ -148,9 +148,22 @@ def seconds(
             fn()
             if device == "cuda":
                 torch.cuda.synchronize()
-            if round_:
+            if round_ > 1:
                 times[name].append(clock() - start)
     return {name: statistics.median(t) for name, t in times.items()}
+
+
+def unrecorded(model: HookedMamba, fn: Callable[[], object]) -> Callable[[], object]:
+    """The same without recordings: what the first of a shape costs."""
+
+    def run() -> None:
+        model.graphs.enabled = False
+        try:
+            fn()
+        finally:
+            model.graphs.enabled = True
+
+    return run
 
 
 def peak(fn: Callable[[], object], device: str) -> float:
@@ -275,6 +288,9 @@ def measure_sweeps(model: HookedMamba, args: argparse.Namespace, report: Report)
         "naive, a layer at a time": lambda: naive(model, clean, corrupted, positions, args.positions),
         "sweep h": lambda: ms.sweep(model, clean, corrupted, METRIC, {**over, "sites": ["h"]}),
     }
+    if device == "cuda":
+        cases["sweep resid, first of its shape"] = unrecorded(model, cases["sweep resid"])
+        cases["sweep h, first of its shape"] = unrecorded(model, cases["sweep h"])
     if args.peer:
         peer = peer_of(model)
         found = peer_sweep(peer, clean.cpu(), corrupted.cpu(), positions)
@@ -283,9 +299,17 @@ def measure_sweeps(model: HookedMamba, args: argparse.Namespace, report: Report)
     t = seconds(cases, args.rounds, device, args.cpu_time)
     for name, value in t.items():
         report(f"s: {name}", value)
+    later = ms.sweep(model, clean, corrupted, METRIC, over).values[0, :, :, 0]
+    drift = float((later - ours).abs().max()) / size
+    report("gate: the last sweep against the first", drift)
+    if not drift < 1e-6:
+        raise SystemExit("red: these timings are of something that is not correct")
     least = min(t["naive, a layer at a time"], t["naive, largest batches"])
     report("sweep resid / naive (bar 0.35)", t["sweep resid"] / least)
     report("sweep h / sweep resid (bar 2)", t["sweep h"] / t["sweep resid"])
+    if device == "cuda":
+        report("MB held by recordings", model.repeats.held / 1e6)
+        report("sweep resid, first of its shape / naive", t["sweep resid, first of its shape"] / least)
     if args.peer:
         report("sweep resid / nnsight on transformers (bar 0.1)", t["sweep resid"] / t["nnsight"])
 
@@ -298,12 +322,17 @@ def measure_attribution(model: HookedMamba, args: argparse.Namespace, report: Re
         "attribution": lambda: ms.attribute(model, clean, corrupted, METRIC, SITES),
         "attribution h": lambda: ms.attribute(model, clean, corrupted, METRIC, "h"),
     }
-    t = seconds(cases, args.rounds, device, args.cpu_time)
+    first = unrecorded(model, cases["attribution"])
+    timed = {**cases, "attribution, first of its shape": first} if device == "cuda" else cases
+    t = seconds(timed, args.rounds, device, args.cpu_time)
     for name, value in t.items():
         report(f"s: {name}, {args.text} tokens", value)
     report("attribution / forward + backward, time (bar 3)", t["attribution"] / t["forward + backward"])
     if device == "cuda":
-        memory = [peak(cases[name], device) for name in ("attribution", "forward + backward")]
+        whole = t["attribution, first of its shape"] / t["forward + backward"]
+        report("attribution, first of its shape / forward + backward, time", whole)
+        report("MB held by recordings, of sweeps too", model.repeats.held / 1e6)
+        memory = [peak(first, device), peak(cases["forward + backward"], device)]
     else:
         memory = [peak_apart(what) for what in ("attribution", "plain")]
     for name, value in zip(("attribution", "forward + backward"), memory, strict=True):

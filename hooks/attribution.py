@@ -12,9 +12,8 @@ Gradient × difference (Nanda, "Attribution patching", 2023; Syed et al., 2310.1
    (`mambascope.ops.state_contraction`), so that no state is ever stored.
 
 As many blocks make a span as fit a gigabyte of graph (on a CPU an eighth: nothing is gained there by more), half of all
-at most. With ``steps`` the derivative is the mean
-over points between the two texts' embeddings (integrated gradients, Sundararajan et al., 1703.01365, as in EAP-IG,
-Hanna et al., 2403.17806).
+at most. With ``steps`` the derivative is the mean over points between the two texts' embeddings (integrated gradients,
+Sundararajan et al., 1703.01365, as in EAP-IG, Hanna et al., 2403.17806).
 """
 
 from collections.abc import Callable

@@ -262,3 +262,28 @@ def test_a_hook_at_absolute_positions_of_a_growing_text_is_that_of_one_run(model
         rows = model.generate(INPUT[:, :5], max_new_tokens=6, attention_mask=mask)
         for row, n in zip(rows, (5, 3), strict=True):
             assert torch.equal(row[n:], model(row[None])[0, n - 1 : -1].argmax(-1))
+
+
+def test_a_cache_that_continued_a_text_is_read_back_from_its_file(model: HookedMamba, tmp_path: Any) -> None:
+    _, state = model(INPUT[:, :5], return_state=True)
+    _, cache = model.run_with_cache(INPUT[:, 5:], state=state)
+    cache.save(tmp_path / "c.safetensors")
+    again = ms.load_cache(tmp_path / "c.safetensors", model)
+    whole = plain(model, "blocks.1.mixer.hook_pattern")[:, :, 5:]
+    for found in (cache, again):
+        torch.testing.assert_close(found["pattern", 1], whole, rtol=0, atol=1e-12)
+    assert again["pattern", 3].shape == (2, 4, LENGTH - 5, LENGTH - 5 + 3)  # a window of 4 keeps 3 positions
+
+
+def test_nnsight_reads_and_edits_the_points_of_every_kind_of_layer(model: HookedMamba) -> None:
+    lm, want = ms.wrap(model), model(INPUT)
+    with lm.trace(INPUT):
+        q = lm.hooks["blocks.1.mixer.hook_q"].output.save()
+        row = lm.site("blocks.1.mixer.hook_pattern[3]").output.save()
+        lm.site("blocks.2.mixer.hook_post[3]").output[:] = 0
+        out = lm.output.save()
+    torch.testing.assert_close(q, plain(model, "blocks.1.mixer.hook_q"), rtol=0, atol=1e-12)
+    torch.testing.assert_close(row, plain(model, "blocks.1.mixer.hook_pattern")[:, :, 3], rtol=0, atol=1e-12)
+    edited = model.run_with_hooks(INPUT, fwd_hooks=[("blocks.2.mixer.hook_post[3]", lambda v, hook: v * 0)])
+    torch.testing.assert_close(out, edited, rtol=0, atol=1e-12)
+    assert (out - want).abs().max() > 1e-8

@@ -27,6 +27,7 @@ from mambascope.errors import InputError
 from mambascope.hooks.attribution_span import INTERVAL, Entering, Spans
 from mambascope.hooks.metrics import Bound, Given, Metric, bind
 from mambascope.hooks.model_protocol import Runnable
+from mambascope.hooks.points import spec_of
 from mambascope.hooks.sweeps import warn_if_tiny
 from mambascope.hooks.sweeps.over import STATE, Grid, grid_of
 from mambascope.hooks.sweeps.result import Sweep
@@ -63,12 +64,19 @@ def attribute(
         or one block's: O(L (layers M + D)), at ``"h"`` too.
 
     Raises:
-        InputError: as a sweep; also a metric without a gradient (`Rank`, or a function that detaches).
+        InputError: as a sweep; a point inside another recurrence than Mamba's; a metric without a gradient (`Rank`, or
+            a function that detaches).
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise InputError(f"steps must be a positive number of points, got {steps!r}")
     pairs = pairs_of(model, clean, corrupted, align, prepend_bos)
     grid = grid_of(model, pairs, over)
+    inside = next((site for site in grid.sites if site != STATE and spec_of(f"blocks.0.{site}").stepwise), None)
+    if inside is not None:
+        raise InputError(
+            f"{inside} lies inside its layer's recurrence and has no gradient as a whole to attribute with: patch it "
+            f"(ms.sweep over {inside!r}), or read its gradient step by step (bwd_hooks)"
+        )
     if steps > 1 and any(g.clean.shape != g.corrupted.shape for g in pairs.groups):
         raise InputError("steps > 1 goes along a line between the two texts, so they need as many tokens each")
     return _Attribution(model, pairs, grid, metric, keep, steps).run()

@@ -259,8 +259,8 @@ def _refuse_elsewhere(name: str, known: Iterable[str]) -> None:
     here = [n.split(".", 2)[2] for n in known if n.startswith(f"blocks.{parts[1]}.mixer.")]
     if spec is None or not spec.mixers or not here:
         return
-    mine = set.intersection(*(set(s.mixers) for s in HOOK_POINTS if s.name in here))
-    kind = next((MIXERS[letter] for letter in MIXERS if letter in mine), "exchanged")  # windows: as attention
+    same = (x for x in MIXERS if {s.name for s in points_of(x) if s.name.startswith("mixer.")} == set(here))
+    kind = next((MIXERS[letter] for letter in same), "exchanged")  # windows: as attention
     raise UnknownNameError(
         f"no hook point is called {name!r}: layer {parts[1]} is {kind} and has no {parts[2]} "
         f"({', '.join(MIXERS[x] for x in spec.mixers)} has it); it has "

@@ -242,7 +242,14 @@ class CacheRecorder:
 
     def gradient_names(self) -> list[str]:
         """The names whose gradients ``incl_bwd`` keeps: all but the lazy ones and those met step by step."""
-        return [n for n in self._names if tail_of(n)[1] not in LAZY and not spec_of(n).stepwise]
+        kept = [n for n in self._names if tail_of(n)[1] not in LAZY and not spec_of(n).stepwise]
+        left = next((n for n in self._names if spec_of(n).stepwise and tail_of(n)[1] not in LAZY), None)
+        if self._spelled_out and self._explicit and left is not None:
+            raise HookError(
+                f"{left}: its gradient comes step by step and is not kept by incl_bwd; read it with "
+                f"bwd_hooks=[({left!r}, fn)]"
+            )
+        return kept
 
     # ---- called by the forward pass
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import mambascope as ms
 from mambascope.config import MambaConfig
-from mambascope.errors import ConfigError, HookError
+from mambascope.errors import ConfigError, HookError, InputError, UnknownNameError
 from mambascope.hooks.points import spec_of
 from mambascope.hooks.run import Run
 from mambascope.model import HookedMamba
@@ -304,6 +304,46 @@ def test_the_kernel_is_read_and_edited_by_row_and_lag(letter: str) -> None:
             model(ids, state=state)
         with pytest.raises(HookError, match="an edited kernel has no states"):
             model.run_with_hooks(ids, fwd_hooks=[*hooks, ("blocks.0.mixer.hook_state[2]", no_first)])
+
+
+@pytest.mark.parametrize("letter", RECURRENT)
+def test_sweeps_patch_inside_the_recurrence_and_attribution_refuses_it(letter: str) -> None:
+    model, clean, corrupted = model_of(letter, layers=2), ids_of(6, 1), ids_of(7, 1)[:, :6]
+    tail, metric = "mixer.hook_f" if letter == "l" else "mixer.hook_state", ms.LogitDifference(1, 2)
+    found = ms.sweep(model, clean, corrupted, metric, over=tail, progress=False)
+    want = []
+    with torch.no_grad():
+        _, cache = model.run_with_cache(clean)
+        for layer in range(2):
+            for t in range(6):
+                patch = ms.interventions.patch(f"blocks.{layer}.{tail}[{t}]", cache)
+                logits = model.run_with(corrupted, [patch])[0, -1]
+                want.append(logits[1] - logits[2])
+    assert torch.allclose(torch.as_tensor(found.values).flatten().double(), torch.stack(want), atol=1e-6)
+    with pytest.raises(InputError, match=f"{tail} lies inside its layer's recurrence"):
+        ms.attribute(model, clean, corrupted, metric, over=tail)
+
+
+@pytest.mark.parametrize("letter", LETTERS)
+def test_gradients_are_cached_where_there_is_one_and_refused_where_they_come_by_steps(letter: str) -> None:
+    model, ids = model_of(letter), ids_of(7)
+    _, cache = model.run_with_cache(ids, return_type="loss", incl_bwd=True)
+    gradients = cache.recording.gradients
+    assert "blocks.0.hook_resid_pre_grad" in gradients
+    assert not any(name.removesuffix("_grad") in stepwise(model) for name in gradients)
+    if letter in "sph":  # the gradient of a kernel, and the states with it
+        assert gradients["blocks.0.mixer.hook_ssm_kernel_grad"].shape == (2, 7, D)
+        assert cache["h", 0].shape == (2, 7, D, N)
+    for name in stepwise(model)[:1]:
+        with pytest.raises(HookError, match="comes step by step"):
+            model.run_with_cache(ids, names_filter=name, return_type="loss", incl_bwd=True)
+
+
+def test_a_point_of_another_mixer_is_refused_by_the_layers_own_name() -> None:
+    with pytest.raises(UnknownNameError, match="layer 0 is gated convolution and has no mixer.hook_h"):
+        model_of("g").add_hook("blocks.0.mixer.hook_h", lambda v, hook: None)
+    with pytest.raises(UnknownNameError, match="layer 0 is S4D and has no mixer.hook_delta"):
+        model_of("s").add_hook("blocks.0.mixer.hook_delta", lambda v, hook: None)
 
 
 # ---- gradients, precision, initialisation

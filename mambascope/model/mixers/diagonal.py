@@ -89,12 +89,7 @@ class DiagonalSSM(nn.Module):
         if aligned and padding is not None:
             u = padding.align(u)
         steps = Steps([state_point], run, u.shape[1])
-        kernel = self._shown_kernel(ssm, u, run, kernel_point, h0)
-        if kernel is not None and steps:
-            raise HookError(
-                f"{kernel_point.name} is edited, and {state_point.name} is read or edited in the same pass: an edited "
-                "kernel has no states; use one of them"
-            )
+        kernel = self._shown_kernel(ssm, u, run, kernel_point, h0, state_point.name if steps else None)
         h = torch.zeros(self._shape(u), device=u.device, dtype=u.dtype) if h0 is None else h0
         h = h if self.A_imag is None else _pairs_to_complex(h)
         y, h_last, form = _walk(ssm, u, h, h0 is not None, kernel, steps, state_point, run)
@@ -105,8 +100,12 @@ class DiagonalSSM(nn.Module):
     def _shape(self, u: Tensor) -> tuple[int, int, int]:
         return u.shape[0], u.shape[2], self.C[0].numel()
 
-    def _shown_kernel(self, ssm: Diagonal, u: Tensor, run: Run, point: SitePoint, h0: Tensor | None) -> Tensor | None:
-        """The kernel as hooks left it, ``B L D`` (a copy for each row), or None where nobody edited it."""
+    def _shown_kernel(
+        self, ssm: Diagonal, u: Tensor, run: Run, point: SitePoint, h0: Tensor | None, states: str | None
+    ) -> Tensor | None:
+        """The kernel as hooks left it, ``B L D`` (a copy for each row), or None where nobody edited it or wants its
+        gradient. ``states``: the point where somebody reads or edits states in this pass, which an edited one has not.
+        """
         if not run.exposes(point):
             return None
         padding, (batch, length, _) = run.padding, u.shape
@@ -115,10 +114,17 @@ class DiagonalSSM(nn.Module):
         aligned = padding is not None and padding.any_left
         if aligned and padding is not None:
             given = padding.unalign(given)  # lag j stands where token j does, so that a site's [j] means lag j
-        out, edited = run.emit_checked(point, given)
-        if not edited:
+        before = given.detach().clone()
+        out, touched = run.emit_checked(point, given)
+        if not touched:
             return None
-        if h0 is not None:
+        edited = not torch.equal(out.detach(), before)  # else somebody wants its gradient
+        if edited and states is not None:
+            raise HookError(
+                f"{point.name} is edited, and {states} is read or edited in the same pass: an edited kernel has no "
+                "states; use one of them"
+            )
+        if edited and h0 is not None:
             raise HookError(
                 f"{point.name} is edited where a text goes on from a state, which was made with the kernel as it is; "
                 "run the whole text at once"
@@ -144,6 +150,11 @@ def _walk(
         h = ssm.advance(h, u[:, done : t + 1], left_in(counts, done, t + 1))
         shown, edited = steps.show(point, t, _complex_to_pairs(h))
         if edited:
+            if kernel is not None:
+                raise HookError(
+                    f"{point.name} is edited, or its gradient is asked for, where that of the kernel is asked for too: "
+                    "states cut the convolution in pieces; use one of them"
+                )
             if t > start:
                 pieces.append(_outputs(ssm, u[:, start:t], entry))
             h = _pairs_to_complex(shown) if h.is_complex() else shown

@@ -38,8 +38,10 @@ class _Place:
 
 
 def keep_fp32(name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype of parameter ``name`` in a model of ``dtype``: A_log and D are never below float32."""
-    if name.endswith((".A_log", ".mixer.D")) and dtype in (torch.bfloat16, torch.float16):
+    """The dtype of parameter ``name`` in a model of ``dtype``: A_log and D, and the parameters of the recurrences of
+    LSTM, S4D and H3, are never below float32."""
+    inside = name.endswith((".A_log", ".mixer.D")) or ".mixer.ssm." in name or ".mixer.lstm." in name
+    if inside and dtype in (torch.bfloat16, torch.float16):
         return torch.float32
     return dtype
 

@@ -1,6 +1,7 @@
 """LSTM, gated conv, S4D and H3 against plain torch in float64, step against sequence, and hooks inside them."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from mambascope.config import MambaConfig
 from mambascope.errors import ConfigError, HookError, InputError, UnknownNameError
 from mambascope.hooks.points import spec_of
 from mambascope.hooks.run import Run
+from mambascope.loading.saving import save_model
 from mambascope.model import HookedMamba
 from mambascope.model.mixers.conv import LONG
 from mambascope.training.floor import measure_floor
@@ -405,6 +407,17 @@ def test_bf16_keeps_states_and_recurrent_parameters_in_single_precision(letter: 
         assert p.dtype == (torch.float32 if single & set(name.split(".")) else torch.bfloat16), name
     for name, value in state.layers[0].tensors().items():
         assert value.dtype == (torch.bfloat16 if name == "conv" else torch.float32)
+
+
+@pytest.mark.parametrize("letter", LETTERS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_folder_keeps_every_bit_and_dtype(letter: str, dtype: str, tmp_path: Path) -> None:
+    model, ids = model_of(letter, getattr(torch, dtype), layers=2), ids_of(9)
+    save_model(model, tmp_path / "model")
+    again = ms.load(tmp_path / "model", dtype=dtype)
+    assert torch.equal(again(ids), model(ids))
+    for (name, a), (_, b) in zip(again.named_parameters(), model.named_parameters(), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b), name
 
 
 def test_initialisation_follows_the_papers() -> None:

@@ -109,6 +109,16 @@ class HookedMamba(TextMethods, GenerateMethods, ScopeMethods, HookMethods):
         return self._cfg
 
     @property
+    def backend(self) -> ops.Backend:
+        """Where it computes: ``"auto"``, ``"triton"``, ``"cpu"``, ``"torch"`` or ``"reference"``; may be set."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: ops.Backend) -> None:
+        ops.check_backend(name)
+        self._backend: ops.Backend = name
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.embed.weight.dtype
 

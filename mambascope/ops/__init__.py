@@ -5,7 +5,7 @@ Tensors are ``B L D``. Nothing here knows of models or hooks.
 
 from mambascope.ops.compat import selective_scan_fn
 from mambascope.ops.conv import ConvOutput, causal_conv, long_causal_conv
-from mambascope.ops.dispatch import BACKENDS, Backend, resolve_backend
+from mambascope.ops.dispatch import BACKENDS, Backend, check_backend, resolve_backend
 from mambascope.ops.elementwise import gate, silu, softplus
 from mambascope.ops.linear import linear
 from mambascope.ops.loss import linear_cross_entropy, softmax_losses
@@ -25,6 +25,7 @@ __all__ = [
     "ScanOutput",
     "add_norm",
     "causal_conv",
+    "check_backend",
     "gate",
     "kernel_column",
     "kernel_map",

@@ -26,7 +26,13 @@ def _wrong(name: str, letters: str, expected: tuple[object, ...], x: Tensor) -> 
     return InputError(f"{name} must be {letters} = ({wanted}), got shape {tuple(x.shape)}")
 
 
+def _is_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise InputError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
 def _expect(name: str, x: Tensor, letters: str, expected: tuple[int, ...], like: Tensor) -> None:
+    _is_tensor(name, x)
     if x.shape != expected:
         raise _wrong(name, letters, expected, x)
     if not x.dtype.is_floating_point:
@@ -98,6 +104,8 @@ def check_scan(
     boundaries: int | None,
 ) -> None:
     """Raise `InputError` unless the arguments of ``selective_scan`` fit together."""
+    _is_tensor("u", u)
+    _is_tensor("A", A)
     if u.dim() != 3:
         raise InputError(f"u must be B L D, got shape {tuple(u.shape)}")
     if A.dim() != 2:
@@ -127,7 +135,7 @@ def check_scan(
         _expect("h0", h0, "B D N", (batch, channels, states), u)
     if lengths is not None:
         check_lengths(lengths, u)
-    if boundaries is not None and (isinstance(boundaries, bool) or boundaries < 1):
+    if boundaries is not None and (isinstance(boundaries, bool) or not isinstance(boundaries, int) or boundaries < 1):
         raise InputError(f"boundaries must be a number of steps ≥ 1 or None, got {boundaries!r}")
 
 
@@ -141,6 +149,7 @@ def check_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, state: Tensor | None, lengths: Tensor | None
 ) -> None:
     """Raise `InputError` unless the arguments of ``causal_conv`` fit together (``weight`` already ``D K``)."""
+    _is_tensor("x", x)
     if x.dim() != 3:
         raise InputError(f"x must be B L D, got shape {tuple(x.shape)}")
     if not x.dtype.is_floating_point:
@@ -164,6 +173,7 @@ def check_conv(
 
 def check_norm(x: Tensor, weight: Tensor | None, eps: float) -> None:
     """Raise `InputError` unless the arguments of ``rms_norm`` fit together."""
+    _is_tensor("x", x)
     if x.dim() < 1 or x.shape[-1] == 0:
         raise InputError(f"x must have a last axis of at least one entry, got shape {tuple(x.shape)}")
     if not x.dtype.is_floating_point:

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from mambascope.errors import BackendError, nearest
 from mambascope.ops.interface import KernelModule
 
-__all__ = ["BACKENDS", "KERNEL_BACKENDS", "Backend", "choose", "kernels", "resolve_backend"]
+__all__ = ["BACKENDS", "KERNEL_BACKENDS", "Backend", "check_backend", "choose", "kernels", "resolve_backend"]
 
 Backend = Literal["auto", "reference", "torch", "cpu", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -79,9 +79,15 @@ def _why_not(name: str, device: torch.device, dtype: torch.dtype, d_state: int, 
     return found if isinstance(found, str) else found.supports(device, dtype, d_state, d_conv)
 
 
-def _decide(backend: str, device: torch.device, dtype: torch.dtype, d_state: int, d_conv: int) -> tuple[str, str]:
+def check_backend(backend: str) -> None:
+    """BackendError unless this is the name of a backend, here or elsewhere."""
     if backend not in BACKENDS:
-        raise BackendError(f"unknown backend {backend!r}{nearest(backend, BACKENDS)} (known: {', '.join(BACKENDS)})")
+        near = nearest(str(backend), BACKENDS)
+        raise BackendError(f"unknown backend {backend!r}{near} (known: {', '.join(BACKENDS)})")
+
+
+def _decide(backend: str, device: torch.device, dtype: torch.dtype, d_state: int, d_conv: int) -> tuple[str, str]:
+    check_backend(backend)
     if not dtype.is_floating_point:
         raise BackendError(f"dtype {dtype} is not supported: the operators take floating-point tensors")
     if backend in ("reference", "torch"):

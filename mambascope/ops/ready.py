@@ -55,7 +55,7 @@ class Ready:
     def find(self, tensors: Sequence[Tensor | None], *flags: Any) -> tuple[Any, Any]:
         """The key of a call, None if it must take the long way, and what was learned for it, None if nothing."""
         first = tensors[0]
-        if first is None or not _on_gpu(first) or not unwatched():
+        if not isinstance(first, Tensor) or not _on_gpu(first) or not unwatched():
             return None, None
         kind = kind_of(tensors)
         if kind is None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mambascope as ms
-from mambascope.errors import HookError, InputError, UnknownNameError
+from mambascope.errors import BackendError, HookError, InputError, UnknownNameError
 from mambascope.model import HookedMamba
 from tests.conftest import make_model
 
@@ -149,6 +149,15 @@ def test_a_copied_state_keeps_its_graph(small: HookedMamba, ids: torch.Tensor) -
     assert torch.equal(twin.ssm, state.ssm)
     assert twin.layers[0].ssm is not state.layers[0].ssm  # type: ignore[union-attr]
     small(ids, state=twin).sum().backward()
+
+
+def test_a_backend_that_is_none(small: HookedMamba) -> None:
+    for wrong in ("gpu", None):
+        with pytest.raises(BackendError, match="unknown backend"):
+            small.backend = wrong
+    with pytest.raises(BackendError, match="unknown backend 'gpu', did you mean 'cpu'"):
+        make_model(backend="gpu")
+    assert small.backend == "torch"
 
 
 def test_input_without_values(small: HookedMamba, ids: torch.Tensor) -> None:

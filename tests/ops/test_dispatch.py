@@ -145,6 +145,9 @@ WRONG_SCANS: dict[str, tuple[dict[str, Any], str]] = {
     "lengths below": ({"lengths": torch.tensor([-1, 6])}, "got values from -1 to 6"),
     "lengths of another batch": ({"lengths": torch.tensor([6])}, r"lengths must be B = \(2\), got shape \(1,\)"),
     "float lengths": ({"lengths": torch.tensor([6.0, 6.0])}, "lengths must be int32 or int64, got torch.float32"),
+    "boundaries 1.5": ({"boundaries": 1.5}, "boundaries must be a number of steps ≥ 1 or None, got 1.5"),
+    "a list": ({"u": [1.0, 2.0]}, "u must be a tensor, got list"),
+    "nothing": ({"delta": None}, "delta must be a tensor, got NoneType"),
     "boundaries 0": ({"boundaries": 0}, "boundaries must be a number of steps ≥ 1 or None, got 0"),
     "boundaries True": ({"boundaries": True}, "got True"),
 }

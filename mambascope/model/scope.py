@@ -27,8 +27,10 @@ class ScopeMethods:
         blocks: Any
         ln_final: Any
         repeats: Any
-        backend: ops.Backend
         device: torch.device
+
+        @property
+        def backend(self) -> ops.Backend: ...
 
         @property
         def dtype(self) -> torch.dtype: ...

@@ -1,7 +1,8 @@
 """Work on a GPU that is done again with other values: recorded when it comes for the second time, then replayed.
 
 For work that is many short launches, whatever they compute, such as the walk of a sweep over all layers. The inputs are
-copied into memory of the recording's own and the outputs out of it, so a replay gives the bits of the work itself.
+copied into memory of the recording's own and the outputs out of it. A recording is used once it has given what the work
+itself gave.
 """
 
 import threading
@@ -23,6 +24,8 @@ __all__ = ["Repeats"]
 
 _MOST = 64  # recordings
 _MOST_SEEN = 256
+
+_ROUNDING = 1e-4  # of the largest value: libraries may choose other kernels while a recording is made
 
 Work = Callable[[list[Tensor]], list[Tensor]]
 
@@ -76,7 +79,7 @@ class Repeats:
                 return work(inputs)
             if known == "":  # before the recording: what the work keeps for itself must be there
                 found = work(inputs)
-                self._known[key] = self._record(model.device, inputs, work)
+                self._known[key] = self._record(model.device, inputs, work, found)
                 self._trim()
                 return found
             self._known.move_to_end(key)
@@ -90,7 +93,8 @@ class Repeats:
         backend, _ = resolve_backend(model.backend, model.device, model.dtype)
         return backend in graphs.RECORDED_BACKENDS and not model.graphs.watch.why_not(model)
 
-    def _record(self, device: torch.device, inputs: list[Tensor], work: Work) -> _Taped | str:
+    def _record(self, device: torch.device, inputs: list[Tensor], work: Work, found: list[Tensor]) -> _Taped | str:
+        """The recording, once it has given ``found``, what the work itself gave; or why there is none."""
         if self.held > graphs._limit(device):
             self._clear()
         mine = [x.clone() for x in inputs]
@@ -102,7 +106,12 @@ class Repeats:
             self._clear()  # the memory may be what is missing
             return recording.notice("work that comes again", error)
         self.held += grown + sum(x.numel() * x.element_size() for x in mine)
-        return _Taped(graph, mine, outputs, work)
+        made = _Taped(graph, mine, outputs, work)
+        apart = max((_apart(x, y) for x, y in zip(self._replay(device, made, inputs), found, strict=True)), default=0.0)
+        if not apart < _ROUNDING:
+            error = ValueError(f"it gives other values than the work itself, by {apart:.2g} of the largest")
+            return recording.notice("work that comes again", error)
+        return made
 
     def _replay(self, device: torch.device, taped: _Taped, inputs: list[Tensor]) -> list[Tensor]:
         self._stream = recording.follow(device, self._stream)
@@ -117,3 +126,10 @@ class Repeats:
             del self._known[key]
         while len(self._known) > _MOST_SEEN:
             self._known.popitem(last=False)
+
+
+def _apart(x: Tensor, y: Tensor) -> float:
+    """The largest difference, of the largest value."""
+    if torch.equal(x, y):
+        return 0.0
+    return float((x - y).abs().max() / y.abs().max())

@@ -87,6 +87,23 @@ def test_it_runs_as_ever_where_it_cannot_be_recorded() -> None:
     assert Again.made == 0
 
 
+def test_a_recording_that_gives_something_else_is_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = make_model(backend="torch"), make_model(backend="torch")
+    plain.graphs.enabled = False
+    replay = Again.replay
+
+    def wrong(self: Again) -> None:
+        replay(self)
+        self.result[0][0] += 1e-2
+
+    monkeypatch.setattr(Again, "replay", wrong)
+    assert torch.equal(swept(model, 1), swept(plain, 1))
+    with pytest.warns(UserWarning, match="gives other values than the work itself"):
+        assert torch.equal(swept(model, 1), swept(plain, 1))
+    assert torch.equal(swept(model, 2), swept(plain, 2))
+    assert len(model.repeats) == 0
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_attribution_is_recorded_span_by_span(steps: int) -> None:
     sites = ["resid_pre", "u", "delta", "B", "C", "h"]

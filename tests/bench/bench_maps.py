@@ -24,16 +24,14 @@ import torch
 from torch import Tensor
 
 from mambascope import ops
+from mambascope.ops.maps import REDUCTIONS
 from tests.bench.origin import commit
 
 D, N, R, K = 1536, 16, 48, 4
 BAR = 1e-5
-PLANS = {  # tile, warps, products, shares far and near, lanes, sources a tile, registers: other cuts, for comparison
-    "128 x 64": (128, 8, "tf32x3", 4, 24, 32, 64, 128),
-    "128 x 64 joined": (128, 8, "joined", 4, 24, 32, 64, 128),
-    "64": (64, 4, "tf32x3", 4, 24, 32, 64, 128),
-    "64 joined": (64, 4, "joined", 4, 24, 32, 64, 128),
-    "128 joined": (128, 8, "joined", 4, 24),
+PLANS = {  # other cuts and kernels than the table's choice, for comparison
+    "64 x 64": {"tile": 64, "warps": 4},
+    "portable kernels": {"hopper": False},
 }
 Tensors = dict[str, Tensor]
 
@@ -79,7 +77,21 @@ def gate(device: str) -> dict[str, float]:
         row, column = {"query": length - 1}, {"source": 3}
         found[f"row {key}"] = error(ops.kernel_row(**given, **row).weights, ops.kernel_row(**exact, **row).weights)
         found[f"column {key}"] = error(ops.kernel_column(**given, **column), ops.kernel_column(**exact, **column))
+    given = odd(device)
+    exact = {k: v.double() for k, v in given.items()}
+    for reduce in REDUCTIONS:  # sizes that are no powers of two, and every reduction
+        found[f"map odd {reduce}"] = error(
+            ops.kernel_map(**given, reduce=reduce), ops.kernel_map(**exact, reduce=reduce, backend="torch")
+        )
     return found
+
+
+def odd(device: str) -> Any:
+    """700 tokens, 100 channels of 7 states, with gains and what queries read."""
+    x, g = layer(700, device, 0.05, 100), torch.Generator(device).manual_seed(2)
+    some = {"A": x["A"][:, :7], "B": x["B"][..., :7], "C": x["C"][..., :7]}
+    more = {name: torch.randn(1, 700, 100, generator=g, device=device) for name in ("gain", "read")}
+    return x | some | more
 
 
 def clock(device: str, call: Callable[[], object], repeats: int) -> float:
@@ -118,6 +130,7 @@ _MEMORY = """
 import torch
 from tests.bench.bench_maps import layer
 from mambascope import ops
+from mambascope.ops.maps import REDUCTIONS
 torch.set_num_threads(2)
 x = layer({length}, "cpu")
 ops.kernel_map(**layer(80, "cpu"), backend="{backend}")
@@ -187,53 +200,70 @@ def cells(device: str) -> dict[str, tuple[int, Callable[[], Callable[[], Any]]]]
     }
     if cuda:
         for label, plan in PLANS.items():
-            found[f"map, plan {label}"] = (usual, lambda plan=plan: planned(layer(usual, device), plan))
-        for label, plan in PLANS.items():
-            found[f"map, long, plan {label}"] = (8192, lambda plan=plan: planned(layer(8192, device), plan))
+            found[f"map, {label}"] = (usual, lambda plan=plan: planned(layer(usual, device), plan))
+        found["map, long, 64 x 64"] = (8192, lambda: planned(layer(8192, device), PLANS["64 x 64"]))
     found["column, long"] = (long, lambda: column_of(long))
     for reduce in ("signed", "rms", "max"):
         found[f"map, {reduce}"] = (usual, lambda reduce=reduce: map_of(usual, reduce))
     return found
 
 
-def planned(x: Any, plan: tuple[Any, ...]) -> Callable[[], Any]:
+def planned(x: Any, changes: dict[str, Any]) -> Callable[[], Any]:
     """A map cut in another way than the default."""
     from mambascope.ops.maps import triton
     from mambascope.ops.maps.problem import problem
 
     p, whole = problem(**x, gain=None, taps=None, read=None), range(x["delta"].shape[1])
+    plan = triton.plan_of(p, whole, whole)._replace(**changes)
 
     def call() -> Tensor:
-        return triton.kernel_map(p, "mean_abs", whole, whole, triton.Plan(*plan))
+        return triton.kernel_map(p, "mean_abs", whole, whole, plan)
 
     apart = error(call(), ops.kernel_map(**x))
     if not apart <= BAR:
-        raise SystemExit(f"plan {plan} is {apart:.1e} off the default")
+        raise SystemExit(f"{plan} is {apart:.1e} off the default")
     return call
 
 
 @torch.no_grad()
 def whole_cache(device: str, length: int) -> list[dict[str, Any]]:
-    """From the cache of a model: the first map of a layer recomputes its block, the second has it."""
+    """From the cache of a model: the first map of a layer recomputes its block, the second has it; a view of a map has
+    asked the cache already. Medians over layers."""
     from mambascope.config import MambaConfig
     from mambascope.model import HookedMamba
 
     torch.manual_seed(0)
-    cfg = MambaConfig(d_model=768, n_layers=3, d_vocab=1000)
+    cfg = MambaConfig(d_model=768, n_layers=6, d_vocab=1000)
     model = HookedMamba(cfg, device=device)
     tokens = torch.randint(0, 1000, (1, length), device=device)
     _, cache = model.run_with_cache(tokens, return_type=None)
-    rows = []
-    for label, number in (("warm-up", 0), ("block recomputed", 1), ("again", 1)):
+
+    def took(call: Callable[[], object]) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        cache.hidden_attention(number)
+        call()
         if device == "cuda":
             torch.cuda.synchronize()
-        took = 1e3 * (time.perf_counter() - start)
-        rows.append({"what": f"cache.hidden_attention, {label}", "length": length, "ms": took, "MB": None})
-    return rows[1:]
+        return 1e3 * (time.perf_counter() - start)
+
+    times: dict[str, list[float]] = {}
+    for number in range(cfg.n_layers):
+        view = cache.attention_view(number)
+        for label, call in (
+            ("cache, its block computed again", lambda number=number: cache["delta", number]),
+            ("cache.hidden_attention, block at hand", lambda number=number: cache.hidden_attention(number)),
+            ("attention_view, first", lambda view=view: view.window(None, None)),
+            ("attention_view, again", lambda view=view: view.window(None, None)),
+        ):
+            times.setdefault(label, []).append(took(call))
+    _, cache = model.run_with_cache(tokens, return_type=None)
+    again = [took(lambda number=number: cache.hidden_attention(number)) for number in range(cfg.n_layers)]
+    times["cache.hidden_attention, block recomputed"] = again
+    middle = {
+        label: sorted(values[1:])[(len(values) - 1) // 2] for label, values in times.items()
+    }  # the first warms up
+    return [{"what": label, "length": length, "ms": round(ms, 4), "MB": None} for label, ms in middle.items()]
 
 
 def compiled_side_by_side(names: list[str]) -> None:
@@ -266,11 +296,17 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     cuda, todo = args.device == "cuda", cells(args.device)
     if args.warm:
-        todo[args.warm][1]()()
+        if args.warm == "cache":
+            whole_cache(args.device, 256)
+        elif args.warm.startswith("odd "):
+            ops.kernel_map(**odd(args.device), reduce=args.warm.removeprefix("odd "))  # type: ignore[arg-type]
+        else:
+            todo[args.warm][1]()()
         return 0
     if cuda:
-        kinds = ["map", "row", "column", "map through the convolution", *(n for n in todo if n.startswith("map, plan"))]
-        compiled_side_by_side(kinds)
+        kinds = ["map", "row", "column", "map through the convolution", *(f"map, {label}" for label in PLANS)]
+        kinds += [f"map, {reduce}" for reduce in ("signed", "rms", "max")] + [f"odd {r}" for r in REDUCTIONS]
+        compiled_side_by_side([*kinds, "cache"])
     errors = gate(args.device)
     worst, passed = max(errors, key=lambda k: errors[k]), sum(e <= BAR for e in errors.values())
     print(f"gate: {passed} of {len(errors)} within {BAR:g}; worst {worst} {errors[worst]:.1e}", flush=True)

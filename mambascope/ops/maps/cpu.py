@@ -1,6 +1,6 @@
 """Effective kernels on a CPU: tiles of the map as thin matrix products, channel by channel, on torch's threads.
 
-The cut of time is that of `triton_kernels`: pairs of tiles with a step between them, where both exponents are sums of
+The cut of time is that of `triton_pairs`: pairs of tiles with a step between them, where both exponents are sums of
 delta away from that step; on the diagonal pairs of half the size, and so on down to blocks of 16 steps, which are
 walked step by step. A unit of work is one pair or one block with all channels, so nothing is added up between threads:
 the bits are the same for any number of them. In a pair a vector holds 16 steps of one channel; delta is summed with 16

@@ -233,7 +233,7 @@ def gpu_scan_times(anchor: Any, limit: float, started: float) -> list[dict[str, 
             with gpu.surviving(f"{batch} x {length} {name}"):
                 calls = our_calls(batch, length, gpu.DTYPES[name])
                 for what, call in calls.items():
-                    row[what] = gpu.timed(call)
+                    row[what] = gpu.timed(call, budget=0.3)
                 if batch * length <= 20000:
                     for what in ("fwd", "f+b"):
                         with gpu.surviving(f"{batch} x {length} {name} {what} in a graph"):
@@ -243,7 +243,7 @@ def gpu_scan_times(anchor: Any, limit: float, started: float) -> list[dict[str, 
             if anchor is not None:
                 with gpu.surviving(f"anchor {batch} x {length} {name}"):
                     for what, call in gpu.anchor_calls(anchor, batch, length, gpu.DTYPES[name]).items():
-                        row[f"anchor {what}"] = gpu.timed(call)
+                        row[f"anchor {what}"] = gpu.timed(call, budget=0.3)
                         row[f"x {what}"] = row[f"anchor {what}"] / row[what]
             for what, theirs in zip(("fwd", "f+b"), gpu.RECORDED[batch, length][name], strict=True):
                 if what in row:

@@ -270,22 +270,33 @@ def gate(workers: int, limit: float) -> bool:
 # --- plans beside the table's ---
 
 
-def forward_plans(batch: int) -> dict[str, Any]:
-    found = {"n": NARROW, "w": WIDE}
+def forward_plans(batch: int, dtype: str) -> dict[str, Any]:
+    """By name; registers of a producer / of a finisher."""
     if batch == 1:
-        found["n no prefetch"] = replace(NARROW, ahead=0)
-        found["n T16"] = replace(NARROW, tile=16, groups=4)
-        found["n groups of 4"] = replace(NARROW, groups=4)
-        found["n lean"] = replace(NARROW, producer_registers=56, finisher_registers=56, registers=80)
-    else:
-        lean = {"producer_registers": 64, "finisher_registers": 40, "registers": 56}
-        found["w no prefetch"] = replace(WIDE, ahead=0)
-        found["w T16"] = replace(WIDE, tile=16, groups=4, slots=4, **lean)
-        found["w 64/64"] = replace(WIDE, producer_registers=64, finisher_registers=64)
-        found["w 4 slots"] = replace(WIDE, slots=4)
-        found["64/2"] = replace(
-            WIDE, block=64, lanes=2, per_thread=4, tile=16, groups=4, slots=4, finisher_registers=72
-        )
+        return {
+            "n": NARROW,
+            "n sectors": replace(NARROW, sectors=True),
+            "n sectors ahead 8": replace(NARROW, sectors=True, ahead=8),
+            "n sectors 3 slots": replace(NARROW, sectors=True, slots=3),
+            "n T16 sectors": replace(NARROW, tile=16, groups=4, slots=4, sectors=True),
+        }
+    found = {"w": WIDE}
+    short = replace(WIDE, tile=16, groups=4, slots=4)
+    for form, own in (("w", WIDE), ("w T16", short)):
+        for producer, finisher in ((72, 56), (80, 64), (88, 64), (96, 64)):
+            if producer > 80 and (dtype == "bf16" or own is short):
+                continue
+            for sectors in (False, True):
+                name = f"{form} {producer}/{finisher}{' sectors' if sectors else ''}"
+                found[name] = replace(own, producer_registers=producer, finisher_registers=finisher, sectors=sectors)
+    three = {"producer_registers": 64, "finisher_registers": 40, "registers": 56}
+    found["w T16 three sectors"] = replace(short, sectors=True, **three)
+    found["w 3 slots sectors"] = replace(
+        WIDE, slots=3, sectors=True, producer_registers=96 if dtype == "fp32" else 80, finisher_registers=64
+    )
+    pair = {"block": 64, "lanes": 2, "per_thread": 4, "producer_registers": 80, "finisher_registers": 72}
+    found["64/2"] = replace(short, **pair)
+    found["64/2 sectors"] = replace(short, **pair, sectors=True)
     return found
 
 
@@ -313,8 +324,8 @@ def compile_one(job: tuple[int, str, str, str]) -> str:
     try:
         x = problem(1, 64, CHANNELS, STATES, DTYPES[dtype], padded=False)
         if kind == "forward":
-            for interval in (None, 16):
-                gluon.scan_forward(*x, dt_softplus=True, boundaries=interval, plan=forward_plans(batch)[name])
+            for interval in (None, 64):
+                gluon.scan_forward(*x, dt_softplus=True, boundaries=interval, plan=forward_plans(batch, dtype)[name])
         else:
             bound = torch.zeros(1, 4, CHANNELS, STATES, device=DEVICE)
             dy = torch.randn(1, 64, CHANNELS, device=DEVICE).to(DTYPES[dtype])
@@ -326,10 +337,11 @@ def compile_one(job: tuple[int, str, str, str]) -> str:
     return ""
 
 
-def compile_all(workers: int) -> None:
-    start = time.time()
-    jobs = [(b, "forward", n, "bf16") for b in (1, 8) for n in forward_plans(b)]
-    jobs += [(b, "backward", n, "bf16") for b in (1, 8) for n in backward_plans(b)]
+def compile_all(workers: int, passes: list[str]) -> None:
+    start, jobs = time.time(), []
+    for dtype, batch in ((d, b) for d in ("bf16", "fp32") for b in (1, 8)):
+        every = {"forward": forward_plans(batch, dtype), "backward": backward_plans(batch)}
+        jobs += [(batch, kind, name, dtype) for kind in passes for name in every[kind]]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for complaint in pool.map(compile_one, jobs):
             if complaint:
@@ -337,42 +349,41 @@ def compile_all(workers: int) -> None:
     print(f"compiled {len(jobs)} plans in {time.time() - start:.0f} s", flush=True)
 
 
-def sweep(started: float, limit: float) -> list[dict[str, Any]]:
+def sweep(started: float, limit: float, passes: list[str]) -> list[dict[str, Any]]:
+    """Microseconds of each plan; of the forward also with states every 64 steps. The table's own are marked."""
     from mambascope.ops.scan import gluon
 
     rows = []
-    for batch, length in SHAPES:
+    for (batch, length), dtype, kind in ((s, d, k) for k in passes for d in ("fp32", "bf16") for s in SHAPES):
         if time.time() - started > limit:
-            print(f"  out of time before the sweep of {batch} x {length}", flush=True)
-            break
-        x = problem(batch, length, CHANNELS, STATES, torch.bfloat16, padded=False)
-        dy = torch.randn(batch, length, CHANNELS, device=DEVICE).bfloat16()
+            print(f"  out of time before the sweep of {batch} x {length} {dtype} {kind}", flush=True)
+            continue
+        x = problem(batch, length, CHANNELS, STATES, DTYPES[dtype], padded=False)
+        dy = torch.randn(batch, length, CHANNELS, device=DEVICE).to(DTYPES[dtype])
         own = table.forward_plan(batch, length, CHANNELS, 132), table.backward_plan(batch, length, CHANNELS, 132)
-        bound = gluon.scan_forward(*x, dt_softplus=True, boundaries=16)[2]
-        measure = graphed if batch * length <= 20000 else timed
-        for kind, options in (("forward", forward_plans(batch)), ("backward", backward_plans(batch))):
-            line = []
-            for name, plan in options.items():
-                try:
-                    if kind == "forward":
-                        t = measure(lambda _, p=plan: gluon.scan_forward(*x, dt_softplus=True, boundaries=None, plan=p))
-                    else:
-                        t = measure(
-                            lambda _, p=plan: gluon.scan_backward(
-                                *x, bound, dy, None, None, dt_softplus=True, boundaries=16, plan=p
-                            )
-                        )
-                except Exception as fault:
-                    line.append((9e9, f"{name} {type(fault).__name__} {str(fault)[:60]}"))
-                    continue
-                line.append((t, f"{name}{' *' if plan in own else ''} {t:.1f}"))
-                rows.append({"B": batch, "L": length, "pass": kind, "plan": name, "us": t})
-            print(f"  {batch}x{length} {kind}: " + ", ".join(text for _, text in sorted(line)), flush=True)
-        with_states = measure(lambda _: gluon.scan_forward(*x, dt_softplus=True, boundaries=16))
-        with_64 = measure(lambda _: gluon.scan_forward(*x, dt_softplus=True, boundaries=64))
-        print(
-            f"  {batch}x{length} forward with states every 16: {with_states:.1f}, every 64: {with_64:.1f}", flush=True
-        )
+        bound = gluon.scan_forward(*x, dt_softplus=True, boundaries=16)[2] if kind == "backward" else None
+        measure = graphed if batch * length <= 20000 else partial(timed, budget=0.25)
+        line = []
+        for name, plan in (forward_plans(batch, dtype) if kind == "forward" else backward_plans(batch)).items():
+            row: dict[str, Any] = {"B": batch, "L": length, "dtype": dtype, "pass": kind, "plan": name}
+
+            def forward(_: int, every: int | None = None, plan: Any = plan, x: Any = x) -> Any:
+                return gluon.scan_forward(*x, dt_softplus=True, boundaries=every, plan=plan)
+
+            def backward(_: int, plan: Any = plan, x: Any = x, bound: Any = bound, dy: Any = dy) -> Any:
+                return gluon.scan_backward(*x, bound, dy, None, None, dt_softplus=True, boundaries=16, plan=plan)
+
+            try:
+                row["us"] = measure(forward if kind == "forward" else backward)
+                if kind == "forward" and batch >= 8:
+                    row["with states us"] = measure(partial(forward, every=64))
+            except Exception as fault:
+                line.append((9e9, f"{name} {type(fault).__name__} {str(fault)[:60]}"))
+                continue
+            more = f" ({row['with states us']:.1f})" if "with states us" in row else ""
+            line.append((row["us"], f"{name}{' *' if plan in own else ''} {row['us']:.1f}{more}"))
+            rows.append(row)
+        print(f"  {batch}x{length} {dtype} {kind}: " + ", ".join(text for _, text in sorted(line)), flush=True)
         del x, dy, bound
         torch.cuda.empty_cache()
     return rows
@@ -587,6 +598,8 @@ def main() -> int:
     parser.add_argument("--csv", default=os.path.join(os.environ.get("OUT", "."), "bench_hopper.csv"))
     parser.add_argument("--anchor", help="folder of a built mamba_ssm (build_anchor.py)")
     parser.add_argument("--only", choices=("gate", "times", "host", "sweep"))
+    both = ("forward", "backward")
+    parser.add_argument("--passes", nargs="+", choices=both, default=list(both), help="what the sweep times")
     parser.add_argument("--no-portable", action="store_true", help="leave the portable kernels' times out")
     parser.add_argument("--gate-limit", type=float, default=150.0, help="seconds for the gate")
     parser.add_argument("--workers", type=int, default=min(15, os.cpu_count() or 1))
@@ -613,7 +626,11 @@ def main() -> int:
         host_cost()
     if arguments.only in (None, "sweep"):
         compile_all(arguments.workers)
-        write(arguments.csv.removesuffix(".csv") + "_sweep.csv", sweep(started, arguments.limit), passed)
+        write(
+            arguments.csv.removesuffix(".csv") + "_sweep.csv",
+            sweep(started, arguments.limit, tuple(arguments.passes)),
+            passed,
+        )
     print(f"total {time.time() - started:.0f} s")
     return 1 if passed is False else 0
 

@@ -41,6 +41,8 @@ class ForwardPlan:
     groups: int = 8
     per_thread: int = 2
     ahead: int = 4
+    sectors: bool = False
+    stream: bool = False
     producer_registers: int = 72
     finisher_registers: int = 56
     registers: int = 80

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from mambascope.ops import dispatch
 
-__all__ = ["Ready", "kind_of", "plain", "unwatched"]
+__all__ = ["Guarded", "Ready", "kind_of", "plain", "unwatched"]
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
 _MOST = 4096  # kinds that are remembered, of one operator
+_LATEST = 8  # of them, of the same flags, those that are looked at first
 
 
 def unwatched() -> bool:
@@ -42,6 +43,55 @@ def kind_of(tensors: Sequence[Tensor | None]) -> tuple[Any, ...] | None:
     return tuple(found)
 
 
+def guard_of(given: Sequence[Tensor]) -> Any:
+    """What tells in one call whether as many tensors are of the kind of these, or None where this torch has no such.
+
+    It compares what `kind_of` notes but for addresses, and the class, requires_grad and what torch's dispatch would do
+    with it, but not whether gradients are recorded. torch's own compiler guards its code with it; read from Python, the
+    same facts take seven times as long.
+    """
+    if _Guards is None:
+        return None
+    sizes, strides = [list(x.shape) for x in given], [list(x.stride()) for x in given]
+    return _Guards(*given, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+
+
+def _guards() -> Any:
+    """torch's own class, which takes arguments unchecked: of versions only that were tried."""
+    version = tuple(int(n) for n in torch.__version__.split(".")[:2])
+    home = getattr(getattr(torch._C, "_dynamo", None), "guards", None)
+    return getattr(home, "TensorGuards", None) if (2, 11) <= version <= (2, 13) else None
+
+
+_Guards = _guards()
+
+
+class Guarded:
+    """Functions by the kind of the tensors that they take, the latest first."""
+
+    def __init__(self) -> None:
+        self.known: dict[Any, tuple[tuple[Any, Any], ...]] = {}  # by what is None, and flags
+
+    def find(self, tensors: Sequence[Tensor | None], flags: Any) -> tuple[Any, Any]:
+        """What was learned for tensors like these, None if nothing; and where `learn` puts it."""
+        place = (flags, *[x is None for x in tensors])
+        given = [x for x in tensors if x is not None]
+        for guard, function in self.known.get(place, ()):
+            if guard.check(*given):
+                return function, None
+        return None, (place, given)
+
+    def learn(self, where: tuple[Any, list[Tensor]], function: Any) -> None:
+        """``function`` does not depend on addresses: it looks after their alignment itself."""
+        place, given = where
+        guard = guard_of(given)
+        if guard is None or len({id(x) for x in given}) < len(given):  # a guard refuses a tensor that comes twice
+            return
+        if len(self.known) >= _MOST:
+            self.known.clear()
+        self.known[place] = ((guard, function), *self.known.get(place, ())[: _LATEST - 1])
+
+
 def _on_gpu(x: Tensor) -> bool:
     return x.is_cuda
 
@@ -51,12 +101,16 @@ class Ready:
 
     def __init__(self) -> None:
         self.known: dict[Any, Callable[..., Any]] = {}
+        self.latest = Guarded()
 
     def find(self, tensors: Sequence[Tensor | None], *flags: Any) -> tuple[Any, Any]:
-        """The key of a call, None if it must take the long way, and what was learned for it, None if nothing."""
+        """The key of a call, None if there is none to be learned, and what was learned for it, None if nothing."""
         first = tensors[0]
         if not isinstance(first, Tensor) or not _on_gpu(first) or not unwatched():
             return None, None
+        found, where = self.latest.find(tensors, (torch.is_grad_enabled(), *flags))
+        if found is not None:
+            return None, found
         kind = kind_of(tensors)
         if kind is None:
             return None, None
@@ -67,7 +121,10 @@ class Ready:
                     grads = True
                     break
         key = (kind, grads, *flags)
-        return key, self.known.get(key)
+        found = self.known.get(key)
+        if found is not None and getattr(found, "aligned", False):
+            self.latest.learn(where, found)
+        return key, found
 
     def learn(
         self,
@@ -83,4 +140,6 @@ class Ready:
         if replay is not None:
             if len(self.known) >= _MOST:
                 self.known.clear()
-            self.known[key] = wrap(replay) if wrap else replay
+            repeat = wrap(replay) if wrap else replay
+            repeat.aligned = getattr(replay, "aligned", False)  # pyright: ignore[reportFunctionMemberAccess]
+            self.known[key] = repeat

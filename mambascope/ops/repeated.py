@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mambascope.ops import operators
 from mambascope.ops.dispatch import scan_module
-from mambascope.ops.ready import kind_of, unwatched
+from mambascope.ops.ready import Guarded, kind_of, unwatched
 
 __all__ = ["ScanOfKind"]
 
@@ -26,37 +26,35 @@ class ScanOfKind:
         self.backend, self.forward = backend, forward
         self.options = {"dt_softplus": dt_softplus, "boundaries": interval}
         self.every = 0 if boundaries is None else boundaries // interval  # of the saved states; 0: none are asked for
-        self.backward: dict[Any, Callable[..., Any]] = {}  # by the kind of what arrives
+        self.backward = Guarded()  # by the tensors that were saved, and what arrives
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        y, h_last, *states = _Scan.apply(self, *inputs)  # type: ignore[misc]
+        y, h_last, *states = _apply(self, *inputs)
         if not states:
             return y, h_last, None
         return y, h_last, states[0] if self.every == 1 else states[0][:, :: self.every]
 
-    def gradients(self, tensors: Sequence[Any], arriving: Sequence[Tensor | None], same: bool) -> Sequence[Any]:
-        """Of the first nine tensors; ``same``: they are those of the forward call, so of the kind that is known."""
-        kind = kind_of(arriving) if same and unwatched() else None
-        replay = None if kind is None else self.backward.get(kind)
-        if replay is None:
-            args = (*tensors, *arriving)
-            found = operators.scan_gradients(self.backend, args, self.options)
-            every = kind_of(args)
-            replay = None
-            if kind is not None and every is not None:
-                replay = scan_module(self.backend).scan_backward.ready(every, *self.options.items())
-            if replay is not None:
-                self.backward[kind] = replay
-            return found
-        found = replay(*tensors, *arriving)
-        return [
-            None if x is None else found[name] if found[name].dtype is x.dtype else found[name].to(x.dtype)
-            for name, x in zip(operators.SCAN_GRADS, tensors, strict=False)
-        ]
-
-
-def _places(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if x is None else x.data_ptr() for x in tensors]
+    def gradients(self, tensors: Sequence[Any], arriving: Sequence[Tensor | None]) -> Sequence[Any]:
+        """Of the first nine tensors: ten inputs and the saved states. Hooks on saved tensors, or an assignment to
+        .data, may bring others back than the forward call took: their kind is looked at again."""
+        args = (*tensors, *arriving)
+        free = not torch.is_grad_enabled() and unwatched()
+        replay, where = self.backward.find(args, None) if free else (None, None)
+        if replay is not None:
+            found = replay(*args)
+            return [
+                None if x is None else found[name] if found[name].dtype is x.dtype else found[name].to(x.dtype)
+                for name, x in zip(operators.SCAN_GRADS, tensors, strict=False)
+            ]
+        ready = operators.arriving_at_scan(tensors, *arriving)
+        grads = operators.scan_gradients(self.backend, (*tensors, *ready), self.options)
+        if where is not None and all(a is b for a, b in zip(arriving, ready, strict=True)):
+            kind = kind_of(args)
+            backward = scan_module(self.backend).scan_backward
+            replay = None if kind is None else backward.ready(kind, *self.options.items())
+            if replay is not None and replay.aligned:
+                self.backward.learn(where, replay)
+        return grads
 
 
 class _Scan(torch.autograd.Function):
@@ -65,16 +63,15 @@ class _Scan(torch.autograd.Function):
         y, h_last, states = own.forward(*inputs)
         ctx.save_for_backward(*inputs, states)
         ctx.set_materialize_grads(False)
-        # Hooks on saved tensors, or an assignment to .data, may bring back tensors of another kind.
-        ctx.own, ctx.places = own, _places(inputs)
+        ctx.own = own
         return (y, h_last, states) if own.every else (y, h_last)
 
     @staticmethod
     def backward(ctx: Any, *arriving: Any) -> Any:
-        dy, dh_last, dh_boundary = arriving if len(arriving) == 3 else (*arriving, None)
-        tensors, own = ctx.saved_tensors, ctx.own
-        args = operators.arriving_at_scan(tensors, dy, dh_last, dh_boundary)
-        if torch.is_grad_enabled():
-            return None, *operators.scan_gradients(own.backend, (*tensors, *args), own.options), None
-        same = _places(tensors[:-1]) == ctx.places
-        return None, *own.gradients(tensors, args, same), None
+        if len(arriving) == 2:
+            arriving = (*arriving, None)
+        return None, *ctx.own.gradients(ctx.saved_tensors, arriving), None
+
+
+# `Function.apply` less what it does for functorch's transforms, under which none of this is called.
+_apply: Any = super(torch.autograd.Function, _Scan).apply

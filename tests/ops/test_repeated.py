@@ -76,29 +76,32 @@ def test_second_derivatives_are_refused_by_name() -> None:
         torch.autograd.grad(first.sum(), x[1])
 
 
-class Counting(dict[Any, Any]):
-    """Replays of a backward pass that know every kind, and count how often they are asked to run."""
-
-    calls = 0
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        def replay(*args: Any) -> Any:
-            self.calls += 1
-            return kernels.scan_backward(*args, dt_softplus=True, boundaries=8)
-
-        return replay
-
-
-def test_replays_serve_the_tensors_of_the_forward_call_and_no_others() -> None:
-    x = leaves()
+def test_replays_serve_tensors_of_the_kind_that_was_learned_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, calls = leaves(), []
     own = scan_of_kind(None, 8)
     truth = gradients(own(*x), x)
-    own.backward = Counting()
-    for a, b in zip(gradients(own(*x), x), truth, strict=True):
+
+    def replay(*args: Any) -> Any:
+        calls.append(args)
+        return kernels.scan_backward(*args, dt_softplus=True, boundaries=8)
+
+    replay.aligned = True  # type: ignore[attr-defined]
+    monkeypatch.setattr(kernels.scan_backward, "ready", lambda *_, **__: replay)
+    seeds = [torch.ones_like(t) for t in own(*x)[:2]]
+
+    def of(out: Any, grads: list[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out[:2], x[:9], grads)
+
+    usual = of(own(*x), seeds)  # looked at, and learned
+    assert not calls
+    for a, b in zip(of(own(*x), seeds), usual, strict=True):
         assert torch.equal(a, b)
-    assert own.backward.calls == 1
+    assert len(calls) == 1
+    of(own(*x), [torch.ones_like(seeds[0][..., :1]).expand_as(seeds[0]), seeds[1]])  # other strides
+    assert len(calls) == 1
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
         out = own(*x)
-    for a, b in zip(gradients(out, x), truth, strict=True):  # other tensors come back: the ordinary way
+    of(out, seeds)  # other tensors of the same kind
+    assert len(calls) == 2
+    for a, b in zip(gradients(own(*x), x), truth, strict=True):  # other seeds
         assert torch.equal(a, b)
-    assert own.backward.calls == 1

@@ -254,6 +254,12 @@ forward.function = counted(forward.function)
 for _ in range(4):
     run(forward, with_(), options)
 left["the third call and later ones are replays"] = ordinary[0] == 2
+run(forward, with_(u=lambda x: torch.randn(2 * 40 * 64 + 1)[1:].view(2, 40, 64)[..., :32]), options)
+replay = [v for v in forward.known.values() if v is not None and v is not forward.function][-1]
+left["a replay is of aligned tensors"] = replay.aligned and ordinary[0] == 3
+replay(*with_(u=lambda x: torch.randn(2 * 40 * 64 + 1)[1:].view(2, 40, 64)[..., :32]))
+left["and gives others to the ordinary way"] = ordinary[0] == 4
+ordinary[0] = 2
 hooked = []
 triton.knobs.runtime.launch_enter_hook.add(hooked.append)
 run(forward, with_(), options)

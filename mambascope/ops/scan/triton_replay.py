@@ -160,6 +160,30 @@ class _CannotRepeatError(Exception):
     pass
 
 
+# What torch's compiler allocates with in the code that it writes: less than half of the time of `torch.empty_strided`.
+_quick_empty: Any = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "_empty_strided_cuda", None)
+
+
+def _dense(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+
+def _launcher(run: Any) -> tuple[Any, tuple[Any, ...]]:
+    """What launches a compiled kernel, and what it takes between the kernel's handle and its metadata: the driver's own
+    function where Triton 3.6 only puts constants in between, else Triton's object as it is."""
+    own = getattr(run, "launch", None)
+    plain = own is not None and not hasattr(run, "kernel_signature")  # of later versions, which launch in another way
+    if not plain or run.global_scratch_size or run.profile_scratch_size:
+        return run, ()
+    return own, (run.launch_cooperative_grid, run.launch_pdl, None, None)
+
+
+def _current_device() -> Any:
+    """Triton's function that tells the current device, or what it comes down to."""
+    own = triton.runtime.driver.active.get_current_device
+    return torch._C._cuda_getDevice if own is torch.cuda.current_device else own  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class _Script:
     """Source of a replay: how results, scratch and addresses are named in it."""
 
@@ -173,6 +197,7 @@ class _Script:
         self.size = 0
         self.lines: list[str] = []
         self.names: dict[str, Any] = {}
+        self.quick = _quick_empty is not None and all(x is None or x.is_cuda for x in inputs)
 
     def constant(self, value: Any) -> str:
         name = f"c{len(self.names)}"
@@ -181,9 +206,12 @@ class _Script:
 
     def new(self, shape: tuple[int, ...], like: Tensor) -> str:
         """Expression for a contiguous tensor of this shape, of the dtype and device of another."""
-        strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-        dtype, device = self.constant(like.dtype), self.constant(like.device)
-        return f"empty({shape}, {strides}, dtype={dtype}, device={device})"  # empty_strided: the quickest of all
+        return f"empty({shape}, {_dense(shape)}, {self.kind(like.dtype, like.device)})"
+
+    def kind(self, dtype: torch.dtype, device: torch.device) -> str:
+        """The further arguments of an allocation; the quick one is on the current device, which the replay has checked."""
+        name = self.constant(dtype)
+        return name if self.quick else f"dtype={name}, device={self.constant(device)}"
 
     def result(self, x: Any) -> str:
         """Expression for a result; its allocation becomes a line of its own."""
@@ -259,38 +287,43 @@ def _write(
     for compiled, programs, arguments, constants in launches:
         addresses = [script.address(x) for x in arguments]
         used |= {a.split(" ")[0] for a in addresses if a.startswith("p")}
-        run, handle, metadata = (
-            script.constant(x) for x in (compiled.run, compiled.function, compiled.packed_metadata)
-        )
+        run, between = _launcher(compiled.run)
+        run, handle, metadata = (script.constant(x) for x in (run, compiled.function, compiled.packed_metadata))
         rest = [x if isinstance(x, str) else script.constant(x) for x in map(_literal, constants)]
-        start = f"{run}({programs}, 1, 1, stream, {handle}, {metadata}, None, None, None"
+        start = (
+            f"{run}({programs}, 1, 1, stream, {', '.join([handle, *map(repr, between), metadata])}, None, None, None"
+        )
         calls.append(", ".join([start, *addresses, *rest]) + ")")
     index = first.get_device()
     # Another current device, or somebody's launch hooks: the ordinary code knows what to do.
     checks = [f"if current() != {index}" + "".join(f" or {script.constant(h)}.calls" for h in _hooks()) + ":"]
     checks.append("    return ordinary(" + ", ".join(f"a{i}" for i in range(len(inputs))) + ", *rest, **options)")
     addresses = [f"p{i} = a{i}.data_ptr()" for i, x in enumerate(inputs) if x is not None and f"p{i}" in used]
+    aligned = not any(x is not None and f"p{i}" in used and x.data_ptr() & 15 for i, x in enumerate(inputs))
+    if aligned and used:  # so that callers need not look at addresses
+        addresses += [f"if ({' | '.join(sorted(used))}) & 15:", checks[-1]]
     if script.size:
-        kinds = script.constant(torch.uint8), script.constant(first.device)
-        script.lines.append(f"scratch = empty(({script.size},), (1,), dtype={kinds[0]}, device={kinds[1]})")
+        kind = script.kind(torch.uint8, first.device)
+        script.lines.append(f"scratch = empty(({script.size},), (1,), {kind})")
         script.lines.append("s = scratch.data_ptr()")
     inputs_again = "(" + "".join(f"a{i}, " for i in range(len(inputs))) + ")"
     allocate = ["try:", *(f"    {line}" for line in script.lines or ["pass"]), "except OutOfMemory as error:"]
     allocate.append(f"    raise told(error, {function.__name__!r}, {inputs_again}) from None")
-    body = [*checks, *allocate, *addresses, f"stream = raw_stream({index})", *calls, f"return {answer}"]
+    body = [*checks, *addresses, *allocate, f"stream = raw_stream({index})", *calls, f"return {answer}"]
     head = "def replay(" + ", ".join(f"a{i}" for i in range(len(inputs))) + ", *_, **__):\n"
     names = script.names | {
         "OutOfMemory": torch.OutOfMemoryError,
         "told": _told,
-        "empty": torch.empty_strided,
+        "empty": _quick_empty if script.quick else torch.empty_strided,
         "rest": args[len(inputs) :],
         "options": options,
         "ordinary": function,
-        "current": triton.runtime.driver.active.get_current_device,
+        "current": _current_device(),
         "raw_stream": triton.runtime.driver.active.get_current_stream,
     }
     source = head + "".join(f"    {line}\n" for line in body)
     exec(compile(source, f"<replay of {function.__name__}>", "exec"), names)  # noqa: S102 - of our own making
+    names["replay"].aligned = aligned
     return names["replay"]
 
 

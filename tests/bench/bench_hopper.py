@@ -198,7 +198,7 @@ Case = tuple[str, Callable[..., list[str]], tuple[Any, ...], dict[str, Any]]
 
 def cases() -> list[Case]:
     found: list[Case] = []
-    for parts in (1, 2, 3, 4):
+    for parts in (1, 2, 5, 11):
         for wide in (False, True):
             for dtype in ("fp32", "bf16"):
                 name = f"2 x 700, D 1536, {dtype}, {'wide' if wide else 'narrow'}, {parts} parts"
@@ -244,9 +244,9 @@ def run_case(index: int) -> tuple[int, list[str], float]:
     return index, bad, time.time() - start
 
 
-def gate(workers: int, limit: float) -> bool:
+def gate(workers: int, limit: float, match: str = "") -> bool:
     start, failed, every = time.time(), 0, cases()
-    order = sorted(range(len(every)), key=lambda i: every[i][1] is compare)
+    order = sorted((i for i in range(len(every)) if match in every[i][0]), key=lambda i: every[i][1] is compare)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         waiting = [pool.submit(run_case, i) for i in order]
         try:
@@ -263,7 +263,7 @@ def gate(workers: int, limit: float) -> bool:
             failed += len(left)
             for process in list((pool._processes or {}).values()):
                 process.kill()
-    print(f"gate: {len(every) - failed} of {len(every)} passed in {time.time() - start:.0f} s", flush=True)
+    print(f"gate: {len(order) - failed} of {len(order)} passed in {time.time() - start:.0f} s", flush=True)
     return not failed
 
 
@@ -280,40 +280,33 @@ def forward_plans(batch: int, dtype: str) -> dict[str, Any]:
             "n sectors 3 slots": replace(NARROW, sectors=True, slots=3),
             "n T16 sectors": replace(NARROW, tile=16, groups=4, slots=4, sectors=True),
         }
-    found = {"w": WIDE}
+    most = (96, 64) if dtype == "fp32" else (80, 64)
+
+    def of(plan: Any, registers: tuple[int, int], **changes: Any) -> Any:
+        return replace(plan, producer_registers=registers[0], finisher_registers=registers[1], **changes)
+
     short = replace(WIDE, tile=16, groups=4, slots=4)
-    for form, own in (("w", WIDE), ("w T16", short)):
-        for producer, finisher in ((72, 56), (80, 64), (88, 64), (96, 64)):
-            if producer > 80 and (dtype == "bf16" or own is short):
-                continue
-            for sectors in (False, True):
-                name = f"{form} {producer}/{finisher}{' sectors' if sectors else ''}"
-                found[name] = replace(own, producer_registers=producer, finisher_registers=finisher, sectors=sectors)
-    three = {"producer_registers": 64, "finisher_registers": 40, "registers": 56}
-    found["w T16 three sectors"] = replace(short, sectors=True, **three)
-    found["w 3 slots sectors"] = replace(
-        WIDE, slots=3, sectors=True, producer_registers=96 if dtype == "fp32" else 80, finisher_registers=64
-    )
-    pair = {"block": 64, "lanes": 2, "per_thread": 4, "producer_registers": 80, "finisher_registers": 72}
-    found["64/2"] = replace(short, **pair)
-    found["64/2 sectors"] = replace(short, **pair, sectors=True)
-    return found
+    pair = replace(short, block=64, lanes=2, per_thread=4)
+    return {
+        "w": WIDE,
+        "w 72/56": of(WIDE, (72, 56)),
+        "w free": of(WIDE, most),
+        "w free sectors": of(WIDE, most, sectors=True),
+        "w free sectors 3 slots": of(WIDE, most, sectors=True, slots=3),
+        "w free sectors stream": of(WIDE, most, sectors=True, stream=True),
+        "T16": of(short, (80, 64)),
+        "T16 sectors": of(short, (80, 64), sectors=True),
+        "T16 three sectors": of(short, (64, 40), sectors=True, registers=56),
+        "64/2": of(pair, (80, 72)),
+        "64/2 sectors": of(pair, (80, 72), sectors=True),
+    }
 
 
 def backward_plans(batch: int) -> dict[str, Any]:
-    found = {}
+    found = {"w": BACK_WIDE, "w free": replace(BACK_WIDE, registers=0)}
     if batch == 1:
-        for parts in (1, 2, 3, 4):
-            found[f"n{parts}"] = replace(BACK_NARROW, parts=parts)
-        found["n3 128"] = replace(BACK_NARROW, parts=3, registers=128)
-        found["w2"] = replace(BACK_WIDE, parts=2, registers=0)
-        found["w4"] = replace(BACK_WIDE, parts=4)
-        found["w4 free"] = replace(BACK_WIDE, parts=4, registers=0)
-    else:
-        found["w"] = BACK_WIDE
-        found["w free"] = replace(BACK_WIDE, registers=0)
-        found["n"] = BACK_NARROW
-        found["n 128"] = replace(BACK_NARROW, registers=128)
+        found = {f"w{parts}": replace(BACK_WIDE, parts=parts) for parts in (2, 4, 6, 8, 11, 16)}
+        found |= {f"n{parts}": replace(BACK_NARROW, parts=parts) for parts in (2, 4, 8)}
     return found
 
 
@@ -602,6 +595,7 @@ def main() -> int:
     parser.add_argument("--passes", nargs="+", choices=both, default=list(both), help="what the sweep times")
     parser.add_argument("--no-portable", action="store_true", help="leave the portable kernels' times out")
     parser.add_argument("--gate-limit", type=float, default=150.0, help="seconds for the gate")
+    parser.add_argument("--match", default="", help="only the gate's cases with this in their names")
     parser.add_argument("--workers", type=int, default=min(15, os.cpu_count() or 1))
     parser.add_argument("--limit", type=float, default=225.0, help="seconds after which no further shape is timed")
     arguments = parser.parse_args()
@@ -610,7 +604,9 @@ def main() -> int:
         return 2
     started = time.time()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {commit()}", flush=True)
-    passed = gate(arguments.workers, arguments.gate_limit) if arguments.only in (None, "gate") else None
+    passed = None
+    if arguments.only in (None, "gate"):
+        passed = gate(arguments.workers, arguments.gate_limit, arguments.match)
     rows: list[dict[str, Any]] = []
     if arguments.only in (None, "times"):
         warm_up(arguments.workers, portable=False)

@@ -15,13 +15,13 @@ import torch
 import triton
 from torch import Tensor
 
+from mambascope.ops.scan.gluon_adjoint import adjoint_kernel
 from mambascope.ops.scan.gluon_backward import backward_kernel
 from mambascope.ops.scan.gluon_forward import forward_kernel
 from mambascope.ops.scan.gluon_table import (
     BACKWARD_TILE,
     BackwardPlan,
     ForwardPlan,
-    backward_cuts,
     backward_plan,
     few,
     forward_plan,
@@ -153,13 +153,15 @@ def scan_backward(
     rows = max(1, min(batch, _MAX_SCRATCH // (8 * blocks * length * states)))
     flags = {
         "D": channels, "N": states, "NP": _PADDED, "BD": plan.block, "NL": plan.lanes, "KE": plan.per_thread,
-        "PARTS": plan.parts, "SOFTPLUS": dt_softplus, "HAS_BIAS": dt_bias is not None, "HAS_D": D is not None,
-        "HAS_Z": z is not None, "HAS_LENGTHS": lengths is not None, "HAS_DBOUND": dh_boundary is not None,
-        "HAS_DLAST": dh_last is not None, "HAS_H0": h0 is not None, "EVEN": length % BACKWARD_TILE == 0,
+        "SOFTPLUS": dt_softplus, "HAS_BIAS": dt_bias is not None, "HAS_Z": z is not None,
+        "HAS_LENGTHS": lengths is not None, "HAS_DBOUND": dh_boundary is not None,
+        "HAS_DLAST": dh_last is not None, "EVEN": length % BACKWARD_TILE == 0,
         "PACKED": _in_pairs(*by_row[:5], by_row[7]), "num_warps": plan.block * plan.lanes // 32,
     }  # fmt: skip
+    own: dict[str, Any] = {"FOLD": plan.parts > 1, "HAS_D": D is not None, "HAS_H0": h0 is not None}
     if plan.registers:
-        flags["maxnreg"] = plan.registers
+        own["maxnreg"] = plan.registers
+    added_flags = {"HAS_D": D is not None, "HAS_BIAS": dt_bias is not None, "BLOCK": _BLOCK}
     n_bound = -(-length // boundaries)
     for begin in range(0, batch, rows):
         cut = slice(begin, min(batch, begin + rows))
@@ -173,20 +175,27 @@ def scan_backward(
         dA = _new(u, terms, channels, states)
         dD = None if D is None else _new(u, terms, channels)
         ddt_bias = None if dt_bias is None else _new(u, terms, channels)
+        ends = spans = None
+        if plan.parts > 1:
+            ends, spans = _new(u, count, plan.parts - 1, channels, states), _new(u, count, plan.parts - 1, channels)
+            pointers = (delta_, whole_A, C_, z_, whole_bias, lengths_, dy_, dbound_, dlast_, ends, spans)
+            lines = strides(delta_, C_, z_, dy_)
+            sizes = (length, boundaries, n_bound, plan.parts)
+            launch(adjoint_kernel, blocks * (plan.parts - 1) * count, u.device, *pointers, *lines, *sizes, **flags)
         launch(
             backward_kernel,
             blocks * plan.parts * count,
             u.device,
-            u_, delta_, whole_A, B_, C_, whole_D, z_, whole_bias, lengths_, h_, dy_, dbound_, dlast_,
+            u_, delta_, whole_A, B_, C_, whole_D, z_, whole_bias, lengths_, h_, dy_, dbound_, dlast_, ends, spans,
             views["du"], views["ddelta"], views["dz"], partial, dA, dD, ddt_bias, views["dh0"],
             *strides(u_, delta_, B_, C_, z_, dy_),
-            length, boundaries, n_bound, *backward_cuts(plan, length),
-            **flags,
+            length, boundaries, n_bound, plan.parts,
+            **own, **flags,
         )  # fmt: skip
         added = (partial[0], partial[1], dA, dD, ddt_bias, *(views[k] for k in ("dB", "dC", "dA", "dD", "ddt_bias")))
         size, entries = count * length * states, channels * states
         programs = 2 * triton.cdiv(size, _BLOCK) + triton.cdiv(entries, _BLOCK) + triton.cdiv(channels, _BLOCK)
-        own = {"HAS_D": D is not None, "HAS_BIAS": dt_bias is not None, "ADD": begin > 0, "BLOCK": _BLOCK}
         counts = (size, blocks, entries, channels, terms)
-        launch(sum_kernel, programs, u.device, *added, *counts, **own, num_warps=4, enable_fp_fusion=False)
+        options = {**added_flags, "ADD": begin > 0, "num_warps": 4, "enable_fp_fusion": False}
+        launch(sum_kernel, programs, u.device, *added, *counts, **options)
     return out

@@ -11,9 +11,9 @@ tile the state entering every group of four steps is replayed in registers, then
 and walked in reverse. dB and dC are summed over a warp's channels by shuffles that transpose as they add, over warps
 through shared memory, and over programs as partial sums in a fixed order: two runs give the same bits.
 
-A short batch gives too few programs. Then time is cut in PARTS ranges of unequal length that run side by side, counted
-from the right: a program first walks the adjoint alone over the steps to the right of its range, which costs about a
-quarter of a full step, and ranges are cut so that all end together. Nothing is handed from program to program.
+A short batch gives too few programs. Then time is cut in parts that run side by side, counted from the right. A launch
+before this one (`gluon_adjoint`) has walked the adjoint alone over each, for about a quarter of a full step's cost; a
+program folds what the parts to its right have handed on, and begins.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false, reportPossiblyUnboundVariable=false
@@ -24,6 +24,7 @@ from typing import Any
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from mambascope.ops.scan.gluon_adjoint import add_boundary, carried
 from mambascope.ops.scan.gluon_forward import advance
 from mambascope.ops.scan.gluon_layouts import (
     group_layout,
@@ -108,26 +109,9 @@ def _fold_16(second, x, y):
 
 
 @gluon.jit
-def _range_of(part, tiles, cut1, cut2, cut3, PARTS: gl.constexpr):
-    """First tile of a part of time, and the one after its last; cuts 1 … PARTS − 1 are between parts."""
-    first = part * 0
-    end = tiles
-    if PARTS > 1:
-        first = gl.where(part == 0, 0, gl.where(part == 1, cut1, gl.where(part == 2, cut2, cut3)))
-        end = gl.where(part == 0, cut1, gl.where(part == 1, cut2, cut3))
-        end = gl.where(part == PARTS - 1, tiles, end)
-    return first, end
-
-
-@gluon.jit
 def _forward_step(h, a, dt, x, b):
     e = decay(a, dt)
     return e, gl.fma(e, h, x[:, None, None] * b[None, :, :])
-
-
-@gluon.jit
-def _adjoint_step(cy, a, dt, g, c):
-    return decay(a, dt) * gl.fma(c[None, :, :], g[:, None, None], cy)
 
 
 @gluon.jit
@@ -145,31 +129,24 @@ def _reverse_step(cy, dA, e, h_before, h, rate, dt, x, g, b, c):
     return cy, dA, y, through, by_rate, dB, dC
 
 
-@gluon.jit
-def _add_boundary(cy, dbound, row, i, interval, n_bound, tile, tile_in, D: gl.constexpr, N: gl.constexpr):
-    """What arrives at the state entering tile i, if one was given out there."""
-    begins = (i * 16) % interval == 0
-    at = (row.to(gl.int64) * n_bound + (i * 16) // interval) * (D * N)
-    return cy + gl.load(dbound + at + tile, mask=tile_in & begins, other=0.0)
-
-
-@gluon.jit(do_not_specialize=["L", "interval", "n_bound", "cut1", "cut2", "cut3"])
+@gluon.jit(do_not_specialize=["L", "interval", "n_bound", "parts"])
 def backward_kernel(
-    u, delta, A, B, C, skip, z, bias, lengths, states, dy, dbound, dh_last,
+    u, delta, A, B, C, skip, z, bias, lengths, states, dy, dbound, dh_last, ends, spans,
     du, ddelta, dz, partial, dA_part, dskip_part, dbias_part, dh0,
     u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, dy_b, dy_l,
-    L, interval, n_bound, cut1, cut2, cut3,
+    L, interval, n_bound, parts,
     D: gl.constexpr, N: gl.constexpr, NP: gl.constexpr, BD: gl.constexpr, NL: gl.constexpr, KE: gl.constexpr,
-    PARTS: gl.constexpr,
+    FOLD: gl.constexpr,
     SOFTPLUS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_D: gl.constexpr, HAS_Z: gl.constexpr,
     HAS_LENGTHS: gl.constexpr, HAS_DBOUND: gl.constexpr, HAS_DLAST: gl.constexpr, HAS_H0: gl.constexpr,
     EVEN: gl.constexpr, PACKED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """All gradients. Grid: channel blocks × PARTS × rows. ``states`` B ceil(L/16) D N; cuts in tiles, from the right.
+    """All gradients. Grid: channel blocks × parts × rows. ``states`` B ceil(L/16) D N; ``ends`` and ``spans`` as
+    `adjoint_kernel` leaves them, with FOLD, which says that there are several parts.
 
     EVEN: L is a multiple of 16. PACKED: u, delta, B, C, z, dy are bfloat16, read two at a time.
 
-    ``partial`` is 2 (dB, dC) × blocks × B × L × N; the other partial sums have B × PARTS terms.
+    ``partial`` is 2 (dB, dC) × blocks × B × L × N; the other partial sums have B × parts terms.
     """
     T: gl.constexpr = 16
     TK: gl.constexpr = 4
@@ -226,12 +203,18 @@ def backward_kernel(
     BLOCKS: gl.constexpr = (D + BD - 1) // BD
     pid = gl.program_id(0)
     block = pid % BLOCKS
-    part = (pid // BLOCKS) % PARTS
-    row = pid // (BLOCKS * PARTS)
-    rows = gl.num_programs(0) // (BLOCKS * PARTS)
+    part = pid * 0
+    if FOLD:
+        part = (pid // BLOCKS) % parts
+    row = pid // (BLOCKS * parts)
+    rows = gl.num_programs(0) // (BLOCKS * parts)
     long_row = row.to(gl.int64)
     tiles = gl.cdiv(L, T)
-    first, end = _range_of(part, tiles, cut1, cut2, cut3, PARTS)
+    first = part
+    end = tiles
+    if FOLD:
+        first = tiles * part // parts
+        end = tiles * (part + 1) // parts
     live = L
     if HAS_LENGTHS:
         live = gl.minimum(gl.load(lengths + row).to(gl.int32), L)
@@ -246,8 +229,10 @@ def backward_kernel(
     rate = gl.load(A + tile, mask=tile_in, other=0.0).to(gl.float32)
     a = rate * LOG2E
     cy = gl.zeros([BD, NS, NL], gl.float32, LS)
+    if FOLD:
+        cy = carried(cy, ends, spans, row, part, parts, a, tile, tile_in, ch, D, N)
     if HAS_DLAST:
-        cy = gl.load(dh_last + long_row * (D * N) + tile, mask=tile_in, other=0.0)
+        cy += gl.load(dh_last + long_row * (D * N) + tile, mask=tile_in & (part == 0), other=0.0)
 
     t, column = places(T, BD, LE)
     d = block * BD + column
@@ -265,7 +250,7 @@ def backward_kernel(
     dl += block * BD
     one_tile = (block * 0 + T // PAIR).to(gl.int64)  # a stride may be a plain 1
     # Pointers stand at a tile, and go back a tile at a time, not past the first.
-    start = (tiles - 1).to(gl.int64)
+    start = (tiles - 1 - first).to(gl.int64)
     u_step = one_tile * u_l
     delta_step = one_tile * delta_l
     dy_step = one_tile * dy_l
@@ -281,53 +266,7 @@ def backward_kernel(
         dl += block * BD
         z_step = one_tile * z_l
         z = paired(z + long_row * z_b + block * BD, PACKED) + start * z_step
-    left = L - (tiles - 1) * T
-
-    if PARTS > 1:
-        # The adjoint alone, over the steps to the right of this program's own.
-        raw_next = load_tile(delta, delta_at, tl_, dl, left, D_LEFT, EVEN)
-        g_next = load_tile(dy, dy_at, tl_, dl, left, D_LEFT, EVEN)
-        c_next = load_tile(C, C_at, tn, nl, left, N_ALL, EVEN)
-        if HAS_Z:
-            z_next = load_tile(z, z_at, tl_, dl, left, D_LEFT, EVEN)
-        for back in range(0, first):
-            i = tiles - 1 - back
-            raw = wide_tile(raw_next, LE, PACKED)
-            if SOFTPLUS:
-                raw = softplus(raw + b_dt)
-            g = wide_tile(g_next, LE, PACKED)
-            if HAS_Z:
-                gate = wide_tile(z_next, LE, PACKED)
-                g = g * (gate * sigmoid(gate))
-            if COUNTED:
-                raw = gl.where((t < live - i * T) & (column >= 0), raw, 0.0)
-            sd.store(by_channel(raw, T, BD))
-            sg.store(by_channel(g, T, BD))
-            sc.store(by_state(wide_tile(c_next, LN, PACKED), T, NP))
-            more = i > 0
-            delta -= gl.where(more, delta_step, 0)
-            dy -= gl.where(more, dy_step, 0)
-            C -= gl.where(more, C_step, 0)
-            raw_next = load_tile(delta, delta_at, tl_, dl, L, D_LEFT, EVEN)
-            g_next = load_tile(dy, dy_at, tl_, dl, L, D_LEFT, EVEN)
-            c_next = load_tile(C, C_at, tn, nl, L, N_ALL, EVEN)
-            if HAS_Z:
-                z -= gl.where(more, z_step, 0)
-                z_next = load_tile(z, z_at, tl_, dl, L, D_LEFT, EVEN)
-            for kk in gl.static_range(TK):
-                k = TK - 1 - kk
-                d0, d1, d2, d3 = columns(dd.index(k).load(LD), [BD], L1)
-                g0, g1, g2, g3 = columns(dg.index(k).load(LD), [BD], L1)
-                c0, c1, c2, c3 = columns(dc.index(k).load(LK), [NS, NL], LB)
-                cy = _adjoint_step(cy, a, d3, g3, c3)
-                cy = _adjoint_step(cy, a, d2, g2, c2)
-                cy = _adjoint_step(cy, a, d1, g1, c1)
-                cy = _adjoint_step(cy, a, d0, g0, c0)
-            if HAS_DBOUND:
-                cy = _add_boundary(cy, dbound, row, i, interval, n_bound, tile, tile_in, D, N)
-        u -= first.to(gl.int64) * u_step
-        B -= first.to(gl.int64) * B_step
-        left = gl.where(first > 0, L, left)
+    left = gl.where(first > 0, L, L - (tiles - 1) * T)
 
     du += long_row * L * D
     ddelta += long_row * L * D
@@ -449,7 +388,7 @@ def backward_kernel(
                 r_in.index(k).store(gl.permute(f, (0, 2, 3, 1)).reshape([BD, NL, 4]))
         dA += tile_dA
         if HAS_DBOUND:
-            cy = _add_boundary(cy, dbound, row, i, interval, n_bound, tile, tile_in, D, N)
+            cy = add_boundary(cy, dbound, row, i, interval, n_bound, tile, tile_in, D, N)
 
         sums = gl.sum(r_out.index(0).load(RL), axis=1)
         gl.store(to + i.to(gl.int64) * (T * N), sums, mask=(ot < L - i * T) & (on < N))
@@ -478,7 +417,7 @@ def backward_kernel(
         gl.store(du + out_at + (t * D + d), d_u.to(du.dtype.element_ty), mask=inside)
         gl.store(ddelta + out_at + (t * D + d), d_dt.to(ddelta.dtype.element_ty), mask=inside)
 
-    own_part = long_row * PARTS + part
+    own_part = long_row * parts + part
     gl.store(dA_part + own_part * (D * N) + tile, dA, mask=tile_in)
     pair = gl.arange(0, E, gl.SliceLayout(1, gl.SliceLayout(0, gl.SliceLayout(0, LE))))
     one = gl.arange(0, 2, gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, LE))))
@@ -488,4 +427,4 @@ def backward_kernel(
     if HAS_BIAS:
         gl.store(dbias_part + own_part * D + own, gl.sum(gl.sum(dbias, axis=0), axis=0), mask=own < D)
     if HAS_H0:
-        gl.store(dh0 + long_row * (D * N) + tile, cy, mask=tile_in & (part == PARTS - 1))
+        gl.store(dh0 + long_row * (D * N) + tile, cy, mask=tile_in & (part == parts - 1))

@@ -14,9 +14,7 @@ __all__ = [
     "BACKWARD_TILE",
     "BackwardPlan",
     "ForwardPlan",
-    "backward_cuts",
     "backward_plan",
-    "cuts",
     "few",
     "forward_plan",
 ]
@@ -24,8 +22,8 @@ __all__ = [
 BACKWARD_TILE = 16
 """Steps between the states that the backward needs, and between those that the forward can save."""
 
-_BACKWARD_CHEAP = 0.25  # cost of a step of the adjoint alone, in full steps
 _LEAST_TILES = 4  # of a part
+_MOST_PARTS = 16
 
 
 @dataclass(frozen=True)
@@ -73,24 +71,6 @@ _BACKWARD_WIDE = BackwardPlan()
 _BACKWARD_NARROW = BackwardPlan(block=16, lanes=8, per_thread=1, registers=0)
 
 
-def cuts(tiles: int, parts: int, cheap: float) -> tuple[int, int, int]:
-    """Where time is cut, in tiles, so that all parts end together: part k + 1 is (1 − cheap) times as long as part k.
-
-    A part first walks what lies before it, at ``cheap`` of a full step's cost. Unused cuts are at the end.
-    """
-    shares = [(1.0 - cheap) ** k for k in range(parts)]
-    at, found = 0.0, []
-    for share in shares[:-1]:
-        at += share / sum(shares) * tiles
-        found.append(min(max(round(at), len(found) + 1), tiles))
-    found += [tiles] * (3 - len(found))
-    return found[0], found[1], found[2]
-
-
-def _parts(programs: int, slots: int, tiles: int, most: int) -> int:
-    return max(1, min(most, slots // programs, tiles // _LEAST_TILES))
-
-
 @lru_cache(4096)
 def forward_plan(B: int, L: int, D: int, processors: int) -> ForwardPlan:
     """The forward's configuration for a shape on a GPU with that many multiprocessors."""
@@ -109,13 +89,9 @@ def few(B: int, L: int, D: int) -> bool:
 @lru_cache(4096)
 def backward_plan(B: int, L: int, D: int, processors: int) -> BackwardPlan:
     """The backward's configuration."""
-    if B * -(-D // _BACKWARD_WIDE.block) >= 2 * processors:
+    programs = B * -(-D // _BACKWARD_WIDE.block)
+    if programs >= 2 * processors:
         return _BACKWARD_WIDE
-    programs = B * -(-D // _BACKWARD_NARROW.block)
     tiles = -(-L // BACKWARD_TILE)
-    return replace(_BACKWARD_NARROW, parts=_parts(programs, 3 * processors, tiles, 4))
-
-
-def backward_cuts(plan: BackwardPlan, L: int) -> tuple[int, int, int]:
-    """Cuts of the backward's tiles, counted from the right."""
-    return cuts(-(-L // BACKWARD_TILE), plan.parts, _BACKWARD_CHEAP)
+    parts = min(3 * processors // programs, tiles // _LEAST_TILES, _MOST_PARTS)
+    return replace(_BACKWARD_WIDE, parts=max(1, parts))

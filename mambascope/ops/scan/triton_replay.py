@@ -209,7 +209,7 @@ class _Script:
         return f"empty({shape}, {_dense(shape)}, {self.kind(like.dtype, like.device)})"
 
     def kind(self, dtype: torch.dtype, device: torch.device) -> str:
-        """The further arguments of an allocation; the quick one is on the current device, which the replay has checked."""
+        """Further arguments of an allocation; the quick one is on the current device, which the replay has checked."""
         name = self.constant(dtype)
         return name if self.quick else f"dtype={name}, device={self.constant(device)}"
 

@@ -282,8 +282,8 @@ def forward_plans(batch: int, dtype: str) -> dict[str, Any]:
         }
     most = (96, 64) if dtype == "fp32" else (80, 64)
 
-    def of(plan: Any, registers: tuple[int, int], **changes: Any) -> Any:
-        return replace(plan, producer_registers=registers[0], finisher_registers=registers[1], **changes)
+    def of(plan: Any, roles: tuple[int, int], **changes: Any) -> Any:
+        return replace(plan, producer_registers=roles[0], finisher_registers=roles[1], **changes)
 
     short = replace(WIDE, tile=16, groups=4, slots=4)
     pair = replace(short, block=64, lanes=2, per_thread=4)
@@ -303,11 +303,14 @@ def forward_plans(batch: int, dtype: str) -> dict[str, Any]:
 
 
 def backward_plans(batch: int) -> dict[str, Any]:
-    found = {"w": BACK_WIDE, "w free": replace(BACK_WIDE, registers=0)}
-    if batch == 1:
-        found = {f"w{parts}": replace(BACK_WIDE, parts=parts) for parts in (2, 4, 6, 8, 11, 16)}
-        found |= {f"n{parts}": replace(BACK_NARROW, parts=parts) for parts in (2, 4, 8)}
-    return found
+    """``pair``: two channels a thread."""
+    pair = replace(BACK_WIDE, channels=2, registers=0)
+    wide = replace(pair, block=64, per_thread=4)
+    if batch > 1:
+        return {"w": BACK_WIDE, "pair 32": pair, "pair 64": wide, "pair 64 2 parts": replace(wide, parts=2)}
+    found = {f"w{parts}": replace(BACK_WIDE, parts=parts) for parts in (2, 4, 6, 8, 11, 16)}
+    found |= {f"n{parts}": replace(BACK_NARROW, parts=parts) for parts in (4, 8)}
+    return found | {f"pair 32 {parts}": replace(pair, parts=parts) for parts in (8, 11)}
 
 
 def compile_one(job: tuple[int, str, str, str]) -> str:
@@ -621,12 +624,9 @@ def main() -> int:
     if arguments.only in (None, "host"):
         host_cost()
     if arguments.only in (None, "sweep"):
-        compile_all(arguments.workers)
-        write(
-            arguments.csv.removesuffix(".csv") + "_sweep.csv",
-            sweep(started, arguments.limit, tuple(arguments.passes)),
-            passed,
-        )
+        compile_all(arguments.workers, arguments.passes)
+        found = sweep(started, arguments.limit, arguments.passes)
+        write(arguments.csv.removesuffix(".csv") + "_sweep.csv", found, passed)
     print(f"total {time.time() - started:.0f} s")
     return 1 if passed is False else 0
 

@@ -37,6 +37,7 @@ REPLAY_INTERVAL = BACKWARD_TILE
 _PADDED = 16  # states as the kernels hold them
 _MAX_SCRATCH = 1 << 30  # bytes of partial sums; above it the backward takes the rows in slices
 _BLOCK = 256  # entries of a sum a program
+_ADJOINT = {"BD": 32, "NL": 4, "KE": 2, "num_warps": 4}  # of the adjoint alone, whatever the backward's plan is
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _capability: dict[torch.device, bool] = {}
 
@@ -152,13 +153,16 @@ def scan_backward(
     blocks = -(-channels // plan.block)
     rows = max(1, min(batch, _MAX_SCRATCH // (8 * blocks * length * states)))
     flags = {
-        "D": channels, "N": states, "NP": _PADDED, "BD": plan.block, "NL": plan.lanes, "KE": plan.per_thread,
+        "D": channels, "N": states, "NP": _PADDED,
         "SOFTPLUS": dt_softplus, "HAS_BIAS": dt_bias is not None, "HAS_Z": z is not None,
         "HAS_LENGTHS": lengths is not None, "HAS_DBOUND": dh_boundary is not None,
         "HAS_DLAST": dh_last is not None, "EVEN": length % BACKWARD_TILE == 0,
-        "PACKED": _in_pairs(*by_row[:5], by_row[7]), "num_warps": plan.block * plan.lanes // 32,
+        "PACKED": _in_pairs(*by_row[:5], by_row[7]),
     }  # fmt: skip
-    own: dict[str, Any] = {"FOLD": plan.parts > 1, "HAS_D": D is not None, "HAS_H0": h0 is not None}
+    own: dict[str, Any] = {
+        "BD": plan.block, "NL": plan.lanes, "KE": plan.per_thread, "FOLD": plan.parts > 1, "HAS_D": D is not None,
+        "HAS_H0": h0 is not None, "num_warps": plan.block * plan.lanes // (32 * plan.channels),
+    }  # fmt: skip
     if plan.registers:
         own["maxnreg"] = plan.registers
     added_flags = {"HAS_D": D is not None, "HAS_BIAS": dt_bias is not None, "BLOCK": _BLOCK}
@@ -181,7 +185,8 @@ def scan_backward(
             pointers = (delta_, whole_A, C_, z_, whole_bias, lengths_, dy_, dbound_, dlast_, ends, spans)
             lines = strides(delta_, C_, z_, dy_)
             sizes = (length, boundaries, n_bound, plan.parts)
-            launch(adjoint_kernel, blocks * (plan.parts - 1) * count, u.device, *pointers, *lines, *sizes, **flags)
+            programs = -(-channels // _ADJOINT["BD"]) * (plan.parts - 1) * count
+            launch(adjoint_kernel, programs, u.device, *pointers, *lines, *sizes, **_ADJOINT, **flags)
         launch(
             backward_kernel,
             blocks * plan.parts * count,

@@ -59,6 +59,7 @@ class BackwardPlan:
     per_thread: int = 2
     parts: int = 1
     registers: int = 168
+    channels: int = 1
 
     def __str__(self) -> str:
         cut = "one pass" if self.parts == 1 else f"{self.parts} parts of time side by side"

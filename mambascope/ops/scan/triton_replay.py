@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mambascope.ops.ready import kind_of
+from mambascope.ops.ready import Guarded, kind_of
 from mambascope.ops.scan.triton_math import INTERPRETED
 
 __all__ = ["Replayed", "note", "replayed"]
@@ -79,6 +79,7 @@ class Replayed:
     def __init__(self, function: Callable[..., Any], tensors: int) -> None:
         self.function, self.tensors = _telling(function, tensors), tensors
         self.known: dict[Any, Callable[..., Any] | None] = {}
+        self.latest = Guarded()
         update_wrapper(self, function)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
@@ -86,21 +87,29 @@ class Replayed:
         if not _on_gpu(args[0]):
             _warn_of_interpreter(self.function.__name__, args[0])
             return self.function(*args, **options)
-        kind = kind_of(args[:count])
         # In a call that is watched, this one's launches are noted too: they must be made the ordinary way.
-        if kind is None or len(args) < count or getattr(_watching, "launches", None) is not None:
+        if len(args) < count or getattr(_watching, "launches", None) is not None:
             return self.function(*args, **options)
-        key = (kind, args[count:], *options.items())
-        found = self.known.get(key)
+        tensors, rest = args[:count], (args[count:], *options.items())
+        found, where = self.latest.find(tensors, rest)
         if found is not None:
             return found(*args, **options)
-        return self.learn(key, args, options)
+        kind = kind_of(tensors)
+        if kind is None:
+            return self.function(*args, **options)
+        key = (kind, *rest)
+        found = self.known.get(key)
+        if found is None:
+            return self.learn(key, args, options)
+        if getattr(found, "aligned", False):
+            self.latest.learn(where, found)
+        return found(*args, **options)
 
     def learn(self, key: Any, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """An ordinary call; watched if its kind was seen before."""
         if key not in self.known:
             if len(self.known) >= _MOST:
-                self.known.clear()
+                self.forget()
             self.known[key] = None
             return self.function(*args, **options)
         result, replay = _watch(self.function, args, options, self.tensors)
@@ -116,6 +125,7 @@ class Replayed:
     def forget(self) -> None:
         """After a change of what host code decides, by hand."""
         self.known.clear()
+        self.latest.known.clear()
 
 
 def replayed(tensors: int) -> Callable[[Callable[..., Any]], Replayed]:

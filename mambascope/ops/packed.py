@@ -9,7 +9,7 @@ from torch import Tensor
 from mambascope.errors import BackendError
 from mambascope.ops import layout
 from mambascope.ops.dispatch import Backend, choose, kernels
-from mambascope.ops.ready import Ready
+from mambascope.ops.ready import Ready, eager_apply
 
 __all__ = ["ready", "scan", "takes"]
 
@@ -77,6 +77,9 @@ class _Scan(torch.autograd.Function):
         return None, None, None, *grads, None if dbias is None else dbias.to(ctx.bias_dtype)
 
 
+_apply = eager_apply(_Scan)
+
+
 def scan(
     u: Tensor,
     delta: Tensor,
@@ -99,7 +102,7 @@ def scan(
         found: Any = _Scan.apply(None, softplus, interval, *inputs)
 
         def wrap(replay: Any) -> Callable[..., Any]:
-            return lambda *inputs: _Scan.apply(replay, softplus, interval, *inputs)
+            return lambda *inputs: _apply(replay, softplus, interval, *inputs)
     else:
         interval = None
         found = triton_packed.forward(*inputs, softplus=softplus, interval=None)[:2]

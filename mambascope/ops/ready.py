@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mambascope.ops import dispatch
 
-__all__ = ["Guarded", "Ready", "kind_of", "plain", "unwatched"]
+__all__ = ["Guarded", "Ready", "eager_apply", "kind_of", "plain", "unwatched"]
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
 _MOST = 4096  # kinds that are remembered, of one operator
@@ -90,6 +90,11 @@ class Guarded:
         if len(self.known) >= _MOST:
             self.known.clear()
         self.known[place] = ((guard, function), *self.known.get(place, ())[: _LATEST - 1])
+
+
+def eager_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` less what it does for functorch's transforms: for calls that are `unwatched`."""
+    return super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _on_gpu(x: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mambascope.ops import operators
 from mambascope.ops.dispatch import scan_module
-from mambascope.ops.ready import Guarded, kind_of, unwatched
+from mambascope.ops.ready import Guarded, eager_apply, kind_of, unwatched
 
 __all__ = ["ScanOfKind"]
 
@@ -73,5 +73,4 @@ class _Scan(torch.autograd.Function):
         return None, *ctx.own.gradients(ctx.saved_tensors, arriving), None
 
 
-# `Function.apply` less what it does for functorch's transforms, under which none of this is called.
-_apply: Any = super(torch.autograd.Function, _Scan).apply
+_apply = eager_apply(_Scan)

@@ -56,8 +56,38 @@ WIDE, NARROW = table._FORWARD_WIDE, table._FORWARD_NARROW
 BACK_WIDE, BACK_NARROW = table._BACKWARD_WIDE, table._BACKWARD_NARROW
 
 
-def plans(parts: int, wide: bool) -> tuple[Any, Any]:
-    return (WIDE if wide else NARROW, replace(BACK_WIDE if wide else BACK_NARROW, parts=parts))
+def _roles(plan: Any, producer: int, finisher: int, **changes: Any) -> Any:
+    return replace(plan, producer_registers=producer, finisher_registers=finisher, **changes)
+
+
+FORWARDS = {
+    "narrow": NARROW,
+    "wide": WIDE,
+    "wide 80/64": _roles(WIDE, 80, 64),
+    "wide 96/64": _roles(WIDE, 96, 64),
+    "64/2": _roles(WIDE, 80, 72, block=64, lanes=2, per_thread=4, tile=16, groups=4, slots=4),
+}
+"""Forms of the forward that the gate checks: all that the table can choose, and some that it may come to."""
+
+_PAIR = replace(BACK_WIDE, channels=2, registers=0)
+BACKWARDS = {
+    "narrow": BACK_NARROW,
+    "wide": BACK_WIDE,
+    "pair 32": _PAIR,
+    "pair 64": replace(_PAIR, block=64, per_thread=4),
+}
+"""The same of the backward, which takes them in any number of parts of time."""
+
+TOGETHER = (
+    ("narrow", "narrow", 3),
+    ("wide", "wide", 1),
+    ("wide 80/64", "wide", 2),
+    ("wide 96/64", "wide", 5),
+    ("64/2", "wide", 11),
+    ("narrow", "pair 32", 1),
+    ("wide 80/64", "pair 32", 5),
+    ("wide 96/64", "pair 64", 1),
+)
 
 
 def cut_time(x: list[Tensor | None], begin: int, end: int) -> list[Tensor | None]:
@@ -86,10 +116,10 @@ def check_bits(batch: int, length: int, dtype: str) -> list[str]:
         bad.append(f"fused and apart differ in bits in {int((y != gated).sum())} of {y.numel()} places")
     if not same(y, k.scan_forward(*x, dt_softplus=True, boundaries=None)[0]):
         bad.append("y changes with boundaries")
-    for wide in (False, True):
-        other = gluon.scan_forward(*x, dt_softplus=True, boundaries=64, plan=plans(1, wide)[0])
+    for name in ("narrow", "wide", "64/2"):
+        other = gluon.scan_forward(*x, dt_softplus=True, boundaries=64, plan=FORWARDS[name])
         if not same(h, other[1]) or not same(bound, other[2]):
-            bad.append(f"h differs in bits, wide {wide}")
+            bad.append(f"h differs in bits, {name}")
     for at in (1, 16, 33):
         y1, h1, _ = k.scan_forward(*cut_time(x, 0, at), dt_softplus=True, boundaries=None)
         rest = cut_time(x, at, length)
@@ -198,11 +228,11 @@ Case = tuple[str, Callable[..., list[str]], tuple[Any, ...], dict[str, Any]]
 
 def cases() -> list[Case]:
     found: list[Case] = []
-    for parts in (1, 2, 5, 11):
-        for wide in (False, True):
-            for dtype in ("fp32", "bf16"):
-                name = f"2 x 700, D 1536, {dtype}, {'wide' if wide else 'narrow'}, {parts} parts"
-                found.append((name, compare, (2, 700, 1536, 16, dtype, 16), {"hopper": plans(parts, wide)}))
+    for forward, backward, parts in TOGETHER:
+        for dtype in ("fp32", "bf16"):
+            name = f"2 x 700, D 1536, {dtype}, {forward}; {backward}, {parts} parts"
+            both = (FORWARDS[forward], replace(BACKWARDS[backward], parts=parts))
+            found.append((name, compare, (2, 700, 1536, 16, dtype, 16), {"hopper": both}))
     for length in (1, 15, 16, 17, 63, 64, 65):
         found.append((f"2 x {length}, D 1536, fp32", compare, (2, length, 1536, 16, "fp32", 16), {}))
     for batch, length, channels, states, dtype, interval, kind in (

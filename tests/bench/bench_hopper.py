@@ -52,42 +52,12 @@ from tests.bench.bench_scan_gpu import (
     write,
 )
 
-WIDE, NARROW = table._FORWARD_WIDE, table._FORWARD_NARROW
-BACK_WIDE, BACK_NARROW = table._BACKWARD_WIDE, table._BACKWARD_NARROW
+NARROW, WIDE, MANY = table._FORWARD_NARROW, table._FORWARD_WIDE, table._FORWARD_MANY
+BACK = table._BACKWARD
 
 
-def _roles(plan: Any, producer: int, finisher: int, **changes: Any) -> Any:
-    return replace(plan, producer_registers=producer, finisher_registers=finisher, **changes)
-
-
-FORWARDS = {
-    "narrow": NARROW,
-    "wide": WIDE,
-    "wide 80/64": _roles(WIDE, 80, 64),
-    "wide 96/64": _roles(WIDE, 96, 64),
-    "64/2": _roles(WIDE, 80, 72, block=64, lanes=2, per_thread=4, tile=16, groups=4, slots=4),
-}
-"""Forms of the forward that the gate checks: all that the table can choose, and some that it may come to."""
-
-_PAIR = replace(BACK_WIDE, channels=2, registers=0)
-BACKWARDS = {
-    "narrow": BACK_NARROW,
-    "wide": BACK_WIDE,
-    "pair 32": _PAIR,
-    "pair 64": replace(_PAIR, block=64, per_thread=4),
-}
-"""The same of the backward, which takes them in any number of parts of time."""
-
-TOGETHER = (
-    ("narrow", "narrow", 3),
-    ("wide", "wide", 1),
-    ("wide 80/64", "wide", 2),
-    ("wide 96/64", "wide", 5),
-    ("64/2", "wide", 11),
-    ("narrow", "pair 32", 1),
-    ("wide 80/64", "pair 32", 5),
-    ("wide 96/64", "pair 64", 1),
-)
+FORWARDS = {"narrow": NARROW, "wide": WIDE, "wide, float": table._FORWARD_WIDE_FLOAT, "many": MANY}
+"""Forms of the forward: all that the table can choose. Its backward has one form, in any number of parts of time."""
 
 
 def cut_time(x: list[Tensor | None], begin: int, end: int) -> list[Tensor | None]:
@@ -116,7 +86,7 @@ def check_bits(batch: int, length: int, dtype: str) -> list[str]:
         bad.append(f"fused and apart differ in bits in {int((y != gated).sum())} of {y.numel()} places")
     if not same(y, k.scan_forward(*x, dt_softplus=True, boundaries=None)[0]):
         bad.append("y changes with boundaries")
-    for name in ("narrow", "wide", "64/2"):
+    for name in FORWARDS:
         other = gluon.scan_forward(*x, dt_softplus=True, boundaries=64, plan=FORWARDS[name])
         if not same(h, other[1]) or not same(bound, other[2]):
             bad.append(f"h differs in bits, {name}")
@@ -160,8 +130,9 @@ def check_repeats() -> list[str]:
     return bad
 
 
-def check_replays() -> list[str]:
-    """Replayed calls give the bits of ordinary ones, on inputs that no replay has seen."""
+def check_replays(kind: str, layers: bool) -> list[str]:
+    """Replayed calls, of the scan or of the ``layers`` around it, give the bits of ordinary ones, on inputs that no
+    replay has seen."""
     from mambascope.ops.scan import triton_packed, triton_replay
 
     k, bad = kernels(), []
@@ -181,7 +152,8 @@ def check_replays() -> list[str]:
             bad.append(f"{what}: other bits")
         return ordinary
 
-    for dtype in (torch.bfloat16, torch.float32):
+    dtype = DTYPES[kind]
+    if not layers:
         for shape in ((1, 500), (9, 300)):
             for interval in (None, 16, 64):
                 make = partial(problem, *shape, CHANNELS, STATES, dtype)
@@ -194,6 +166,7 @@ def check_replays() -> list[str]:
 
                 if interval:
                     compare(f"backward {shape}", k.scan_backward, arriving, dt_softplus=True, boundaries=interval)
+    else:
 
         def turned(dtype: Any = dtype) -> list[Any]:
             x = problem(2, 100, 520, STATES, dtype, padded=False)[:8]
@@ -228,10 +201,10 @@ Case = tuple[str, Callable[..., list[str]], tuple[Any, ...], dict[str, Any]]
 
 def cases() -> list[Case]:
     found: list[Case] = []
-    for forward, backward, parts in TOGETHER:
+    for (form, forward), parts in zip(FORWARDS.items(), (1, 2, 5, 11), strict=True):
         for dtype in ("fp32", "bf16"):
-            name = f"2 x 700, D 1536, {dtype}, {forward}; {backward}, {parts} parts"
-            both = (FORWARDS[forward], replace(BACKWARDS[backward], parts=parts))
+            name = f"2 x 700, D 1536, {dtype}, {form}, {parts} parts"
+            both = (forward, replace(BACK, parts=parts))
             found.append((name, compare, (2, 700, 1536, 16, dtype, 16), {"hopper": both}))
     for length in (1, 15, 16, 17, 63, 64, 65):
         found.append((f"2 x {length}, D 1536, fp32", compare, (2, length, 1536, 16, "fp32", 16), {}))
@@ -254,7 +227,8 @@ def cases() -> list[Case]:
     found.append(("1 x 300, D 1536, fp32, portable", compare, (1, 300, 1536, 16, "fp32", 32), {"portable": True}))
     found += [(f"bits, {b} x {n} {dtype}", check_bits, (b, n, dtype), {}) for b, n, dtype in BITS]
     found.append(("repeats", check_repeats, (), {}))
-    found.append(("replays", check_replays, (), {}))
+    every = [(dtype, layers) for dtype in ("bf16", "fp32") for layers in (False, True)]
+    found += [(f"replays, {d}{', layers' if layers else ''}", check_replays, (d, layers), {}) for d, layers in every]
     return found
 
 
@@ -303,44 +277,14 @@ def gate(workers: int, limit: float, match: str = "") -> bool:
 def forward_plans(batch: int, dtype: str) -> dict[str, Any]:
     """By name; registers of a producer / of a finisher."""
     if batch == 1:
-        return {
-            "n": NARROW,
-            "n sectors": replace(NARROW, sectors=True),
-            "n sectors ahead 8": replace(NARROW, sectors=True, ahead=8),
-            "n sectors 3 slots": replace(NARROW, sectors=True, slots=3),
-            "n T16 sectors": replace(NARROW, tile=16, groups=4, slots=4, sectors=True),
-        }
-    most = (96, 64) if dtype == "fp32" else (80, 64)
-
-    def of(plan: Any, roles: tuple[int, int], **changes: Any) -> Any:
-        return replace(plan, producer_registers=roles[0], finisher_registers=roles[1], **changes)
-
-    short = replace(WIDE, tile=16, groups=4, slots=4)
-    pair = replace(short, block=64, lanes=2, per_thread=4)
-    return {
-        "w": WIDE,
-        "w 72/56": of(WIDE, (72, 56)),
-        "w free": of(WIDE, most),
-        "w free sectors": of(WIDE, most, sectors=True),
-        "w free sectors 3 slots": of(WIDE, most, sectors=True, slots=3),
-        "w free sectors stream": of(WIDE, most, sectors=True, stream=True),
-        "T16": of(short, (80, 64)),
-        "T16 sectors": of(short, (80, 64), sectors=True),
-        "T16 three sectors": of(short, (64, 40), sectors=True, registers=56),
-        "64/2": of(pair, (80, 72)),
-        "64/2 sectors": of(pair, (80, 72), sectors=True),
-    }
+        return {"n": NARROW, "n ahead 8": replace(NARROW, ahead=8), "n 3 slots": replace(NARROW, slots=3)}
+    lean = replace(WIDE, producer_registers=72, finisher_registers=56)
+    high = replace(WIDE, producer_registers=88)
+    return {"w 72/56": lean, "w 80/64": WIDE, "w 88/64": high, "w 96/64": FORWARDS["wide, float"], "64/2": MANY}
 
 
 def backward_plans(batch: int) -> dict[str, Any]:
-    """``pair``: two channels a thread."""
-    pair = replace(BACK_WIDE, channels=2, registers=0)
-    wide = replace(pair, block=64, per_thread=4)
-    if batch > 1:
-        return {"w": BACK_WIDE, "pair 32": pair, "pair 64": wide, "pair 64 2 parts": replace(wide, parts=2)}
-    found = {f"w{parts}": replace(BACK_WIDE, parts=parts) for parts in (2, 4, 6, 8, 11, 16)}
-    found |= {f"n{parts}": replace(BACK_NARROW, parts=parts) for parts in (4, 8)}
-    return found | {f"pair 32 {parts}": replace(pair, parts=parts) for parts in (8, 11)}
+    return {f"w{parts}": replace(BACK, parts=parts) for parts in ((4, 8, 11, 16) if batch == 1 else (1, 2))}
 
 
 def compile_one(job: tuple[int, str, str, str]) -> str:
@@ -386,7 +330,8 @@ def sweep(started: float, limit: float, passes: list[str]) -> list[dict[str, Any
             continue
         x = problem(batch, length, CHANNELS, STATES, DTYPES[dtype], padded=False)
         dy = torch.randn(batch, length, CHANNELS, device=DEVICE).to(DTYPES[dtype])
-        own = table.forward_plan(batch, length, CHANNELS, 132), table.backward_plan(batch, length, CHANNELS, 132)
+        shape = (batch, length, CHANNELS, 132)
+        own = table.forward_plan(*shape, DTYPES[dtype].itemsize), table.backward_plan(*shape)
         bound = gluon.scan_forward(*x, dt_softplus=True, boundaries=16)[2] if kind == "backward" else None
         measure = graphed if batch * length <= 20000 else partial(timed, budget=0.25)
         line = []

@@ -56,6 +56,8 @@ def scan(batch, length, channels, states, boundaries, dtype, full):
 def all_of_it():
     scan(1, 512, 1536, 16, 16, torch.bfloat16, True)
     scan(8, 48, 1536, 16, 16, torch.bfloat16, True)
+    scan(8, 64, 1536, 16, 64, torch.float32, False)
+    scan(64, 48, 1536, 16, 64, torch.bfloat16, True)
     scan(1, 2048, 1536, 16, 16, torch.float32, False)
     scan(8, 48, 1000, 7, 64, torch.float16, True)
     scan(2, 100, 40, 1, 16, torch.float32, True)
@@ -132,8 +134,10 @@ def test_parts_of_the_backward_fill_a_gpu_once_and_are_not_empty(B: int, L: int)
 
 
 def test_the_table_takes_the_wide_form_where_programs_abound_and_parts_where_they_lack() -> None:
-    assert table.forward_plan(64, 2048, 1536, 132).block == 32
+    assert table.forward_plan(64, 2048, 1536, 132).block == 64
     assert table.forward_plan(8, 2048, 1536, 132).block == 32
+    float_plan = table.forward_plan(8, 2048, 1536, 132, 4)
+    assert float_plan.producer_registers > table.forward_plan(8, 2048, 1536, 132).producer_registers
     assert table.forward_plan(1, 2048, 1536, 132).block == 16
     assert table.backward_plan(8, 2048, 1536, 132).block == 32
     assert table.backward_plan(1, 2048, 1536, 132).parts > 1

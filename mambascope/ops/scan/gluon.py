@@ -88,7 +88,7 @@ def scan_forward(
     """As the portable `scan_forward`; ``boundaries`` must be a multiple of 16. Time O(B L D N), one launch."""
     batch, length, channels = u.shape
     states = A.shape[1]
-    plan = plan or forward_plan(batch, length, channels, processor_count(u.device))
+    plan = plan or forward_plan(batch, length, channels, processor_count(u.device), u.element_size())
     y = torch.empty((batch, length, channels), dtype=torch.float32 if z is None else u.dtype, device=u.device)
     h_last = _new(u, batch, channels, states)
     n_bound = -(-length // boundaries) if boundaries else 0
@@ -103,8 +103,7 @@ def scan_forward(
         *strides(u, delta, B, C, z),
         length, (boundaries or BACKWARD_TILE) // BACKWARD_TILE, n_bound,
         D=channels, N=states, NP=_PADDED, BD=plan.block, NL=plan.lanes, T=plan.tile, NB=plan.slots,
-        KG=plan.groups, KE=plan.per_thread, AHEAD=plan.ahead, SECTORS=plan.sectors,
-        STREAM=plan.stream,
+        KG=plan.groups, KE=plan.per_thread, AHEAD=plan.ahead,
         PRODUCER_REGISTERS=plan.producer_registers, FINISHER_REGISTERS=plan.finisher_registers,
         SOFTPLUS=dt_softplus, HAS_BIAS=dt_bias is not None, HAS_D=D is not None, HAS_Z=z is not None,
         HAS_H0=h0 is not None, HAS_LENGTHS=lengths is not None, BOUNDARIES=boundaries is not None,
@@ -161,7 +160,7 @@ def scan_backward(
     }  # fmt: skip
     own: dict[str, Any] = {
         "BD": plan.block, "NL": plan.lanes, "KE": plan.per_thread, "FOLD": plan.parts > 1, "HAS_D": D is not None,
-        "HAS_H0": h0 is not None, "num_warps": plan.block * plan.lanes // (32 * plan.channels),
+        "HAS_H0": h0 is not None, "num_warps": plan.block * plan.lanes // 32,
     }  # fmt: skip
     if plan.registers:
         own["maxnreg"] = plan.registers

@@ -109,15 +109,6 @@ def _fold_16(second, x, y):
 
 
 @gluon.jit
-def _of_thread(x, HALVES: gl.constexpr, BD: gl.constexpr, NS: gl.constexpr, NL: gl.constexpr, LAYOUT: gl.constexpr):
-    """Summed over the HALVES channels that a thread holds."""
-    if HALVES == 1:
-        return x
-    else:
-        return gl.convert_layout(gl.sum(x.reshape([HALVES, BD // HALVES, NS, NL]), axis=0), LAYOUT)
-
-
-@gluon.jit
 def _forward_step(h, a, dt, x, b):
     e = decay(a, dt)
     return e, gl.fma(e, h, x[:, None, None] * b[None, :, :])
@@ -162,15 +153,13 @@ def backward_kernel(
     NS: gl.constexpr = NP // NL
     E: gl.constexpr = BD // 2
     PL: gl.constexpr = 32 // NL  # channels of a warp
-    HALVES: gl.constexpr = BD * NL // (32 * num_warps)  # channels of a thread
-    W: gl.constexpr = BD // HALVES // PL  # warps
+    W: gl.constexpr = BD // PL  # warps
     D_LEFT: gl.constexpr = 0 if D % BD == 0 else D
     PAIR: gl.constexpr = 2 if PACKED else 1
     COUNTED: gl.constexpr = HAS_LENGTHS or not EVEN
     N_ALL: gl.constexpr = 0 if N == NP else N
     L4: gl.constexpr = group_layout(BD, NS, NL, 4, num_warps)
     LS: gl.constexpr = state_layout(BD, NS, NL, num_warps)
-    LT: gl.constexpr = state_layout(BD // HALVES, NS, NL, num_warps)
     LD: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, L4))  # BD 4
     LK: gl.constexpr = gl.SliceLayout(0, L4)  # NS NL 4
     L1: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, LS))  # BD
@@ -194,7 +183,7 @@ def backward_kernel(
     sc = gl.allocate_shared_memory(gl.float32, [TK, NP, 4], SB)
     sv = gl.allocate_shared_memory(gl.float32, [TK, NL, BD, 4], SP)
     sw = gl.allocate_shared_memory(gl.float32, [TK, NL, BD, 4], SP)
-    sr = gl.allocate_shared_memory(gl.float32, [TK, BD // HALVES, NL, 4], S4)
+    sr = gl.allocate_shared_memory(gl.float32, [TK, BD, NL, 4], S4)
     dd = sd._reinterpret(gl.float32, [TK, BD, 4], S2)
     dx = sx._reinterpret(gl.float32, [TK, BD, 4], S2)
     dg = sg._reinterpret(gl.float32, [TK, BD, 4], S2)
@@ -204,7 +193,7 @@ def backward_kernel(
     v_out = sv._reinterpret(gl.float32, [1, TK, NL, 2, E, 4], SPE)
     w_in = sw._reinterpret(gl.float32, [TK, NL, BD, 4], SPK)
     w_out = sw._reinterpret(gl.float32, [1, TK, NL, 2, E, 4], SPE)
-    r_in = sr._reinterpret(gl.float32, [TK, BD // HALVES, NL, 4], S3)
+    r_in = sr._reinterpret(gl.float32, [TK, BD, NL, 4], S3)
     r_out = sr._reinterpret(gl.float32, [1, TK, W, PL, NL, 4], S5)
     if HAS_Z:
         sy = gl.allocate_shared_memory(gl.float32, [TK, NL, BD, 4], SP)
@@ -292,21 +281,16 @@ def backward_kernel(
     oj = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, RO))))
     # What a lane holds after the folds: its channel's lowest bit says dB or dC, the next ones which of four steps.
     half = (op & 1)[None, :, None, None].to(gl.int64) * BLOCKS * rows * L * N
-    if NL == 4:
-        ot = (
-            (og * 4)[:, None, None, None]
-            + (2 * ((op >> 1) & 1) + ((op >> 2) & 1))[None, :, None, None]
-            + (oj * 0)[None, None, None, :]
-        )
-        on = (ol * NS)[None, None, :, None] + oj[None, None, None, :]
-    else:
-        ot = (og * 4)[:, None, None, None] + (2 * ((op >> 1) & 1))[None, :, None, None] + (oj >> 1)[None, None, None, :]
-        on = (ol * NS)[None, None, :, None] + (oj & 1)[None, None, None, :]
+    ot = (
+        (og * 4)[:, None, None, None]
+        + (2 * ((op >> 1) & 1) + ((op >> 2) & 1))[None, :, None, None]
+        + (oj * 0)[None, None, None, :]
+    )
+    on = (ol * NS)[None, None, :, None] + oj[None, None, None, :]
     to = partial + ((block.to(gl.int64) * rows + row) * L * N + half) + (ot * N + on)
-    own_p = gl.arange(0, BD // HALVES, gl.SliceLayout(1, gl.SliceLayout(2, LT)))
-    bit0 = ((own_p & 1) == 1)[:, None, None]
-    bit1 = ((own_p & 2) == 2)[:, None, None]
-    bit2 = ((own_p & 4) == 4)[:, None, None]
+    bit0 = ((p & 1) == 1)[:, None, None]
+    bit1 = ((p & 2) == 2)[:, None, None]
+    bit2 = ((p & 4) == 4)[:, None, None]
     dA = gl.zeros([BD, NS, NL], gl.float32, LS)
     dskip = gl.zeros([TK, 4, E, 2], gl.float32, LE)
     dbias = gl.zeros([TK, 4, E, 2], gl.float32, LE)
@@ -388,24 +372,12 @@ def backward_kernel(
                 y_in.index(k).store(gl.permute(group_of(y0, y1, y2, y3, [BD, NL]), (1, 0, 2)))
             v_in.index(k).store(gl.permute(group_of(v0, v1, v2, v3, [BD, NL]), (1, 0, 2)))
             w_in.index(k).store(gl.permute(group_of(w0, w1, w2, w3, [BD, NL]), (1, 0, 2)))
-            B0 = _of_thread(B0, HALVES, BD, NS, NL, LT)
-            C0 = _of_thread(C0, HALVES, BD, NS, NL, LT)
             f0 = _fold_2(bit0, B0, C0)
-            B1 = _of_thread(B1, HALVES, BD, NS, NL, LT)
-            C1 = _of_thread(C1, HALVES, BD, NS, NL, LT)
             f1 = _fold_2(bit0, B1, C1)
-            B2 = _of_thread(B2, HALVES, BD, NS, NL, LT)
-            C2 = _of_thread(C2, HALVES, BD, NS, NL, LT)
             f2 = _fold_2(bit0, B2, C2)
-            B3 = _of_thread(B3, HALVES, BD, NS, NL, LT)
-            C3 = _of_thread(C3, HALVES, BD, NS, NL, LT)
             f3 = _fold_2(bit0, B3, C3)
-            if NL == 4:
-                f = _fold_16(bit2, _fold_8(bit1, f0, f2), _fold_8(bit1, f1, f3))  # BD NS NL
-                r_in.index(k).store(gl.permute(f, (0, 2, 1)))
-            else:
-                f = gl.join(_fold_16(bit1, f0, f2), _fold_16(bit1, f1, f3))  # BD NS NL 2 steps
-                r_in.index(k).store(gl.permute(f, (0, 2, 3, 1)).reshape([BD // HALVES, NL, 4]))
+            f = _fold_16(bit2, _fold_8(bit1, f0, f2), _fold_8(bit1, f1, f3))  # BD NS NL
+            r_in.index(k).store(gl.permute(f, (0, 2, 1)))
         dA += tile_dA
         if HAS_DBOUND:
             cy = add_boundary(cy, dbound, row, i, interval, n_bound, tile, tile_in, D, N)

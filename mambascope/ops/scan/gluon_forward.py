@@ -54,17 +54,10 @@ def advance(h, a, dt, x, b):
 
 
 @gluon.jit
-def _prefetch(address, BYTES: gl.constexpr):
-    """BYTES from an address on into the L2 cache, a sector of 32 at a time."""
-    for sector in gl.static_range((BYTES + 31) // 32):
-        gl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-            "=r,l",
-            [address + sector * 32],
-            dtype=gl.int32,
-            is_pure=False,
-            pack=1,
-        )
+def _prefetch(address):
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1
+    )
 
 
 @gluon.jit
@@ -86,7 +79,6 @@ def _scan(
     A, h0, h_last, bound, block, row, tiles, every, n_bound, sd, sx, sb, sc, sy, staged, scanned,
     D: gl.constexpr, N: gl.constexpr, NP: gl.constexpr, BD: gl.constexpr, NL: gl.constexpr, T: gl.constexpr,
     NB: gl.constexpr, KG: gl.constexpr, WARPS: gl.constexpr, HAS_H0: gl.constexpr, BOUNDARIES: gl.constexpr,
-    STREAM: gl.constexpr,
 ):  # fmt: skip
     """The scan's warps: states in registers, four steps at a time, KG groups (4 or 8) between stores."""
     NS: gl.constexpr = NP // NL
@@ -128,10 +120,7 @@ def _scan(
             for m in gl.static_range(KG):
                 if BOUNDARIES and m % 4 == 0:
                     begins = (since == 0) & (i * (T // 16) + kk * (KG // 4) + m // 4 < n_bound * every)
-                    if STREAM:
-                        gl.store(bound + tile, h, mask=tile_in & begins, cache_modifier=".cs")
-                    else:
-                        gl.store(bound + tile, h, mask=tile_in & begins)
+                    gl.store(bound + tile, h, mask=tile_in & begins)
                     bound += gl.where(since == 0, D * N, 0)
                     since = gl.where(since == every - 1, 0, since + 1)
                 k = slot * TK + kk * KG + m
@@ -159,8 +148,8 @@ def _scan(
 def _produce(
     u, delta, B, C, z, bias, block, L, live, tiles, u_l, delta_l, B_l, C_l, z_l, sd, sx, sb, sc, staged, summed,
     D: gl.constexpr, N: gl.constexpr, NP: gl.constexpr, BD: gl.constexpr, T: gl.constexpr, NB: gl.constexpr,
-    WARPS: gl.constexpr, KE: gl.constexpr, AHEAD: gl.constexpr, SECTORS: gl.constexpr, SOFTPLUS: gl.constexpr,
-    HAS_BIAS: gl.constexpr, HAS_Z: gl.constexpr, EVEN: gl.constexpr, COUNTED: gl.constexpr, PACKED: gl.constexpr,
+    WARPS: gl.constexpr, KE: gl.constexpr, AHEAD: gl.constexpr, SOFTPLUS: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_Z: gl.constexpr, EVEN: gl.constexpr, COUNTED: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Producers: global loads run a tile ahead of their use in registers, and AHEAD tiles ahead into the L2 cache."""
     LE: gl.constexpr = rows_layout(BD, KE, WARPS)
@@ -224,10 +213,7 @@ def _produce(
         b_next = load_tile(B, B_at, tn, nl, left, N_ALL, EVEN)
         c_next = load_tile(C, C_at, tn, nl, left, N_ALL, EVEN)
         if AHEAD > 0:
-            _prefetch(
-                lines + gl.minimum((i + AHEAD) * T + ahead_t, L - 1).to(gl.int64) * pitch,
-                BD * u_size if SECTORS else 1,
-            )
+            _prefetch(lines + gl.minimum((i + AHEAD) * T + ahead_t, L - 1).to(gl.int64) * pitch)
         mbarrier.wait(summed.index(slot), ((i // NB) & 1) ^ 1)
         sd.index(slot).store(by_channel(dt, T, BD))
         sx.index(slot).store(by_channel(x, T, BD))
@@ -302,8 +288,8 @@ def forward_kernel(
     u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l,
     L, every, n_bound,
     D: gl.constexpr, N: gl.constexpr, NP: gl.constexpr, BD: gl.constexpr, NL: gl.constexpr, T: gl.constexpr,
-    NB: gl.constexpr, KG: gl.constexpr, KE: gl.constexpr, AHEAD: gl.constexpr, SECTORS: gl.constexpr,
-    STREAM: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, FINISHER_REGISTERS: gl.constexpr,
+    NB: gl.constexpr, KG: gl.constexpr, KE: gl.constexpr, AHEAD: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr, FINISHER_REGISTERS: gl.constexpr,
     SOFTPLUS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_D: gl.constexpr, HAS_Z: gl.constexpr,
     HAS_H0: gl.constexpr, HAS_LENGTHS: gl.constexpr, BOUNDARIES: gl.constexpr, EVEN: gl.constexpr,
     PACKED: gl.constexpr, num_warps: gl.constexpr,
@@ -345,10 +331,10 @@ def forward_kernel(
     gl.warp_specialize(
         [
             (_scan, (A, h0, h_last, bound, block, row, tiles, every, n_bound, sd, sx, sb, sc, sy, staged, scanned,
-                     D, N, NP, BD, NL, T, NB, KG, num_warps, HAS_H0, BOUNDARIES, STREAM)),
+                     D, N, NP, BD, NL, T, NB, KG, num_warps, HAS_H0, BOUNDARIES)),
             (_produce, (u, delta, B, C, z, bias, block, L, live, tiles, u_l, delta_l, B_l, C_l, z_l,
                         sd, sx, sb, sc, staged, summed,
-                        D, N, NP, BD, T, NB, 4, KE, AHEAD, SECTORS, SOFTPLUS, HAS_BIAS, HAS_Z, EVEN,
+                        D, N, NP, BD, T, NB, 4, KE, AHEAD, SOFTPLUS, HAS_BIAS, HAS_Z, EVEN,
                         HAS_LENGTHS or not EVEN, PACKED)),
             (_finish, (u, z, skip, y, block, L, tiles, u_l, z_l, sy, scanned, summed,
                        D, BD, NL, T, NB, 4, KE, HAS_D, HAS_Z, EVEN, PACKED)),

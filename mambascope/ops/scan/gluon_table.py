@@ -1,10 +1,14 @@
 """From shape to launch configuration of the Hopper kernels: a small table, no tuning at run time.
 
-Two forms: 32 channels a program and 4 lanes a channel, which costs the fewest instructions, where there are enough
-programs; else 16 channels and 8 lanes. The forward's programs walk all of time: on an H100 cutting it in parts, each of
-which first walks what lies before it, lost at every size (1 × 16,384: 333 µs in one part, 457 in two), because two
-programs on a multiprocessor slow each other down. The backward's may, and it gains. Where channels are so `few` that
-most of a GPU would idle, the portable kernels with their many chunks of time serve.
+The forward's programs walk all of time: on an H100 cutting it in parts, each of which first walks what lies before it,
+lost at every size (1 × 16,384: 333 µs in one part, 457 in two), because two programs on a multiprocessor slow each
+other down. It has three forms: 16 channels a program and 8 lanes a channel where every program has a multiprocessor to
+itself; 32 and 4, which costs fewer instructions; 64 and 2, which reads less of shared memory, where programs are so
+many that it does not matter that fewer fit side by side. Producers of float32 hold more registers than those of half of
+its width, and spilled them.
+
+The backward has one form, and parts of time where there are few programs. Where channels are so `few` that most of a
+GPU would idle, the portable kernels with their many chunks of time serve.
 """
 
 from dataclasses import dataclass, replace
@@ -39,10 +43,8 @@ class ForwardPlan:
     groups: int = 8
     per_thread: int = 2
     ahead: int = 4
-    sectors: bool = False
-    stream: bool = False
-    producer_registers: int = 72
-    finisher_registers: int = 56
+    producer_registers: int = 80
+    finisher_registers: int = 64
     registers: int = 80
 
     def __str__(self) -> str:
@@ -59,7 +61,6 @@ class BackwardPlan:
     per_thread: int = 2
     parts: int = 1
     registers: int = 168
-    channels: int = 1
 
     def __str__(self) -> str:
         cut = "one pass" if self.parts == 1 else f"{self.parts} parts of time side by side"
@@ -67,15 +68,20 @@ class BackwardPlan:
 
 
 _FORWARD_WIDE = ForwardPlan()
+_FORWARD_WIDE_FLOAT = ForwardPlan(producer_registers=96)
 _FORWARD_NARROW = ForwardPlan(block=16, lanes=8, slots=4, producer_registers=96, finisher_registers=96, registers=128)
-_BACKWARD_WIDE = BackwardPlan()
-_BACKWARD_NARROW = BackwardPlan(block=16, lanes=8, per_thread=1, registers=0)
+_FORWARD_MANY = ForwardPlan(block=64, lanes=2, tile=16, slots=4, groups=4, per_thread=4, finisher_registers=72)
+_BACKWARD = BackwardPlan()
 
 
 @lru_cache(4096)
-def forward_plan(B: int, L: int, D: int, processors: int) -> ForwardPlan:
-    """The forward's configuration for a shape on a GPU with that many multiprocessors."""
-    return _FORWARD_NARROW if B * -(-D // _FORWARD_NARROW.block) <= processors else _FORWARD_WIDE
+def forward_plan(B: int, L: int, D: int, processors: int, entry: int = 2) -> ForwardPlan:
+    """The forward's configuration for a shape, of inputs of ``entry`` bytes, on a GPU with so many multiprocessors."""
+    if B * -(-D // _FORWARD_NARROW.block) <= processors:
+        return _FORWARD_NARROW
+    if B * -(-D // _FORWARD_MANY.block) >= 8 * processors:
+        return _FORWARD_MANY
+    return _FORWARD_WIDE_FLOAT if entry > 2 else _FORWARD_WIDE
 
 
 def few(B: int, L: int, D: int) -> bool:
@@ -90,9 +96,9 @@ def few(B: int, L: int, D: int) -> bool:
 @lru_cache(4096)
 def backward_plan(B: int, L: int, D: int, processors: int) -> BackwardPlan:
     """The backward's configuration."""
-    programs = B * -(-D // _BACKWARD_WIDE.block)
+    programs = B * -(-D // _BACKWARD.block)
     if programs >= 2 * processors:
-        return _BACKWARD_WIDE
+        return _BACKWARD
     tiles = -(-L // BACKWARD_TILE)
     parts = min(3 * processors // programs, tiles // _LEAST_TILES, _MOST_PARTS)
-    return replace(_BACKWARD_WIDE, parts=max(1, parts))
+    return replace(_BACKWARD, parts=max(1, parts))

@@ -134,6 +134,11 @@ def compact(value: Tensor) -> Tensor:
     return value.clone() if value.untyped_storage().nbytes() > value.numel() * value.element_size() else value
 
 
+def _own(tokens: Tensor | None) -> Tensor | None:
+    """A copy: the caller may write into theirs afterwards."""
+    return None if tokens is None else tokens.clone()
+
+
 def _autocast(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
@@ -262,10 +267,10 @@ class CacheRecorder:
         shape: tuple[int, int],
         plain: bool = False,
     ) -> None:
-        # Without hooks nobody changes a weight on the way: the look can wait until the GPU has its work.
+        # Without hooks nobody changes a weight or a token on the way: that can wait until the GPU has its work.
         self._norms = None
         seen, autocast = WeightsSeen(self._model, now=not plain), _autocast(self._model.device)
-        kept = None if tokens is None else tokens.clone()  # the caller may write into theirs afterwards
+        kept = tokens if plain else _own(tokens)
         self._recording = Recording([], backend, kept, padding, bos, shape, {}, {}, {}, seen, autocast)
         layers = self._model.cfg.n_layers if self._everything else len(self._lazy_layers)
         self._check_size(self._wanted, layers)
@@ -338,6 +343,7 @@ class CacheRecorder:
         """The recording; CacheError if a name asked for by name was never reached."""
         recording = self.recording
         if not recording.weights.taken:
+            recording.tokens = _own(recording.tokens)
             recording.weights.look(self._model, self._norms)
         reached = list(self._names) if self._complete() else [n for n in self._names if self._reached(n)]
         missing = [] if len(reached) == len(self._names) else [n for n in self._names if n not in set(reached)]

@@ -28,15 +28,14 @@ __all__ = ["Addresses", "Kept", "run_keeping"]
 class Addresses:
     """Where a replay puts what a cache keeps: one int64 each, written before it."""
 
-    inputs: Tensor  # of n_layers B L M
-    output: Tensor  # of B L M
+    resid: Tensor  # of n_layers+1 B L M: the residual stream entering each block, and leaving the last
     states: Tensor  # of n_layers B C+1 D N
     boundaries: int
 
     @classmethod
     def on(cls, device: torch.device, boundaries: int) -> "Addresses":
-        inputs, output, states = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(3))
-        return cls(inputs, output, states, boundaries)
+        resid, states = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+        return cls(resid, states, boundaries)
 
 
 class Kept:
@@ -47,10 +46,9 @@ class Kept:
         residual = cast(Block, model.blocks[0]).residual_dtype
         count = -(-shape[1] // at.boundaries)
         self.columns = [*(c * at.boundaries - 1 for c in range(count)), shape[1] - 1]
-        self.inputs = torch.empty(n, *shape, cfg.d_model, dtype=residual, device=device)
-        self.output = torch.empty(*shape, cfg.d_model, dtype=residual, device=device)
+        self.resid = torch.empty(n + 1, *shape, cfg.d_model, dtype=residual, device=device)
         self.states = torch.empty(n, shape[0], count + 1, cfg.d_inner, cfg.d_state, dtype=torch.float32, device=device)
-        for address, memory in ((at.inputs, self.inputs), (at.output, self.output), (at.states, self.states)):
+        for address, memory in ((at.resid, self.resid), (at.states, self.states)):
             address.fill_(memory.data_ptr())
 
     def tell(self, model: "HookedMamba", tokens: Tensor, entered: list[Any], run: Run, norms: Tensor) -> Tensor:
@@ -59,11 +57,11 @@ class Kept:
         recorder.take_norms(norms.clone())
         model.hooked_embed(tokens, run)
         for i, block in enumerate(model.blocks):
-            recorder.begin_block(i, self.inputs[i], entered[i], plain=True)
+            recorder.begin_block(i, self.resid[i], entered[i], plain=True)
             anchors = Anchors(self.columns, self.states[i])
             recorder.take_anchors(str(cast(Block, block).mixer.hook_h.name), anchors)
-        recorder.take(str(cast(Block, model.blocks[-1]).hook_resid_post.name), self.output)
-        return model.ln_final(self.output, run)
+        recorder.take(str(cast(Block, model.blocks[-1]).hook_resid_post.name), self.resid[-1])
+        return model.ln_final(self.resid[-1], run)
 
 
 def run_keeping(model: "HookedMamba", embedded: Tensor, layers: list[Any], run: Run, keeps: Addresses) -> Tensor:
@@ -74,8 +72,8 @@ def run_keeping(model: "HookedMamba", embedded: Tensor, layers: list[Any], run: 
     size, residual = embedded.numel(), cast(Block, model.blocks[0]).residual_dtype
 
     def join(i: int, out: Tensor | None, resid: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
-        before = None if out is None else Place(keeps.inputs, (i - 1) * size, residual)
-        here = Place(keeps.inputs, i * size, residual)
+        before = None if out is None else Place(keeps.resid, (i - 1) * size, residual)
+        here = Place(keeps.resid, i * size, residual)
         normed = join_kept(resid if out is None else out, before, here, norm.weight, norm.eps)
         return resid, cast(Tensor, normed)
 
@@ -86,8 +84,7 @@ def run_keeping(model: "HookedMamba", embedded: Tensor, layers: list[Any], run: 
 
     n = len(layers)
     _, out = through(model, embedded, layers, run, 0, n, join, left, keeps.boundaries)
-    join_kept(
-        cast(Tensor, out), Place(keeps.inputs, (n - 1) * size, residual), Place(keeps.output, 0, residual), None, 0.0
-    )
+    before, after = (Place(keeps.resid, i * size, residual) for i in (n - 1, n))
+    join_kept(cast(Tensor, out), before, after, None, 0.0)
     wait()
     return norms

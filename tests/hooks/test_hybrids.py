@@ -287,3 +287,26 @@ def test_nnsight_reads_and_edits_the_points_of_every_kind_of_layer(model: Hooked
     edited = model.run_with_hooks(INPUT, fwd_hooks=[("blocks.2.mixer.hook_post[3]", lambda v, hook: v * 0)])
     torch.testing.assert_close(out, edited, rtol=0, atol=1e-12)
     assert (out - want).abs().max() > 1e-8
+
+
+def test_transformer_lens_patches_heads_where_layers_are_attention() -> None:
+    from transformer_lens import patching
+
+    torch.manual_seed(0)
+    model = HookedMamba(MambaConfig(d_model=32, n_layers=2, d_vocab=V, pattern="a", n_heads=4))
+    clean, corrupted = INPUT[:1], INPUT[1:]
+
+    def metric(logits: Tensor) -> Tensor:
+        return (logits[0, -1, 3] - logits[0, -1, 7]).detach()
+
+    _, cache = model.run_with_cache(clean)
+    found = patching.get_act_patch_attn_head_by_pos_every(model, corrupted, cache, metric)  # type: ignore[arg-type]
+    assert found.shape == (5, 2, LENGTH, 4)
+
+    def head(value: Tensor, hook: Any) -> Tensor:
+        value = value.clone()
+        value[:, 4, 2] = cache["z", 1][:, 4, 2]
+        return value
+
+    want = metric(model.run_with_hooks(corrupted, fwd_hooks=[("blocks.1.mixer.hook_z", head)]))
+    assert abs(float(found[0, 1, 4, 2] - want)) < 1e-6

@@ -337,7 +337,10 @@ class Desk:
         """What the blocks make of a value; it is part of the graph, so that they can ask for its gradient."""
         if piece.requires_grad:
             piece.register_hook(_nothing)
-        return self.interleaver.handle(request.location, piece)
+        answer = self.interleaver.handle(request.location, piece)
+        if answer is None:  # a hook that returns None leaves the value alone: here somebody asked for another one
+            raise HookError(f"{request.point.name}: .output was set to None; set a tensor, or leave it as it is")
+        return answer
 
     def step_wanted(self, request: Request) -> list[int]:
         """The steps that blocks wait for at a ``hook_h`` without index, in this pass."""

@@ -713,6 +713,10 @@ def test_what_cannot_be_is_refused_by_name() -> None:
     with pytest.raises(HookError, match="positions were given for 3 rows, the prompt has 1"):
         with lm.trace(TEXT):
             lm.site(ms.at("h1", [1, 2, 3])).output.save()
+    for name in ("delta1", "h1[1]"):
+        with pytest.raises(HookError, match=r"mixer.hook_\w+: .output was set to None; set a tensor"):
+            with lm.trace(TEXT):
+                lm.site(name).output = None
     with pytest.raises(HookError, match="a trace and other hooks cannot share it"):
         with inner(lm).hooks(fwd_hooks=[("h1[1]", lambda h, hook: h * 0)]):
             with lm.trace(["abc", "abcdef"]):

@@ -10,7 +10,7 @@ tensor of B L D is left, and a 24-layer model has 24 nodes instead of 500.
 """
 
 from contextlib import nullcontext
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +21,6 @@ from mambascope.ops.dispatch import kernels
 from mambascope.ops.ready import plain, unwatched
 
 __all__ = ["BlockOutput", "BlockWeights", "can_join", "residual_block"]
-
-
-BESIDE = True
-"""Whether the products of the weights' gradients run on a second stream."""
 
 
 class BlockWeights(NamedTuple):
@@ -90,13 +86,11 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias.to(x.dtype), x, weight.t())
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a b, of float32 sums, in a dtype that may be wider than theirs."""
     if dtype == a.dtype:
-        return torch.mm(a, b) if out is None else torch.mm(a, b, out=out)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype) if out is None else torch.mm(a, b, out_dtype=dtype, out=out)
-    return torch.mm(a, b).to(dtype) if out is None else out.copy_(torch.mm(a, b))
+        return torch.mm(a, b)
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else torch.mm(a, b).to(dtype)
 
 
 def _forward(
@@ -188,12 +182,11 @@ def _backward(ctx: Any, kept: dict[str, Any], w: BlockWeights, arriving: tuple[T
     wanted = dict(zip(BlockWeights._fields, wants[4:], strict=True))
     xz, u, proj, raw, y = (kept[name] for name in ("xz", "u", "proj", "raw", "y"))
     shape, rows_u, dtype = u.shape[:2], u.view(-1, D), ctx.dtype
-    side = _Side(u.device)
     if dout is not None:
         flat = dout.reshape(-1, dout.shape[-1]).to(dtype)
-        if wanted["out_proj"]:
-            found["out_proj"] = side.product(flat.t(), y.view(-1, D), w.out_proj.dtype)
         dy = torch.mm(flat, w.out_proj.to(dtype)).view(*shape, D)
+        if wanted["out_proj"]:
+            found["out_proj"] = _product(flat.t(), y.view(-1, D), w.out_proj.dtype)
         if wanted["out_bias"]:
             found["out_bias"] = flat.sum(0)
     B, C = (part.view(*shape, N) for part in proj[:, R:].split([N, N], 1))
@@ -207,9 +200,9 @@ def _backward(ctx: Any, kept: dict[str, Any], w: BlockWeights, arriving: tuple[T
     draw = scan["ddelta"].view(-1, D)
     dproj = torch.cat([torch.mm(draw, w.dt_proj.to(dtype)), *(scan[g].view(-1, N) for g in ("dB", "dC"))], 1)
     if wanted["dt_proj"]:
-        found["dt_proj"] = side.product(draw.t(), proj[:, :R], w.dt_proj.dtype)
+        found["dt_proj"] = _product(draw.t(), proj[:, :R], w.dt_proj.dtype)
     if wanted["x_proj"]:
-        found["x_proj"] = side.product(dproj.t(), rows_u, w.x_proj.dtype)
+        found["x_proj"] = _product(dproj.t(), rows_u, w.x_proj.dtype)
     du = scan["du"].view(-1, D).addmm_(dproj, w.x_proj.to(dtype)).view(*shape, D)
     taps = w.conv[:, 0]
     dconv_last = None if dconv_last is None else dconv_last.contiguous()
@@ -218,11 +211,7 @@ def _backward(ctx: Any, kept: dict[str, Any], w: BlockWeights, arriving: tuple[T
     dx, dz = conv["dx"].view(-1, D), scan["dz"].view(-1, D)
     normed, into = kept["normed"], w.in_proj.to(dtype)
     if wanted["in_proj"]:
-        rows = normed.view(-1, normed.shape[-1])
-        whole = torch.empty(2 * D, rows.shape[1], dtype=w.in_proj.dtype, device=u.device)
-        found["in_proj"] = whole
-        side.product(dx.t(), rows, whole.dtype, whole[:D])
-        side.product(dz.t(), rows, whole.dtype, whole[D:])
+        found["in_proj"] = _halves(dx, dz, normed.view(-1, normed.shape[-1]), w.in_proj.dtype)
     if wanted["in_bias"]:
         found["in_bias"] = torch.cat([dx.sum(0), dz.sum(0)])
     dbefore = dresidual = None
@@ -233,7 +222,6 @@ def _backward(ctx: Any, kept: dict[str, Any], w: BlockWeights, arriving: tuple[T
         beside = None if beside is None else beside.contiguous()
         dresidual, rounded, found["norm"] = k.norm_backward(added, w.norm, dnormed, beside, ctx.eps, other)
         dbefore = None if narrow is None else dresidual if other is None else rounded
-    side.join()
     first = [dbefore, dresidual.to(wide) if dresidual is not None else None, conv["dstate"]]
     first.append(scan["dh0"] if kept["h0"] is not None else None)
     weights = [_as(found.get(name), like) for name, like in zip(BlockWeights._fields, w, strict=True)]
@@ -244,33 +232,15 @@ def _as(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
     return gradient if gradient is None or like is None else gradient.to(like.dtype)
 
 
-class _Side:
-    """Products that nobody in the block waits for, the weights' gradients: beside kernels that are bound by memory or
-    by arithmetic, on a second stream of the device. What they read lives until `join`."""
-
-    streams: ClassVar[dict[torch.device, Any]] = {}
-
-    def __init__(self, device: torch.device) -> None:
-        self.now: Any = None
-        self.stream: Any = None
-        if device.type == "cuda" and BESIDE:
-            self.now = torch.cuda.current_stream(device)
-            if device not in self.streams:
-                self.streams[device] = torch.cuda.Stream(device)
-            self.stream = self.streams[device]
-
-    def product(self, a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        if self.stream is None:
-            return _product(a, b, dtype, out)
-        if out is None:
-            out = torch.empty(a.shape[0], b.shape[1], dtype=dtype, device=a.device)  # the main stream's memory
-        self.stream.wait_stream(self.now)
-        with torch.cuda.stream(self.stream):
-            return _product(a, b, dtype, out)
-
-    def join(self) -> None:
-        if self.now is not None:
-            self.now.wait_stream(self.stream)
+def _halves(dx: Tensor, dz: Tensor, normed: Tensor, dtype: torch.dtype) -> Tensor:
+    """in_proj's gradient ``2D M``: its halves belong to x and to z."""
+    D = dx.shape[1]
+    if dtype != dx.dtype:
+        return torch.cat([_product(dx.t(), normed, dtype), _product(dz.t(), normed, dtype)])
+    found = torch.empty(2 * D, normed.shape[1], dtype=dtype, device=dx.device)
+    torch.mm(dx.t(), normed, out=found[:D])
+    torch.mm(dz.t(), normed, out=found[D:])
+    return found
 
 
 class _Once(torch.autograd.Function):

@@ -63,7 +63,7 @@ def _loss_kernel(logits, targets, losses, columns, ignored, GRADIENT: tl.constex
         there = _expm1(logp)
         share = 1.0 / whole
         for block in steps(0, blocks):
-            column = (blocks - 1 - block) * BLOCK + i  # backwards: what was read last is in the cache for certain
+            column = block * BLOCK + i
             inside = column < columns
             v = tl.load(at + column, mask=inside, other=0.0).to(tl.float32)
             v = tl.where(column == target, there, tl.exp2((v - top) * LOG2E) * share)

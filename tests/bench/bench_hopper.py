@@ -438,7 +438,7 @@ def warm_one(job: tuple[int, int, str, str]) -> str:
 
 def warm_up(workers: int, portable: bool) -> None:
     start = time.time()
-    shapes = [(1, 512), (1, 2048), (8, 2048)]  # the others take the same kernels
+    shapes = [(1, 512), (1, 2048), (8, 2048), (64, 64)]  # the others take the same kernels
     which = ("portable",) if portable else ("fwd", "fwd+states", "f+b")
     jobs = [(b, n, name, w) for w in reversed(which) for b, n in shapes for name in ("bf16", "fp32")]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -451,6 +451,7 @@ def warm_up(workers: int, portable: bool) -> None:
 BARS = {("fwd", "bf16"): 2.1, ("fwd", "fp32"): 3.3, ("f+b", "bf16"): 2.1, ("f+b", "fp32"): 2.1}
 """Geometric means over the shapes of anchor / ours, both eager, through the public calls."""
 LEAST = 1.4  # in any cell
+STATES_COST = 0.08  # of boundary states every 64 steps, in any cell
 
 
 def one_row(batch: int, length: int, name: str, anchor: Any) -> dict[str, Any]:
@@ -556,6 +557,12 @@ def verdict(rows: list[dict[str, Any]], anchor: Any) -> bool | None:
         passed &= good
         text = f"{what} {name}: geometric mean {mean:.2f} (bar {bar}), least cell {least:.2f} (bar {LEAST})"
         print(f"  {'pass' if good else RED + 'FAIL' + PLAIN}  {text}", flush=True)
+    costs = {f"{r['B']} x {r['L']} {r['dtype']}": r["fwd+states"] / r["fwd graph"] - 1 for r in rows}
+    most = max(costs, key=lambda cell: costs[cell])
+    good = costs[most] <= STATES_COST
+    passed &= good
+    text = f"states every 64 steps cost at most {costs[most]:.1%} ({most}; bar {STATES_COST:.0%})"
+    print(f"  {'pass' if good else RED + 'FAIL' + PLAIN}  {text}", flush=True)
     slowest = min((r[f"x {w} portable"] for r in rows for w in ("fwd", "f+b") if f"x {w} portable" in r), default=None)
     if slowest is not None:
         good = slowest >= 1 / 1.3

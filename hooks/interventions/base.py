@@ -5,9 +5,7 @@ dimensions, overlaps, the report, the record) is common to all kinds and lives h
 """
 
 import dataclasses
-import math
-import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,8 +13,9 @@ import torch
 from torch import Tensor
 
 from mambascope.errors import HookError, MambascopeError, nearest
+from mambascope.hooks.interventions.given import choice
 from mambascope.hooks.points import resolve_name, spec_of, tail_of, widths
-from mambascope.hooks.positions import Index, PerRow, Site, at, parse_site
+from mambascope.hooks.positions import Index, PerRow, Site, at
 from mambascope.hooks.run import EditDone
 
 __all__ = [
@@ -30,10 +29,7 @@ __all__ = [
     "index_from_json",
     "index_to_json",
     "kind",
-    "layers_of",
     "missed",
-    "number",
-    "sites_of",
 ]
 
 Edit = Callable[[Tensor, Any], Tensor | None]
@@ -77,59 +73,6 @@ def kind(name: str, *, overwrites: bool, own_dims: bool = False) -> Callable[[An
     return register
 
 
-def sites_of(site: str | Site | Sequence[str | Site]) -> tuple[Site, ...]:
-    """One site or several, strings or ``ms.at(…)``, as Sites; HookError if there is none, or something else."""
-    given = [site] if isinstance(site, (str, Site)) or not isinstance(site, Sequence) else list(site)
-    if not given:
-        raise HookError("an intervention needs a site; none was given")
-    for s in given:
-        if not isinstance(s, (str, Site)):
-            raise HookError(f"a site is a string like 'blocks.3.mixer.hook_h[10]', or ms.at(…); got {s!r}")
-    return tuple(s if isinstance(s, Site) else Site(*parse_site(s)) for s in given)
-
-
-def layers_of(what: str, layers: int | Sequence[int]) -> list[int]:
-    """One layer or several as a list of integers; HookError if there is none, or something else."""
-    chosen: list[Any] = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
-    for i in chosen:
-        if isinstance(i, bool) or not hasattr(i, "__index__"):
-            raise HookError(f"{what}: layers are integers, got {i!r}")
-    if not chosen:
-        raise HookError(f"{what}: layers is empty")
-    return [operator.index(i) for i in chosen]
-
-
-def number(what: str, value: Any) -> float:
-    """A number that is not NaN, as a float; HookError for anything else."""
-    try:
-        if isinstance(value, (str, bytes, bool)):
-            raise TypeError
-        found = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        raise HookError(f"{what} must be a number, got {value!r}") from None
-    if math.isnan(found):
-        raise HookError(f"{what} is NaN, which would spread over everything after it")
-    return found
-
-
-def _choice(name: str, chosen: Any) -> tuple[int, ...] | None:
-    """Channels or dimensions as sorted numbers; None means all."""
-    if chosen is None:
-        return None
-    if isinstance(chosen, Tensor):
-        chosen = chosen.nonzero()[:, 0].tolist() if chosen.dtype == torch.bool else chosen.tolist()
-    if isinstance(chosen, slice):
-        if chosen.stop is None or min(chosen.start or 0, chosen.stop) < 0:
-            raise HookError(f"{name}: a slice needs an end, and neither end negative; got {chosen}")
-        chosen = range(chosen.start or 0, chosen.stop, chosen.step or 1)
-    numbers = [chosen] if isinstance(chosen, int) else list(chosen)
-    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers):
-        raise HookError(f"{name} must be numbers ≥ 0, at least one; got {chosen!r}")
-    if len(set(numbers)) < len(numbers):
-        raise HookError(f"{name} names {sorted(n for n in set(numbers) if numbers.count(n) > 1)[0]} twice")
-    return tuple(sorted(numbers))
-
-
 @dataclass(frozen=True, eq=False)
 class Intervention:
     """One edit of a run; made by the functions of :mod:`mambascope.interventions`.
@@ -150,8 +93,8 @@ class Intervention:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise HookError(f"unknown kind of intervention {self.kind!r}{nearest(self.kind, KINDS)}")
-        object.__setattr__(self, "channels", _choice("channels", self.channels))
-        object.__setattr__(self, "dims", _choice("dims", self.dims))
+        object.__setattr__(self, "channels", choice("channels", self.channels))
+        object.__setattr__(self, "dims", choice("dims", self.dims))
 
     def __repr__(self) -> str:
         return f"<{self}>"

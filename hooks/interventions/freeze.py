@@ -9,12 +9,13 @@ in place as well, u = g·c is linear in the block's input, and with the gate z t
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mambascope.errors import HookError
 from mambascope.hooks.cache import MambaCache
-from mambascope.hooks.interventions.base import Edit, Intervention, Target, kind, layers_of
+from mambascope.hooks.effective_path import activation_factor
+from mambascope.hooks.interventions.base import Edit, Intervention, Target, kind
+from mambascope.hooks.interventions.given import layers_of
 from mambascope.hooks.interventions.held import cached, check_cache, lengths_of, match
 from mambascope.hooks.points import scan_layers
 from mambascope.hooks.positions import Site
@@ -29,17 +30,6 @@ FROZEN = {
     "gate": "mixer.hook_gate_in",
 }
 """What :func:`freeze` can freeze, and the point where it does."""
-
-
-def activation_factor(conv: Tensor, activation: str) -> Tensor:
-    """g with activation(c) = g·c: for SiLU the sigmoid of c (the factor that freezing keeps)."""
-    if activation == "identity":
-        return torch.ones_like(conv)
-    if activation == "relu":
-        return (conv > 0).to(conv.dtype)
-    if activation == "gelu":
-        return 0.5 * (1 + torch.erf(conv * 2**-0.5))
-    return torch.sigmoid(conv)
 
 
 def freeze(

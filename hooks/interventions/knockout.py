@@ -21,10 +21,11 @@ from torch import Tensor
 from mambascope import ops
 from mambascope.config import MIXERS
 from mambascope.errors import HookError
-from mambascope.hooks.interventions.base import Edit, Intervention, Target, kind, layers_of
+from mambascope.hooks.effective_path import activation_factor
+from mambascope.hooks.interventions.base import Edit, Intervention, Target, kind
 from mambascope.hooks.interventions.base import index_from_json as from_json
 from mambascope.hooks.interventions.base import index_to_json as to_json
-from mambascope.hooks.interventions.freeze import activation_factor
+from mambascope.hooks.interventions.given import layers_of
 from mambascope.hooks.points import scan_layers
 from mambascope.hooks.positions import PerRow, Site
 

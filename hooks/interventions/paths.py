@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mambascope.errors import HookError
-from mambascope.hooks.interventions.base import Edit, Intervention, Target, kind, layers_of, sites_of
+from mambascope.hooks.interventions.base import Edit, Intervention, Target, kind
+from mambascope.hooks.interventions.given import layers_of, sites_of
 from mambascope.hooks.interventions.held import cached, match
 from mambascope.hooks.interventions.pairs import Pair, pair
 from mambascope.hooks.interventions.values import patch

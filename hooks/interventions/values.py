@@ -8,7 +8,8 @@ from torch import Tensor
 
 from mambascope.errors import HookError
 from mambascope.hooks.cache import MambaCache
-from mambascope.hooks.interventions.base import Edit, Intervention, Target, kind, layers_of, number, sites_of
+from mambascope.hooks.interventions.base import Edit, Intervention, Target, kind
+from mambascope.hooks.interventions.given import layers_of, number, sites_of
 from mambascope.hooks.interventions.held import cached, cached_mean, check_cache, lengths_of, match
 from mambascope.hooks.points import spec_of, widths
 from mambascope.hooks.positions import Index, PerRow, Site, at

@@ -7,7 +7,7 @@ import torch
 
 import mambascope as ms
 from mambascope.errors import HookError, InputError, UnknownNameError
-from mambascope.hooks.interventions.freeze import activation_factor
+from mambascope.hooks.effective_path import activation_factor
 from mambascope.model import HookedMamba
 from tests.conftest import error, make_model
 

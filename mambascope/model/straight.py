@@ -5,6 +5,7 @@ residual addition inside the next norm's pass where the backend can do that.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -109,15 +110,14 @@ def _joined(
     if not torch.is_grad_enabled() or any(block.cfg.mixer_norm_eps is not None for block in blocks):
         return None
     weights = [_weights(block, A) for block, A in zip(blocks, rates, strict=True)]
-    if not all(
-        can_join(run.backend, resid, *w, *_states(state)) for w, state in zip(weights, layers[first:], strict=False)
-    ):
+    states = [_states(state) for state in layers[first : first + len(blocks)]]
+    if not can_join(run.backend, resid, *chain.from_iterable(weights), *chain.from_iterable(states)):
         return None
     out = None
     for i, (block, w) in enumerate(zip(blocks, weights, strict=True), first):
         if out is None:
             resid = resid.to(block.residual_dtype)
-        conv_state, h0 = _states(layers[i])
+        conv_state, h0 = states[i - first]
         resid, out, h_last, conv_last = residual_block(out, resid, w, block.norm.eps, conv_state=conv_state, h0=h0)
         layers[i] = MambaState(h_last, conv_last)
     return resid, out

@@ -48,6 +48,7 @@ class SitePoint(HookPoint):
     """
 
     clock: Clock
+    calling = "hooks are called as hook(value, hook=point)"
 
     def __init__(self, lazy: bool = False, axis: int = 1) -> None:
         super().__init__()
@@ -260,7 +261,7 @@ class SitePoint(HookPoint):
             return self.checked(fn(value, hook=point), value)
         except Exception as error:
             if not isinstance(error, HookError):
-                error.add_note(f"raised by a hook at {self.name}; hooks are called as hook(value, hook=point)")
+                error.add_note(f"raised by a hook at {self.name}; {self.calling}")
             raise
         finally:
             self.pos, self.rows = before

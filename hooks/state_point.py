@@ -102,6 +102,8 @@ class StatePoint(SitePoint):
     rows, ``pos`` is ``B`` and h each row's own state there (see :func:`~mambascope.hooks.positions.at`).
     """
 
+    calling = "hooks are called as hook(h, hook=point) at every step, h B D N; put positions into the site: 'h3[5]'"
+
     def __init__(self) -> None:
         super().__init__(lazy=True)
         self._plan: Plan | None = None

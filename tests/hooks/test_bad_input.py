@@ -123,12 +123,13 @@ def test_attribution_in_inference_mode(small: HookedMamba, ids: torch.Tensor) ->
 
 
 def test_an_error_in_a_hook_says_where_it_was(small: HookedMamba, ids: torch.Tensor) -> None:
-    for wrong, kind in ((lambda value, hook: 1 / 0, ZeroDivisionError), (lambda value: value, TypeError)):
-        with pytest.raises(kind) as caught:
-            small.run_with_hooks(ids, fwd_hooks=[("blocks.1.mixer.hook_h[3]", wrong)])
-        assert caught.value.__notes__ == [
-            "raised by a hook at blocks.1.mixer.hook_h; hooks are called as hook(value, hook=point)"
-        ]
+    for name, calls in (("mixer.hook_h", "at every step, h B D N"), ("hook_resid_pre", r"hook(value, hook=point)")):
+        for wrong, kind in ((lambda value, hook: 1 / 0, ZeroDivisionError), (lambda value: value, TypeError)):
+            with pytest.raises(kind) as caught:
+                small.run_with_hooks(ids, fwd_hooks=[(f"blocks.1.{name}[3]", wrong)])
+            (note,) = caught.value.__notes__
+            assert note.startswith(f"raised by a hook at blocks.1.{name}; hooks are called as hook(")
+            assert calls in note
     with pytest.raises(HookError, match=r"returned layout torch.sparse_coo, expected torch.strided"):
         small.run_with_hooks(ids, fwd_hooks=[(POINT, lambda value, hook: value.to_sparse())])
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from mambascope.errors import BackendError
 from mambascope.ops import operators
 from mambascope.ops.dispatch import kernels
-from mambascope.ops.ready import plain, unwatched
+from mambascope.ops.ready import eager_apply, plain, unwatched
 
 __all__ = ["BlockOutput", "BlockWeights", "can_join", "residual_block"]
 
@@ -79,7 +79,7 @@ def residual_block(
     """
     device = residual.device.type
     narrow = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights.in_proj.dtype
-    return BlockOutput(*_Block.apply(eps, narrow, before, residual, conv_state, h0, *weights))  # type: ignore[misc]
+    return BlockOutput(*_apply(eps, narrow, before, residual, conv_state, h0, *weights))
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -165,6 +165,9 @@ class _Block(torch.autograd.Function):
             once = iter(_Once.apply(len(given), *given, *behind) if behind and given else given)  # type: ignore[arg-type]
             found = [None if g is None else next(once) for g in found]
         return None, None, *found
+
+
+_apply = eager_apply(_Block)
 
 
 def _backward(ctx: Any, kept: dict[str, Any], w: BlockWeights, arriving: tuple[Tensor | None, ...]) -> list[Any]:

@@ -28,6 +28,8 @@ BACKENDS: tuple[str, ...] = get_args(Backend)
 KERNEL_BACKENDS = {"cpu": ("cpu",), "triton": ("cuda", "cpu")}
 """The backends made of kernels, and the devices of their operators (Triton's interpreter takes CPU tensors)."""
 
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 _HOME = {
     "cpu": "mambascope.ops.cpu",
     "triton": "mambascope.ops.scan.triton",
@@ -88,8 +90,8 @@ def check_backend(backend: str) -> None:
 
 def _decide(backend: str, device: torch.device, dtype: torch.dtype, d_state: int, d_conv: int) -> tuple[str, str]:
     check_backend(backend)
-    if not dtype.is_floating_point:
-        raise BackendError(f"dtype {dtype} is not supported: the operators take floating-point tensors")
+    if dtype not in _DTYPES:
+        raise BackendError(f"dtype {dtype} is not supported: the operators take float32, float64, bfloat16 and float16")
     if backend in ("reference", "torch"):
         return backend, "asked for"
     if backend in KERNEL_BACKENDS:

@@ -102,8 +102,9 @@ def test_other_devices_names_and_dtypes() -> None:
         ops.resolve_backend("triton", "meta", torch.float32)
     with pytest.raises(BackendError, match="unknown backend 'refrence', did you mean 'reference'"):
         ops.resolve_backend("refrence", "cpu", torch.float32)
-    with pytest.raises(BackendError, match="int64"):
-        ops.resolve_backend("auto", "cpu", torch.int64)
+    for dtype in (torch.int64, torch.complex64, torch.float8_e4m3fn):
+        with pytest.raises(BackendError, match=rf"dtype {dtype} is not supported: the operators take float32"):
+            ops.resolve_backend("auto", "cpu", dtype)
 
 
 def test_meta_tensors_give_shapes() -> None:

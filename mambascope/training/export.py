@@ -20,6 +20,9 @@ from mambascope.zoo.card import add_evaluation, read_card, write_card
 
 __all__ = ["evaluate_task", "evaluate_text", "evaluate_text_tasks", "export_model", "open_model"]
 
+SHARD_BYTES = 16 << 20
+"""Largest weight file of an exported model."""
+
 EVALUATION_NAMES = {"induction": "Induction heads"}
 """Headings in a card, where the task's name alone is not one."""
 
@@ -27,8 +30,8 @@ EVALUATION_NAMES = {"induction": "Induction heads"}
 def export_model(out: str | Path, to: str | Path) -> Path:
     """Write the newest checkpoint of a training as a model folder (config, safetensors, tokenizer, card).
 
-    Weights are stored as the recipe's ``store`` says; A_log and D stay float32. Raises LoadError where there is no
-    checkpoint.
+    Weights are stored as the recipe's ``store`` says, in files of at most 16 MiB; A_log and D stay float32.
+    Raises LoadError where there is no checkpoint.
     """
     from mambascope.loading import save_model
     from mambascope.loading.tokenizer import Tokenizer
@@ -45,7 +48,7 @@ def export_model(out: str | Path, to: str | Path) -> Path:
         special = None if recipe.model.bos_token_id is None else SEPARATOR
         model.tokenizer = Tokenizer.from_file(out / "tokenizer.json", bos_token=special, eos_token=special)
     dtype = torch.bfloat16 if recipe.store == "bf16" else torch.float32
-    save_model(model, to, dtype=dtype)
+    save_model(model, to, dtype=dtype, max_shard_bytes=SHARD_BYTES)
     write_card(to, _card(recipe, progress, out, model))
     return to
 

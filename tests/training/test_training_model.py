@@ -128,6 +128,20 @@ def test_from_command_line_to_a_model_that_loads(home, tmp_path, capsys):
     assert "bits per byte" in text
 
 
+def test_an_exported_model_lies_in_files_of_bounded_size(home, tmp_path, monkeypatch):
+    train_recipe(recipe_for(str(home / "tiny.toml"), ["train.steps=5"]), tmp_path / "run", data=[home], report=quiet)
+    whole = load(export_model(tmp_path / "run", tmp_path / "whole"))
+    assert [f.name for f in (tmp_path / "whole").glob("*.safetensors")] == ["model.safetensors"]
+    limit = (tmp_path / "whole" / "model.safetensors").stat().st_size * 2 // 3
+    monkeypatch.setattr("mambascope.training.export.SHARD_BYTES", limit)
+    parts = load(export_model(tmp_path / "run", tmp_path / "parts"))
+    sizes = [f.stat().st_size for f in (tmp_path / "parts").glob("model-*-of-*.safetensors")]
+    assert len(sizes) > 1
+    assert max(sizes) <= limit + 8192, "the header comes on top"
+    for name, value in whole.state_dict().items():
+        assert torch.equal(parts.state_dict()[name], value), name
+
+
 def test_text_tasks_go_into_the_card(home, tmp_path, capsys):
     train_recipe(recipe_for(str(home / "tiny.toml"), ["train.steps=5"]), tmp_path / "run", data=[home], report=quiet)
     folder = export_model(tmp_path / "run", tmp_path / "model")

@@ -96,8 +96,8 @@ def naive(model: HookedMamba, clean: Tensor, corrupted: Tensor, positions: list[
 
 def peer_sweep(peer: Any, clean: Tensor, corrupted: Tensor, positions: list[int]) -> Tensor:
     """The same with nnsight on transformers' model: a trace a layer, all positions in its batch."""
-    where = torch.tensor(positions)
-    rows = torch.arange(len(positions))
+    where = torch.tensor(positions, device=clean.device)
+    rows = torch.arange(len(positions), device=clean.device)
     batch = corrupted.expand(len(positions), -1)
     found = []
     layers = len(peer.backbone.layers)
@@ -130,7 +130,7 @@ def peer_of(model: HookedMamba) -> Any:
             source = name.replace("blocks.", "backbone.layers.").replace("ln_final", "backbone.norm_f")
             source = source.replace("embed.weight", "backbone.embeddings.weight") if name == "embed.weight" else source
             names[source].copy_(p)
-    return NNsight(peer)
+    return NNsight(peer.to(model.device))
 
 
 def seconds(
@@ -243,7 +243,7 @@ def main() -> None:
         return
     report = Report(args, device)
     parts = [measure_attribution, measure_sweeps] if args.attribution_first else [measure_sweeps, measure_attribution]
-    for part in parts:
+    for part in (*parts, measure_peer):
         part(model, args, report)
 
 
@@ -264,11 +264,15 @@ class Report:
                 csv.writer(out).writerows([("what", "value"), *self.rows])
 
 
+def positions_of(args: argparse.Namespace) -> list[int]:
+    stride = args.length // args.positions
+    return list(range(stride - 1, args.length, stride))[: args.positions]
+
+
 def measure_sweeps(model: HookedMamba, args: argparse.Namespace, report: Report) -> None:
     device = args.device
     clean, corrupted = texts(args.length, args.vocab, device)
-    stride = args.length // args.positions
-    positions = list(range(stride - 1, args.length, stride))[: args.positions]
+    positions = positions_of(args)
     over = {"positions": positions}
     most = max(1, min(args.positions * args.layers, _TOKENS.get(device, _TOKENS["cuda"]) // args.length))
 
@@ -291,11 +295,6 @@ def measure_sweeps(model: HookedMamba, args: argparse.Namespace, report: Report)
     if device == "cuda":
         cases["sweep resid, first of its shape"] = unrecorded(model, cases["sweep resid"])
         cases["sweep h, first of its shape"] = unrecorded(model, cases["sweep h"])
-    if args.peer:
-        peer = peer_of(model)
-        found = peer_sweep(peer, clean.cpu(), corrupted.cpu(), positions)
-        report("gate: nnsight on transformers against ours", float((found - ours.cpu()).abs().max()) / size)
-        cases["nnsight"] = lambda: peer_sweep(peer, clean, corrupted, positions)
     t = seconds(cases, args.rounds, device, args.cpu_time)
     for name, value in t.items():
         report(f"s: {name}", value)
@@ -310,8 +309,29 @@ def measure_sweeps(model: HookedMamba, args: argparse.Namespace, report: Report)
     if device == "cuda":
         report("MB held by recordings", model.repeats.held / 1e6)
         report("sweep resid, first of its shape / naive", t["sweep resid, first of its shape"] / least)
-    if args.peer:
-        report("sweep resid / nnsight on transformers (bar 0.1)", t["sweep resid"] / t["nnsight"])
+
+
+def measure_peer(model: HookedMamba, args: argparse.Namespace, report: Report) -> None:
+    if not args.peer:
+        return
+    clean, corrupted = texts(args.length, args.vocab, args.device)
+    positions = positions_of(args)
+    torch.backends.cudnn.allow_tf32 = False  # transformers' convolution would use it
+    peer = peer_of(model)
+    ours = ms.sweep(model, clean, corrupted, METRIC, {"positions": positions}).values[0, :, :, 0]
+    found = peer_sweep(peer, clean, corrupted, positions).cpu()
+    apart = float((found - ours).abs().max() / ours.abs().max())
+    report("gate: nnsight on transformers against ours, relative", apart)
+    if not apart < 1e-4:
+        raise SystemExit("red: nnsight's sweep is another one")
+    cases: dict[str, Callable[[], object]] = {
+        "sweep resid": lambda: ms.sweep(model, clean, corrupted, METRIC, {"positions": positions}),
+        "nnsight": lambda: peer_sweep(peer, clean, corrupted, positions),
+    }
+    t = seconds(cases, args.rounds, args.device, args.cpu_time)
+    for name, value in t.items():
+        report(f"s: {name}, beside nnsight", value)
+    report("sweep resid / nnsight on transformers (bar 0.1)", t["sweep resid"] / t["nnsight"])
 
 
 def measure_attribution(model: HookedMamba, args: argparse.Namespace, report: Report) -> None:

@@ -17,6 +17,7 @@ class Scope(Protocol):
     """A model that can be recorded and whose blocks can be run again."""
 
     blocks: Any
+    embed: Any
     model_id: str
 
     @property

@@ -3,11 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, repeat
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 if TYPE_CHECKING:
     from mambascope.hooks.model_protocol import Scope
@@ -27,16 +29,31 @@ class WeightsSeen:
     """
 
     def __init__(self, model: "Scope", now: bool = True) -> None:
-        self.taken = False
+        self.taken, self._good = False, None
         if now:
             self.look(model)
 
     def look(self, model: "Scope", norms: Tensor | None = None) -> None:
         """Note the weights as they are; nothing here waits for a GPU. ``norms``: what `small_norms` gives now."""
         self._blocks = [_Seen.of(block) for block in model.blocks]
+        self._ends = _ends(model)
         norms = small_norms(model) if norms is None else norms
         self._norms = norms.split([len(seen.small) for seen in self._blocks])
         self.taken = True
+
+    def changed_anywhere(self, model: "Scope") -> str | None:
+        """`changed` of all blocks and of what stands before and after them, for frequent calls.
+
+        Where nothing that torch counts has happened since a call that found nothing, only that is looked at.
+        """
+        glance = _glance(model)
+        if glance == self._good:
+            return None
+        now = _ends(model)
+        found = next((name for name, place in self._ends.items() if now[name] != place), None)
+        found = found or next(filter(None, (self.changed(model, i) for i in range(len(self._blocks)))), None)
+        self._good = glance if found is None else None
+        return found
 
     def changed(self, model: "Scope", layer: int) -> str | None:
         """The name of a parameter of block ``layer`` that is not what it was; None if all are."""
@@ -93,7 +110,7 @@ class _Seen:
     def of(block: Any) -> "_Seen":
         home = _home(block)
         found = _parameters(home)
-        places = [(0, 0) if p is None else (p.data_ptr(), -1 if p.is_inference() else p._version) for p in found]
+        places = [_place(p) for p in found]
         small = [i for i, p in enumerate(found) if p is not None and p.numel() <= _SMALL]
         return _Seen(home.prefixes, list(chain.from_iterable(home.owners)), list(map(len, home.owners)), places, small)
 
@@ -101,6 +118,43 @@ class _Seen:
         """``values``, one for each parameter, by full name."""
         owners = chain.from_iterable(repeat(prefix, n) for prefix, n in zip(self.prefixes, self.counts, strict=True))
         return {prefix + name: v for prefix, name, v in zip(owners, self.names, values, strict=True)}
+
+
+def _ends(model: "Scope") -> dict[str, tuple[int, int]]:
+    """Places of the weights before and after the blocks that their activations depend on."""
+    weights = {"embed.weight": model.embed.weight, "ln_final.weight": model.norm_weight(len(model.blocks))}
+    return {name: _place(weight) for name, weight in weights.items()}
+
+
+def _place(p: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if p is None else (p.data_ptr(), -1 if p.is_inference() else p._version)
+
+
+def _glance(model: "Scope") -> tuple[Any, ...]:
+    """Every parameter's place and version, and the steps that optimizers took: lists that C loops fill."""
+    _count_steps()
+    found = [p for block in model.blocks for p in _parameters(_home(block)) if p is not None]
+    try:
+        versions = list(map(_version, found))
+    except RuntimeError:  # some are inference tensors, which have none
+        versions = []
+    return list(map(Tensor.data_ptr, found)), versions, _ends(model), _steps
+
+
+_version = attrgetter("_version")
+_steps = -1  # of all optimizers of this process, from when somebody asks; fused ones leave versions as they are
+
+
+def _count_steps() -> None:
+    global _steps
+    if _steps < 0:
+        _steps = 0
+        register_optimizer_step_post_hook(_stepped)
+
+
+def _stepped(*_: Any) -> None:
+    global _steps
+    _steps += 1
 
 
 def _bits(norms: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mambascope.errors import HookError, MambascopeError, nearest
 from mambascope.hooks.interventions.given import choice
+from mambascope.hooks.interventions.origin import Origin
 from mambascope.hooks.points import resolve_name, spec_of, tail_of, widths
 from mambascope.hooks.positions import Index, PerRow, Site, at
 from mambascope.hooks.run import EditDone
@@ -79,7 +80,8 @@ class Intervention:
 
     Use it as ``model.run_with(x, [iv, …])``, in ``with model.intervene([iv, …])``, or in a list of ``fwd_hooks``.
     ``options`` are JSON values, ``tensors`` what it holds; ``channels`` and ``dims`` restrict it to some channels
-    (the D or M axis) and state dimensions (N). ``source`` is the model whose activations it holds, or their hash.
+    (the D or M axis) and state dimensions (N). ``source``: whose activations it holds, by the model or the hash of its
+    weights; with None nobody asks.
     """
 
     kind: str
@@ -88,7 +90,7 @@ class Intervention:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     channels: tuple[int, ...] | None = None
     dims: tuple[int, ...] | None = None
-    source: Any = None
+    source: Origin | str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -116,7 +118,7 @@ class Intervention:
         Raises
         ------
         UnknownNameError: a site that the model does not have. HookError: channels or dims that the point does not
-            have, and what it holds coming from a model with other weights.
+            have, and what it holds coming from a model with other weights, or this one's before they changed.
         """
         self._check_source(model)
         everywhere = bool(self.options.get("all"))  # its kind says where that is
@@ -131,20 +133,27 @@ class Intervention:
         return [(site, Bound(mine, site, edit, model)) for site, edit in pairs]
 
     def _check_source(self, model: Target) -> None:
-        if self.source is None or self.source is model:
-            return
-        held = self.source if isinstance(self.source, str) else self.source.weight_hash()
-        if held != model.weight_hash():
+        if isinstance(self.source, Origin):
+            self.source.check(str(self))
+            if self.source.model is model:
+                return
+        held = self._hash()
+        if held is not None and held != model.weight_hash():
             raise HookError(
                 f"{self} holds activations of a model with other weights than {model.cfg.name!r}; record them with "
                 "the model that is to run"
             )
 
+    def _hash(self) -> str | None:
+        return self.source.weight_hash(str(self)) if isinstance(self.source, Origin) else self.source
+
     # ---- its record: JSON, and the tensors apart
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON value from which, with :attr:`tensors`, :meth:`from_dict` makes the same intervention."""
-        source = self.source if self.source is None or isinstance(self.source, str) else self.source.weight_hash()
+        """A JSON value from which, with :attr:`tensors`, :meth:`from_dict` makes the same intervention.
+
+        HookError if it holds activations of weights that have changed since.
+        """
         return {
             "kind": self.kind,
             "sites": [{"name": s.name, "index": index_to_json(s.index)} for s in self.sites],
@@ -152,7 +161,7 @@ class Intervention:
             "tensors": sorted(self.tensors),
             "channels": None if self.channels is None else list(self.channels),
             "dims": None if self.dims is None else list(self.dims),
-            "source": source,
+            "source": self._hash(),
         }
 
     @classmethod

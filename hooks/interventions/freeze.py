@@ -16,7 +16,7 @@ from mambascope.hooks.cache import MambaCache
 from mambascope.hooks.effective_path import activation_factor
 from mambascope.hooks.interventions.base import Edit, Intervention, Target, kind
 from mambascope.hooks.interventions.given import layers_of
-from mambascope.hooks.interventions.held import cached, check_cache, lengths_of, match
+from mambascope.hooks.interventions.held import cached, check_cache, lengths_of, match, origin_of
 from mambascope.hooks.points import scan_layers
 from mambascope.hooks.positions import Site
 
@@ -68,7 +68,7 @@ def freeze(
             held[f"value{len(sites)}"] = _frozen(cache, i, name)
             sites.append(Site(f"blocks.{i}.{FROZEN[name]}"))
     options = {"what": names, "length": lengths.pop()}
-    return Intervention("freeze", tuple(sites), options, held, channels, None, cache.model)
+    return Intervention("freeze", tuple(sites), options, held, channels, None, origin_of(cache, "freeze"))
 
 
 def _frozen(cache: MambaCache, layer: int, name: str) -> Tensor:

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from mambascope.errors import CacheError, HookError
 from mambascope.hooks.cache import MambaCache
+from mambascope.hooks.interventions.origin import Origin
 from mambascope.hooks.points import LAZY, hook_names, resolve_name, spec_of, tail_of
 from mambascope.hooks.positions import Clock, Index, Padding, PerRow
 from mambascope.hooks.recorder import BOUNDARY
 
-__all__ = ["cached", "cached_mean", "check_cache", "lengths_of", "match"]
+__all__ = ["cached", "cached_mean", "check_cache", "lengths_of", "match", "origin_of"]
 
 
 def check_cache(cache: Any) -> MambaCache:
@@ -25,6 +26,11 @@ def check_cache(cache: Any) -> MambaCache:
     if not cache.has_batch_dim:
         raise HookError("the cache has no batch axis; give it as run_with_cache made it, before remove_batch_dim()")
     return cache
+
+
+def origin_of(cache: MambaCache, who: str) -> Origin:
+    """Whose activations ``who`` holds now; HookError if its weights have changed since the cache was recorded."""
+    return Origin(cache.model, cache.recording.weights, who)
 
 
 def lengths_of(cache: MambaCache) -> list[int]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from mambascope.errors import HookError
 from mambascope.hooks.interventions.base import Edit, Intervention, Target, kind
 from mambascope.hooks.interventions.given import layers_of, sites_of
-from mambascope.hooks.interventions.held import cached, match
+from mambascope.hooks.interventions.held import cached, match, origin_of
 from mambascope.hooks.interventions.pairs import Pair, pair
 from mambascope.hooks.interventions.values import patch
 from mambascope.hooks.points import resolve_name, tail_of
@@ -104,7 +104,7 @@ def path_patch(
             out.append(patch(s, arrived))
             continue
         change = cached(arrived, s.name, s.index) - cached(plain, s.name, s.index)
-        out.append(Intervention("add", (s,), {}, {"value0": change}, source=model))
+        out.append(Intervention("add", (s,), {}, {"value0": change}, source=origin_of(arrived, "path_patch")))
     return out
 
 

@@ -10,7 +10,7 @@ from mambascope.errors import HookError
 from mambascope.hooks.cache import MambaCache
 from mambascope.hooks.interventions.base import Edit, Intervention, Target, kind
 from mambascope.hooks.interventions.given import layers_of, number, sites_of
-from mambascope.hooks.interventions.held import cached, cached_mean, check_cache, lengths_of, match
+from mambascope.hooks.interventions.held import cached, cached_mean, check_cache, lengths_of, match, origin_of
 from mambascope.hooks.points import spec_of, widths
 from mambascope.hooks.positions import Index, PerRow, Site, at
 
@@ -62,7 +62,7 @@ def patch(
             raise HookError(f"patch at {s}: source={source!r} names another number of positions than the site")
         held[f"value{i}"] = cached(cache, s.name, index, rows)
     options = {"length": length if source is None else None}
-    return Intervention("patch", sites, options, held, channels, dims, cache.model)
+    return Intervention("patch", sites, options, held, channels, dims, origin_of(cache, "patch"))
 
 
 def _single(index: Index) -> bool:
@@ -116,7 +116,7 @@ def mean(site: Where, cache: MambaCache, over: str = "text", *, channels: Any = 
             held[f"value{i}"] = cached_mean(cache, s.name)
         else:
             held[f"value{i}"] = cached(cache, s.name, s.index).double().mean(0, keepdim=True).to(cache.compute_dtype)
-    return Intervention("mean", sites, {"over": over, "length": length}, held, channels, dims, cache.model)
+    return Intervention("mean", sites, {"over": over, "length": length}, held, channels, dims, origin_of(cache, "mean"))
 
 
 @kind("mean", overwrites=True)
@@ -139,7 +139,7 @@ def resample(site: Where, cache: MambaCache, seed: int = 0, *, channels: Any = N
     sites = sites_of(site)
     held = {f"value{i}": cached(cache, s.name, s.index) for i, s in enumerate(sites)}
     options = {"seed": int(seed), "length": _one_length(cache)}
-    return Intervention("resample", sites, options, held, channels, dims, cache.model)
+    return Intervention("resample", sites, options, held, channels, dims, origin_of(cache, "resample"))
 
 
 @kind("resample", overwrites=True)

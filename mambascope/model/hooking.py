@@ -126,6 +126,12 @@ class HookMethods(HookedRootModule):
             finally:
                 self._leave(reset_hooks_end, clear_contexts)
 
+    def __copy__(self) -> Any:
+        """A second model of the same modules, as torch's are: weights, hooks and edits of one are the other's."""
+        twin = type(self).__new__(type(self))
+        twin.__setstate__(dict(self.__dict__))
+        return twin
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A model of its own; what hooks it now hooks the copy as well, until its ``reset_hooks()``."""
         twin = type(self).__new__(type(self))

@@ -1,9 +1,11 @@
 """What goes wrong in first attempts, and what is said then: the thing, what was expected, what to do."""
 
 import copy
+import dataclasses
 import io
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,59 @@ def test_a_patch_of_weights_that_changed_since_is_refused(ids: torch.Tensor) -> 
             iv.patch(POINT, cache)
 
 
+def scaled(model: HookedMamba, name: str) -> None:
+    with torch.no_grad():
+        model.get_parameter(name).mul_(1.5)
+
+
+def trained(model: HookedMamba) -> None:
+    """By an optimizer that torch does not count the edits of."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    model(torch.zeros(1, 4, dtype=torch.long), return_type="loss").backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("made", ["patch", "mean", "resample", "freeze", "path_patch"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        partial(scaled, name="blocks.2.mixer.in_proj.weight"),
+        partial(scaled, name="embed.weight"),
+        partial(scaled, name="ln_final.weight"),
+        trained,
+    ],
+)
+def test_an_edit_made_before_its_models_weights_changed_does_not_run(
+    made: str, change: Callable[[HookedMamba], None], ids: torch.Tensor, tmp_path: Path
+) -> None:
+    model = make_model()
+    with torch.no_grad():
+        _, cache = model.run_with_cache(ids)
+        edit = {
+            "patch": lambda: iv.patch(POINT, cache),
+            "mean": lambda: iv.mean(POINT, cache),
+            "resample": lambda: iv.resample(POINT, cache),
+            "freeze": lambda: iv.freeze(cache, "delta", layers=1),
+            "path_patch": lambda: iv.path_patch(model, ids[:1], ids[1:2], "blocks.0", "blocks.1")[0],
+        }[made]()
+        want = model.run_with(ids, edit)
+        assert torch.equal(model.run_with(ids, edit), want)
+        twin = copy.deepcopy(model)
+    change(model)
+    with torch.no_grad():
+        for use in (lambda: model.run_with(ids, edit), lambda: iv.save(tmp_path / "edit", edit)):
+            with pytest.raises(
+                HookError, match=r"weights that are no more: [\w.]+ of .* was changed, trained or moved"
+            ):
+                use()
+        with pytest.raises(HookError, match="no more"), model.intervene(edit):
+            pass
+        free = dataclasses.replace(edit, source=None)
+        assert not torch.equal(model.run_with(ids, free), want)
+        assert torch.equal(twin.run_with(ids, free), want)
+
+
 @pytest.mark.parametrize(
     ("metric", "said"),
     [
@@ -142,6 +197,19 @@ def test_a_model_with_hooks_is_copied_but_not_pickled(ids: torch.Tensor) -> None
             with pytest.raises(HookError, match=r"hooks in force \(at blocks.1.mixer.hook_h\) cannot be pickled"):
                 write(model)
     assert torch.equal(pickle.loads(pickle.dumps(model))(ids), model(ids))
+
+
+def test_a_shallow_copy_of_a_model_shares_its_hooks(ids: torch.Tensor) -> None:
+    model = make_model()
+    plain = model(ids)
+    with model.intervene(iv.zero(POINT)):
+        twin = copy.copy(model)
+        edited = model(ids)
+        assert torch.equal(twin(ids), edited)
+        assert not torch.equal(edited, plain)
+    assert torch.equal(twin(ids), plain)
+    assert torch.equal(twin.run_with(ids, iv.zero(POINT)), edited)
+    assert torch.equal(model(ids), plain)
 
 
 def test_a_copied_state_keeps_its_graph(small: HookedMamba, ids: torch.Tensor) -> None:

@@ -35,8 +35,8 @@ def generator(seed: Seed) -> torch.Generator:
 
 
 def distinct(rng: torch.Generator, pool: int, count: int, rows: int) -> Int64[Tensor, "rows count"]:
-    """``count`` different numbers below ``pool`` a row, in random order. Time O(rows · pool log pool)."""
-    return torch.rand(rows, pool, generator=rng, dtype=torch.float64).argsort(1)[:, :count]
+    """``count`` different numbers below ``pool`` a row, in random order. Time O(rows · pool)."""
+    return torch.rand(rows, pool, generator=rng, dtype=torch.float64).topk(count, 1, largest=False).indices
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from mambascope.training.data import (
 )
 from mambascope.training.evaluate import held_out_losses
 from mambascope.training.floor import measure_floor
-from mambascope.training.loop import TrainResult, train
+from mambascope.training.loop import TrainResult, finish, training
 from mambascope.training.metrics import inside_metrics, largest_fall, state_metrics
 from mambascope.training.overlap import WINDOW, shared_windows
 from mambascope.training.recipe import Recipe, TextData
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from mambascope.model import HookedMamba
 
-__all__ = ["PreparedText", "build_model", "prepare_text", "train_recipe"]
+__all__ = ["PreparedText", "build_model", "prepare_text", "recipe_training", "train_recipe"]
 
 _MARK, _OVERLAP = "prepared.json", "overlap.json"
 _HELD_OUT_WINDOWS = 64
@@ -167,13 +167,34 @@ def train_recipe(
     A text recipe leaves its tokenizer as ``out/tokenizer.json`` and the epochs of each source in ``out/epochs.json``.
     ``floor``: measure first how fast a step could be (None: on a GPU).
     """
+    return finish(
+        recipe_training(
+            recipe, out, data=data, device=device, resume=resume, minutes=minutes, floor=floor, report=report,
+            progress=progress,
+        )
+    )  # fmt: skip
+
+
+def recipe_training(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    data: Sequence[str | Path] = (),
+    device: str | torch.device = "cpu",
+    resume: bool = False,
+    minutes: float | None = None,
+    floor: bool | None = None,
+    report: Callable[[str], None] = print,
+    progress: Callable[[int], None] | None = None,
+) -> Generator[None, None, tuple["HookedMamba", TrainResult]]:
+    """:func:`train_recipe`, pausing after each step (see :func:`mambascope.training.loop.training`)."""
     out = Path(out)
     batches, evaluate = _text(recipe, out, data, report) if recipe.text is not None else _task(recipe)
     model = build_model(recipe, device)
     settings, on_gpu = recipe.train, model.device.type == "cuda"
     scored = batches(0).targets.shape[1]
     dtype = torch.bfloat16 if on_gpu and settings.precision == "bf16" else torch.float32
-    result = train(
+    result = yield from training(
         model,
         batches,
         settings,

@@ -159,12 +159,16 @@ def _match(arguments: argparse.Namespace) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
-    from mambascope.training.executors import local_processes, ray_cluster
+    from mambascope.training.executors import in_turns, local_processes, ray_cluster
     from mambascope.training.sweep import load_sweep, run_sweep
 
     sweep = load_sweep(arguments.sweep, _parsed(arguments.set))
-    executor = local_processes(arguments.workers)
-    if arguments.ray_address is not None:
+    executor = local_processes(1 if arguments.workers is None else arguments.workers)
+    if arguments.together is not None:
+        if arguments.workers is not None or arguments.ray_address is not None:
+            raise InputError("--together is for one process; leave --workers and --ray-address out, or --together")
+        executor = in_turns(arguments.together)
+    elif arguments.ray_address is not None:
         executor = ray_cluster(arguments.ray_address)
     table = run_sweep(
         sweep,
@@ -174,6 +178,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         threads=arguments.threads,
         retries=arguments.retries,
+        minutes=arguments.minutes,
     )
     print(table.to_string(index=False))
     print(f"written to {arguments.out / 'table.csv'}")
@@ -216,7 +221,11 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--floor", action="store_true", help="measure how fast a step could be, on a CPU too")
     train.add_argument("--minutes", type=float, help="stop at a checkpoint after this time")
     sweep.add_argument("--device", default="cpu", help="cpu (the default), cuda, …")
-    sweep.add_argument("--workers", type=int, default=1, help="runs at a time on this machine")
+    sweep.add_argument("--workers", type=int, help="runs at a time on this machine, each a process (1)")
+    sweep.add_argument(
+        "--together", type=int, metavar="N", help="N runs at a time in this process, for small models on one GPU"
+    )
+    sweep.add_argument("--minutes", type=float, help="stop at checkpoints after this time")
     sweep.add_argument("--threads", type=int, default=1, help="torch's threads in each run")
     sweep.add_argument("--retries", type=int, default=2, help="how often a failed or killed run is tried again")
     sweep.add_argument("--ray-address", metavar="HOST:PORT", help="run on a Ray cluster; pip install mambascope[ray]")

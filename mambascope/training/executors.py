@@ -1,4 +1,4 @@
-"""Where the runs of a sweep run: processes of this machine, or the workers of a Ray cluster."""
+"""Where the runs of a sweep run: processes of this machine, one process in turns, or the workers of a Ray cluster."""
 
 import importlib
 import os
@@ -7,16 +7,18 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from mambascope.errors import BackendError, InputError
 from mambascope.training.sweep import Executor, Job
-from mambascope.training.worker import RESULT, run_one
+from mambascope.training.worker import RESULT, run_one, run_steps
 
-__all__ = ["local_processes", "ray_cluster"]
+__all__ = ["in_turns", "local_processes", "ray_cluster"]
 
+_UNFINISHED, _LATE = "it ended without its last step", "stopped, its time is over"
 _LOCAL = "leave --ray-address out to run on this machine's own processes (--workers N)"
 
 
@@ -34,6 +36,7 @@ def local_processes(workers: int = 1) -> Executor:
         slots = list(range(workers))
         try:
             while waiting or running:
+                _drop_late(waiting)
                 while waiting and len(running) < workers:
                     job = waiting.popleft()
                     job.attempts += 1
@@ -53,6 +56,88 @@ def local_processes(workers: int = 1) -> Executor:
                 process.wait()
 
     return run
+
+
+def in_turns(together: int = 1) -> Executor:
+    """Up to ``together`` runs at a time in this process, a step of each in turn.
+
+    On a GPU every run has a stream of its own, so that the device works on several steps at once: models too small to
+    fill it train side by side in little more than the time of one, where processes would wait for each other. A run
+    is given its next step when it has at most one to do, so that a slow one holds up nobody.
+    """
+    if isinstance(together, bool) or not isinstance(together, int) or together < 1:
+        raise InputError(f"together must be an integer ≥ 1, got {together!r}")
+
+    def run(jobs: list[Job], retries: int, report: Callable[[str], None]) -> None:
+        waiting, going = deque(jobs), list[_Turns]()
+        try:
+            while waiting or going:
+                _drop_late(waiting)
+                while waiting and len(going) < together:
+                    going.append(_Turns(waiting.popleft()))
+                moved = False
+                for turns in list(going):
+                    if not turns.ready():
+                        continue
+                    moved = True
+                    if turns.step():
+                        continue
+                    going.remove(turns)
+                    if not _settle(turns.job, retries, report):
+                        waiting.append(turns.job)
+                if not moved:
+                    time.sleep(2e-5)
+        finally:
+            for turns in going:
+                turns.close()
+
+    return run
+
+
+class _Turns:
+    """A run that goes on by one step at a time, its log in ``log.txt``."""
+
+    def __init__(self, job: Job) -> None:
+        import torch
+
+        self.job = job
+        job.attempts += 1
+        self._log = (job.folder / "log.txt").open("a", encoding="utf-8")
+        self._steps: Generator[None, None, Any] = run_steps(job.folder, job.run, self._report)
+        self._stream = torch.cuda.Stream() if str(job.run["device"]).startswith("cuda") else None
+        self._queued = deque[Any]()  # an event after each step that the device was given
+
+    def _report(self, line: str) -> None:
+        print(line, file=self._log, flush=True)
+
+    def ready(self) -> bool:
+        """Whether the device has at most one step of this run to do."""
+        if len(self._queued) > 1 and self._queued[0].query():
+            self._queued.popleft()
+        return len(self._queued) < 2
+
+    def step(self) -> bool:
+        """One step; False if the run has ended, well or not."""
+        import torch
+
+        try:
+            with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+                next(self._steps)
+                if self._stream is not None:
+                    self._queued.append(self._stream.record_event())
+        except StopIteration:
+            self.job.error = "" if _finished(self.job) else _UNFINISHED
+        except Exception as error:  # whatever it is, it is this run's: the others go on
+            self.job.error = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            self._report(f"error: {self.job.error}")
+        else:
+            return True
+        self.close()
+        return False
+
+    def close(self) -> None:
+        self._steps.close()
+        self._log.close()
 
 
 def _gpus() -> list[str]:
@@ -93,9 +178,24 @@ def _settle(job: Job, retries: int, report: Callable[[str], None]) -> bool:
     if not job.error:
         report(f"{job.name}: finished" + (f" at attempt {job.attempts}" if job.attempts > 1 else ""))
         return True
+    if _late(job):
+        job.error = _LATE
+        report(f"{job.name}: {_LATE}; the same command goes on with it")
+        return True
     again = job.attempts <= retries
     report(f"{job.name}: {job.error}; " + ("trying again" if again else f"given up after {job.attempts} attempts"))
     return not again
+
+
+def _late(job: Job) -> bool:
+    return time.time() > job.run.get("until", float("inf"))
+
+
+def _drop_late(waiting: deque[Job]) -> None:
+    """Start nothing more once the sweep's time is over."""
+    for job in [job for job in waiting if _late(job)]:
+        waiting.remove(job)
+        job.error = job.error or _LATE
 
 
 def ray_cluster(address: str, *, timeout: float = 10.0) -> Executor:

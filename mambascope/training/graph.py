@@ -20,9 +20,17 @@ class StepGraph:
     ``step`` must leave its work on the device: no reading back, and an optimizer made with ``capturable=True`` whose
     learning rate is a tensor. It starts by dropping the gradients, so that the recording owns their memory. The first
     three calls run as they are (kernels compile, the optimizer makes its state); the fourth records. All are steps.
+    With ``report`` a step that cannot be recorded is told to it, with the reason, and runs as it is from then on;
+    without, it is an error.
     """
 
-    def __init__(self, step: Callable[[Batch], tuple[Tensor, Tensor]], device: torch.device) -> None:
+    def __init__(
+        self,
+        step: Callable[[Batch], tuple[Tensor, Tensor]],
+        device: torch.device,
+        report: Callable[[str], None] | None = None,
+    ) -> None:
+        self._report, self._refused = report, False
         self._step, self._device = step, device
         self._calls = 0
         self._stream = torch.cuda.Stream(device)
@@ -39,20 +47,36 @@ class StepGraph:
             self._batch.targets.copy_(batch.targets, non_blocking=True)
         if self._calls < _WARMUP:
             self._calls += 1
-            now = torch.cuda.current_stream(self._device)
-            self._stream.wait_stream(now)
-            with torch.cuda.stream(self._stream):
-                loss, norm = self._step(self._batch)
-            now.wait_stream(self._stream)
-            return loss.clone(), norm.clone()
+            return self._as_it_is(self._batch)
+        if self._results is None and not self._refused:
+            self._record(self._batch)
         if self._graph is None or self._results is None:
-            self._graph = torch.cuda.CUDAGraph()
-            # thread_local: the thread that makes the next batch may allocate page-locked memory meanwhile
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._results = self._step(self._batch)
+            return self._as_it_is(self._batch)
         self._graph.replay()
         loss, norm = self._results
         return loss.clone(), norm.clone()
+
+    def _as_it_is(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        now = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(now)
+        with torch.cuda.stream(self._stream):
+            loss, norm = self._step(batch)
+        now.wait_stream(self._stream)
+        return loss.clone(), norm.clone()
+
+    def _record(self, batch: Batch) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # thread_local: the thread that makes the next batch may allocate page-locked memory meanwhile
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                results = self._step(batch)
+        except RuntimeError as error:
+            if self._report is None:
+                raise
+            self._refused = True  # nothing of the step was done, and nothing of it is kept
+            self._report(f"a step cannot be recorded ({str(error).splitlines()[0]}); it runs kernel by kernel")
+            return
+        self._graph, self._results = graph, results
 
 
 class GradientGraph:

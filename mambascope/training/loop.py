@@ -11,10 +11,10 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,9 @@ from mambascope.training.machine import machine
 from mambascope.training.recipe import TrainSettings, same_recipe
 from mambascope.training.sampler import Batch, Batches
 
-__all__ = ["TrainResult", "TrainingError", "learning_rate", "make_optimizer", "train"]
+__all__ = ["TrainResult", "TrainingError", "finish", "learning_rate", "make_optimizer", "train", "training"]
+
+T = TypeVar("T")
 
 
 class TrainingError(MambascopeError, RuntimeError):
@@ -98,6 +100,40 @@ def train(
     room for the checkpoints) and TrainingError (a loss or gradient that is not finite, a disk that fills up: the step
     is named, the last good checkpoint stays).
     """
+    return finish(
+        training(
+            model, batches, settings, out, recipe=recipe, resume=resume, minutes=minutes, evaluate=evaluate, loss=loss,
+            floor=floor, report=report, progress=progress,
+        )
+    )  # fmt: skip
+
+
+def finish(steps: Generator[None, None, T]) -> T:
+    """Run something that pauses between its steps to its end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def training(
+    model: nn.Module,
+    batches: Batches,
+    settings: TrainSettings,
+    out: str | Path,
+    *,
+    recipe: dict[str, Any],
+    resume: bool = False,
+    minutes: float | None = None,
+    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    loss: Callable[[nn.Module, Batch], Tensor] = answer_loss,
+    floor: Callable[[], Floor] | None = None,
+    report: Callable[[str], None] = print,
+    progress: Callable[[int], None] | None = None,
+) -> Generator[None, None, TrainResult]:
+    """:func:`train`, pausing after each step: several trainings may take turns in one thread, each on a stream of its
+    own, so that a GPU works on all of them at once."""
     out = Path(out)
     with only_writer(out), _Run(model, batches, settings, out, recipe, loss, report) as run:
         run.begin(resume)
@@ -109,7 +145,7 @@ def train(
                 report(f"the floor could not be measured ({str(error).splitlines()[0]}); training without its share")
         deadline = math.inf if minutes is None else time.perf_counter() + 60 * minutes
         while run.result.step < settings.steps:
-            run.interval()
+            yield from run.interval()
             if progress is not None:
                 progress(run.result.step)
             step, last = run.result.step, run.result.step == settings.steps
@@ -145,7 +181,7 @@ class _Run:
         self.result = TrainResult(0, False)
         self.autocast = self.device.type == "cuda" and settings.precision == "bf16"
         record = settings.cuda_graph and self.device.type == "cuda"
-        self.graph = StepGraph(self.update, self.device) if record else None
+        self.graph = StepGraph(self.update, self.device, report) if record else None
         self.feed = Feed(batches, getattr(getattr(model, "cfg", None), "n_tokens", None), self.device, settings.steps)
         self.floor: Floor | None = None
         self.seconds = 0.0
@@ -177,13 +213,17 @@ class _Run:
         count = sum(parameter.numel() for parameter in self.model.parameters())
         self.report(f"{count:,} parameters on {self.device}, {arithmetic}; {self.settings.steps:,} steps")
 
-    def interval(self) -> None:
-        """Steps up to the next log line; then one line, one row, and the check that all was finite."""
+    def interval(self) -> Generator[None, None, None]:
+        """Steps up to the next log line, a pause after each; then one line, one row, and the check that all was
+        finite."""
         settings, started = self.settings, time.perf_counter()
         first = self.result.step
         last = min((first // settings.log_every + 1) * settings.log_every, settings.steps)
         self.model.train()
-        pairs = [self.step(step) for step in range(first, last)]
+        pairs = []
+        for step in range(first, last):
+            pairs.append(self.step(step))
+            yield
         losses, norms = (torch.stack(values).double().cpu() for values in zip(*pairs, strict=True))
         for index in range(last - first):
             if not (torch.isfinite(losses[index]) and torch.isfinite(norms[index])):

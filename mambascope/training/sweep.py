@@ -11,6 +11,7 @@ Where a run runs changes nothing about it: its recipe decides what is drawn, and
 import itertools
 import json
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -140,15 +141,18 @@ def run_sweep(
     device: str = "cpu",
     threads: int = 1,
     retries: int = 2,
+    minutes: float | None = None,
     report: Callable[[str], None] = print,
 ) -> "pd.DataFrame":
     """Run what is not finished below ``out`` and return the table, a row a run.
 
-    ``threads``: torch's threads in each run. Raises InputError (another executor works on ``out``; a folder below it
-    was trained with another recipe, the difference shown) and SweepError where runs did not finish, after the others
-    did; the table is written either way.
+    ``threads``: torch's threads in each run. ``minutes``: runs stop at a checkpoint after this time; the table says how
+    far they came, and the same call goes on with them. Raises InputError (another executor works on ``out``; a folder
+    below it was trained with another recipe, the difference shown) and SweepError where runs did not finish, after the
+    others did; the table is written either way.
     """
     out = Path(out).resolve()
+    until = {} if minutes is None else {"until": time.time() + 60 * minutes}
     if retries < 0 or threads < 1:
         raise InputError(f"retries must be ≥ 0 and threads ≥ 1, got {retries} and {threads}")
     with only_writer(out):
@@ -159,7 +163,7 @@ def run_sweep(
                 same_recipe(found["recipe"], spec.recipe.to_dict())
                 continue
             run = {"recipe": spec.recipe.to_dict(), "data": [str(Path(d).resolve()) for d in data]}
-            jobs.append(Job(spec.name, folder, run | {"device": device, "threads": threads}))
+            jobs.append(Job(spec.name, folder, run | {"device": device, "threads": threads, **until}))
         report(f"{sweep.name}: {len(sweep.runs)} runs, {len(sweep.runs) - len(jobs)} finished before")
         for job in jobs:
             job.folder.mkdir(parents=True, exist_ok=True)
@@ -170,16 +174,17 @@ def run_sweep(
         write_bytes(out / "table.csv", table.to_csv(index=False).encode())
     failed = [job for job in jobs if read_result(job.folder) is None]
     if failed:
+        why = f"in {1 + retries} attempts" if minutes is None else f"in {1 + retries} attempts and {minutes:g} minutes"
         reasons = "; ".join(f"{job.name}: {job.error}" for job in failed[:3])
         raise SweepError(
-            f"{len(failed)} of {len(sweep.runs)} runs did not finish in {1 + retries} attempts: {reasons}. "
+            f"{len(failed)} of {len(sweep.runs)} runs did not finish {why}: {reasons}. "
             f"The others are in {out / 'table.csv'}; the same command goes on with what is left"
         )
     return table
 
 
 def _table(sweep: Sweep, out: Path, jobs: dict[str, Job]) -> "pd.DataFrame":
-    """A row a run: what was varied, how it went, its last loss and evaluation."""
+    """A row a run: what was varied, how it went, its last loss and evaluation, and of which step."""
     import pandas as pd
 
     rows = []
@@ -190,7 +195,20 @@ def _table(sweep: Sweep, out: Path, jobs: dict[str, Job]) -> "pd.DataFrame":
         }
         row["status"] = "failed" if found is None else "finished" if job is not None else "finished before"
         row["attempts"] = 0 if job is None else job.attempts
+        found = found or _so_far(out / spec.name)
         if found is not None:
             row |= {"steps": found["steps"], "loss": found["loss"], **found["evaluation"], "seconds": found["seconds"]}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _so_far(folder: Path) -> dict[str, Any] | None:
+    """Of a run that has not finished: what its last evaluation found, and after how many steps; None before one."""
+    path = folder / "curve.json"
+    curve = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"evaluations": []}
+    if not curve["evaluations"]:
+        return None
+    last = dict(curve["evaluations"][-1])
+    step = last.pop("step")
+    row = next(row for row in curve["rows"] if row["step"] >= step)
+    return {"steps": step, "loss": row["loss"], "evaluation": last, "seconds": row["seconds"]}

@@ -7,14 +7,15 @@ and leaves ``result.json``, written last and whole: a run with that file is fini
 import json
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 from mambascope.errors import LoadError, MambascopeError
 from mambascope.storage import write_bytes
 
-__all__ = ["read_result", "run_one"]
+__all__ = ["read_result", "run_one", "run_steps"]
 
 RUN, RESULT = "run.json", "result.json"
 
@@ -22,20 +23,31 @@ RUN, RESULT = "run.json", "result.json"
 def run_one(folder: str | Path, run: dict[str, Any], report: Callable[[str], None] = print) -> dict[str, Any]:
     """Train one recipe into ``folder`` and return what is kept of it as plain values; the same wherever it runs.
 
-    ``run``: ``recipe`` (a dictionary), ``data`` (folders), ``device``, and ``threads``, which is fixed because matrix
-    products on another number of threads may round differently.
+    ``run``: ``recipe`` (a dictionary), ``data`` (folders), ``device``, ``threads``, which is fixed because matrix
+    products on another number of threads may round differently, and perhaps ``until``, the time (as ``time.time()``
+    tells it) from which on it stops at a checkpoint, without its ``result.json``.
     """
+    from mambascope.training.loop import finish
+
+    return finish(run_steps(folder, run, report))
+
+
+def run_steps(
+    folder: str | Path, run: dict[str, Any], report: Callable[[str], None] = print
+) -> Generator[None, None, dict[str, Any]]:
+    """:func:`run_one`, pausing after each step, so that runs can take turns."""
     import torch
 
-    from mambascope.training.build import train_recipe
+    from mambascope.training.build import recipe_training
     from mambascope.training.recipe import Recipe
 
     torch.set_num_threads(run["threads"])
     recipe = Recipe.from_dict(run["recipe"])
     folder = Path(folder)
-    _, result = train_recipe(
-        recipe, folder, data=run["data"], device=run["device"], resume=True, floor=False, report=report
-    )
+    _, result = yield from recipe_training(
+        recipe, folder, data=run["data"], device=run["device"], resume=True, floor=False, report=report,
+        minutes=None if "until" not in run else (run["until"] - time.time()) / 60,
+    )  # fmt: skip
     last = result.evaluations[-1] if result.evaluations else {}
     record = {
         "recipe": recipe.to_dict(),
@@ -44,6 +56,8 @@ def run_one(folder: str | Path, run: dict[str, Any], report: Callable[[str], Non
         "evaluation": {key: value for key, value in last.items() if key != "step"},
         "seconds": result.rows[-1]["seconds"],
     }
+    if not result.finished:
+        return record
     write_bytes(folder / RESULT, json.dumps(record, indent=1).encode())
     return record
 

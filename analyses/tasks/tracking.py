@@ -9,6 +9,7 @@ import itertools
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from jaxtyping import Int64
@@ -52,10 +53,12 @@ class WordProblem(Task):
     """Uniform permutations of ``points`` points; asked at every position: the product of all so far.
 
     ``points`` 5 is S5, 120 elements. Id i is the i-th permutation in lexicographic order (0: the identity); a word
-    g_1 g_2 … g_t stands for "first g_1, then g_2, …".
+    g_1 g_2 … g_t stands for "first g_1, then g_2, …". ``moves`` "all" draws from the whole group; "swaps" from the
+    identity and the exchanges of two neighbours, which generate it: the same automaton, its table shorter to learn.
     """
 
     points: int = 5
+    moves: Literal["all", "swaps"] = "all"
 
     name = "permutations"
 
@@ -71,6 +74,8 @@ class WordProblem(Task):
         self._at_least(points=(self.points, 2))
         if self.points > 6:
             raise InputError(f"task {self.name!r}: points must be 2 … 6 (720 elements), got {self.points}")
+        if self.moves not in ("all", "swaps"):
+            raise InputError(f"task {self.name!r}: moves must be 'all' or 'swaps', got {self.moves!r}")
         if length < 1:
             raise InputError(f"task {self.name!r} needs a length ≥ 1, got {length}")
 
@@ -79,13 +84,21 @@ class WordProblem(Task):
 
     def sample(self, seed: Seed, batch: int, length: int) -> Sample:
         self.check(length)
-        word = torch.randint(self.n_tokens, (batch, length), generator=generator(seed))
+        given = moves(self.points) if self.moves == "swaps" else torch.arange(self.n_tokens)
+        word = given[torch.randint(len(given), (batch, length), generator=generator(seed))]
         table = products(self.points)
         answer, shift = word.clone(), 1
         while shift < length:  # after each round answer[t] is the product of the last 2 * shift elements
             answer[:, shift:] = table[answer[:, :-shift], answer[:, shift:]]
             shift *= 2
         return Sample(word, answer)
+
+
+@lru_cache
+def moves(points: int) -> Int64[Tensor, " points"]:
+    """Ids of the identity and of the exchanges of neighbours: id k! exchanges the points k + 1 and k places before the
+    end."""
+    return torch.tensor([0] + [math.factorial(k) for k in range(1, points)])
 
 
 @lru_cache

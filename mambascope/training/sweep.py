@@ -10,6 +10,7 @@ Where a run runs changes nothing about it: its recipe decides what is drawn, and
 
 import itertools
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -193,13 +194,19 @@ def _table(sweep: Sweep, out: Path, jobs: dict[str, Job]) -> "pd.DataFrame":
         row: dict[str, Any] = {key.rsplit(".", 1)[-1]: value for key, value in spec.varied.items()} or {
             "run": spec.name
         }
-        row["status"] = "failed" if found is None else "finished" if job is not None else "finished before"
+        row["status"] = _status(found, job)
         row["attempts"] = 0 if job is None else job.attempts
         found = found or _so_far(out / spec.name)
         if found is not None:
             row |= {"steps": found["steps"], "loss": found["loss"], **found["evaluation"], "seconds": found["seconds"]}
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _status(found: dict[str, Any] | None, job: Job | None) -> str:
+    if found is not None:
+        return "finished" if job is not None else "finished before"
+    return "stopped" if job is not None and time.time() > job.run.get("until", math.inf) else "failed"
 
 
 def _so_far(folder: Path) -> dict[str, Any] | None:

@@ -266,6 +266,19 @@ def test_parity_is_the_word_problem_of_two_points() -> None:
     assert torch.equal(words.targets, bits.targets)
 
 
+def test_words_of_exchanges_reach_the_whole_group() -> None:
+    every = list(itertools.permutations(range(5)))
+    sample = WordProblem(moves="swaps").sample(0, 40, 60)
+    moved = {tuple(i for i in range(5) if every[id][i] != i) for id in sample.tokens.unique().tolist()}
+    assert moved == {(), (0, 1), (1, 2), (2, 3), (3, 4)}
+    assert sample.targets.unique().numel() == 120
+    for word, answers in zip(sample.tokens.tolist(), sample.targets.tolist(), strict=True):
+        product = tuple(range(5))
+        for move, answer in zip(word, answers, strict=True):
+            product = tuple(every[move][i] for i in product)
+            assert every[answer] == product
+
+
 def test_a_needle_stands_where_it_was_put() -> None:
     for depth, place in ((0.0, 0), (1.0, 27), (0.5, 12)):
         sample = Needle(vocabulary=32, depth=depth).sample(0, 5, 32)
@@ -335,6 +348,7 @@ def test_names_and_options() -> None:
         (MarkovChain(order=5), 4, "order 5 needs a length ≥ 5"),
         (MarkovChain(order=-1), 4, "order must be an integer ≥ 0"),
         (WordProblem(points=7), 4, "points must be 2 … 6"),
+        (WordProblem(moves="some"), 4, "moves must be 'all' or 'swaps', got 'some'"),
         (Needle(needles=30), 500, "30 needles need as many keys; a vocabulary of 64 has 20"),
         (Needle(needles=4), 13, "4 needles and the question need a length ≥ 14"),
         (Needle(needles=2, depth=0.5), 64, "depth is 0 … 1 and belongs to one needle"),

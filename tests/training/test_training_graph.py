@@ -8,11 +8,13 @@ from mambascope.errors import InputError
 from mambascope.model import HookedMamba
 from mambascope.training.build import train_recipe
 from mambascope.training.command import recipe_for
-from mambascope.training.graph import GradientGraph
+from mambascope.training.executors import in_turns
+from mambascope.training.graph import GradientGraph, StepGraph
 from mambascope.training.head import answer_loss
 from mambascope.training.loop import train
 from mambascope.training.recipe import TrainSettings
 from mambascope.training.sampler import Batch
+from mambascope.training.sweep import load_sweep, run_sweep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
 
@@ -36,6 +38,59 @@ def test_recorded_and_plain_steps_give_the_same_losses(tmp_path):
     assert [row["loss"] for row in resumed.rows] == pytest.approx([row["loss"] for row in b.rows], rel=1e-4)
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
+
+
+RIVALS = {
+    "h": ["model.d_inner=112"],
+    "s": ["model.d_inner=140"],
+    "p": ["model.d_inner=200"],
+    "l": ["model.d_inner=58"],
+    "g": ["model.d_inner=164"],
+    "af": ["model.n_layers=4", "model.n_heads=4", "model.d_ff=84"],
+    "wf": ["model.n_layers=4", "model.n_heads=4", "model.d_ff=84", "model.window=16"],
+}
+
+
+@pytest.mark.parametrize("pattern", RIVALS)
+def test_steps_of_every_rival_can_be_recorded(tmp_path, pattern: str):
+    changes = ["train.steps=24", "train.log_every=4", "train.checkpoint_every=24", "train.evaluate_every=24"]
+    changes += ["train.length=64", "task.evaluate_lengths=[64]", f"model.pattern='{pattern}'", *RIVALS[pattern]]
+    losses, lines = {}, []
+    for graph in ("false", "true"):
+        recipe = recipe_for("induction-2l", [*changes, f"train.cuda_graph={graph}"])
+        _, result = train_recipe(recipe, tmp_path / graph, device="cuda", floor=False, report=lines.append)
+        losses[graph] = [row["loss"] for row in result.rows]
+    assert losses["true"] == pytest.approx(losses["false"], rel=1e-3)
+    assert not [line for line in lines if "cannot be recorded" in line]
+
+
+def test_a_step_that_cannot_be_recorded_runs_as_it_is():
+    batch, told, calls = Batch(torch.ones(2, 3).long(), torch.ones(2, 3).long()), [], []
+
+    def step(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(batch.tokens.sum().item())  # reads back: no recording can do that
+        return batch.tokens.sum().float(), batch.tokens.sum().float()
+
+    graph = StepGraph(step, torch.device("cuda"), told.append)
+    found = [graph(batch)[0].item() for _ in range(6)]
+    assert found == [6.0] * 6
+    assert len(calls) == 6
+    assert len(told) == 1 and "cannot be recorded" in told[0]
+    strict = StepGraph(step, torch.device("cuda"))
+    for _ in range(3):
+        strict(batch)
+    with pytest.raises(RuntimeError):
+        strict(batch)
+
+
+def test_runs_in_turns_train_as_they_do_alone(tmp_path):
+    changes = {"train.steps": 40, "train.log_every": 8, "train.checkpoint_every": 40, "train.evaluate_every": 40}
+    changes |= {"task.evaluate_lengths": [64], "task.evaluate_sequences": 8, "train.length": 64, "model.n_layers": 2}
+    sweep = load_sweep("induction-rivals", changes | {"train.cuda_graph": True})
+    table = run_sweep(sweep, tmp_path / "together", in_turns(9), device="cuda", retries=0, report=quiet)
+    for spec, loss in zip(sweep.runs, table["loss"], strict=True):
+        _, alone = train_recipe(spec.recipe, tmp_path / spec.name, device="cuda", floor=False, report=quiet)
+        assert alone.rows[-1]["loss"] == pytest.approx(loss, rel=1e-3), spec.name
 
 
 def test_a_text_step_in_bf16_is_recorded_too(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 from mambascope.errors import BackendError, ConfigError, InputError, LoadError, UnknownNameError
 from mambascope.training import executors
 from mambascope.training.command import main
-from mambascope.training.executors import local_processes, ray_cluster
+from mambascope.training.executors import in_turns, local_processes, ray_cluster
 from mambascope.training.files import only_writer
 from mambascope.training.sweep import Job, SweepError, load_sweep, run_sweep, sweep_names
 from mambascope.training.worker import read_result, run_one
@@ -191,6 +191,56 @@ def test_a_killed_worker_is_tried_again_and_ends_where_an_undisturbed_one_does(f
     assert found is not None
     straight = run_one(tmp_path / "here", json.loads((victim / "run.json").read_text()), quiet)
     assert (found["loss"], found["evaluation"]) == (straight["loss"], straight["evaluation"]), "to the bit"
+
+
+def test_runs_of_one_process_take_turns_and_change_nothing(file, tmp_path) -> None:
+    sweep = load_sweep(file)
+    table = run_sweep(sweep, tmp_path / "out", in_turns(2), report=quiet)
+    assert table["status"].tolist() == ["finished", "finished"]
+    for name in ("seed=1", "seed=2"):
+        found = read_result(tmp_path / "out" / name)
+        assert found is not None
+        run = json.loads((tmp_path / "out" / name / "run.json").read_text())
+        alone = run_one(tmp_path / "alone" / name, run, quiet)
+        assert (found["loss"], found["evaluation"]) == (alone["loss"], alone["evaluation"]), "to the bit"
+        assert "step 60/60" in (tmp_path / "out" / name / "log.txt").read_text()
+    with pytest.raises(InputError, match="together must be an integer ≥ 1, got 0"):
+        in_turns(0)
+
+
+def test_a_run_that_fails_in_its_turn_leaves_the_others_alone(file, tmp_path) -> None:
+    file.write_text(SWEEP.replace("seed = [1, 2]", 'seed = [1]\n"train.lr" = [1e-2, 1e38]'))
+    with pytest.raises(SweepError, match=r"1 of 2 runs did not finish in 2 attempts: seed=1,lr=1e\+38: RuntimeError"):
+        run_sweep(load_sweep(file), tmp_path, in_turns(2), retries=1, report=quiet)
+    assert read_result(tmp_path / "seed=1,lr=0.01") is not None
+    assert "error: RuntimeError: value" in (tmp_path / "seed=1,lr=1e+38" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("executor", [in_turns(2), local_processes(2)])
+def test_a_sweep_whose_time_is_over_says_how_far_it_came_and_goes_on(file, tmp_path, executor) -> None:
+    short = {"train.evaluate_every": 5, "train.steps": 20}
+    sweep = load_sweep(file, short)
+    message = r"2 of 2 runs did not finish in 3 attempts and 0 minutes: seed=1: stopped, its time is over"
+    with pytest.raises(SweepError, match=message):
+        run_sweep(sweep, tmp_path, executor, minutes=0, report=quiet)
+    for spec in sweep.runs:  # what a run leaves that its time stopped
+        run = {"recipe": spec.recipe.to_dict(), "data": [], "device": "cpu", "threads": 1, "until": time.time()}
+        run_one(tmp_path / spec.name, run, quiet)
+        assert read_result(tmp_path / spec.name) is None
+    with pytest.raises(SweepError):
+        run_sweep(sweep, tmp_path, executor, minutes=0, report=quiet)
+    rows = (tmp_path / "table.csv").read_text().splitlines()
+    assert "stopped" in rows[1] and ",5," in rows[1] and "accuracy_8" in rows[0]
+    table = run_sweep(sweep, tmp_path, executor, report=quiet)
+    assert table["steps"].tolist() == [20, 20]
+    assert "resumed at step 5" in (tmp_path / "seed=1" / "log.txt").read_text()
+
+
+def test_together_is_for_one_process(file, tmp_path, capsys) -> None:
+    out = ["--out", str(tmp_path / "x"), "--together", "2"]
+    assert main(["sweep", str(file), *out, "--workers", "2"]) == 1
+    assert "--together is for one process" in capsys.readouterr().err
+    assert main(["sweep", str(file), *out, "--set", "train.steps=10", "--set", "train.evaluate_every=10"]) == 0
 
 
 def test_runs_take_turns_over_the_gpus(monkeypatch, tmp_path) -> None:

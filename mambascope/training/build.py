@@ -240,7 +240,7 @@ def _text(
         steps=settings.steps,
         seed=recipe.seed,
         hold=text.hold,
-        repeats=Repeats(text.repeats, ordinary) if text.repeats else None,
+        repeats=Repeats(text.repeats, ordinary, text.repeats_longest) if text.repeats else None,
     )
     headers = {name: asdict(file.header) for name, file in prepared.files.items()}
     record = {

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mambascope.analyses.tasks import Task
 
 __all__ = [
+    "SHORTEST_BLOCK",
     "Recipe",
     "Source",
     "TaskData",
@@ -31,6 +32,9 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
+
+SHORTEST_BLOCK = 8
+"""Tokens of the shortest block of random tokens that is read twice."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +55,15 @@ class Source:
 class TextData:
     """Text sources; the last ``held_out`` part of each is never trained on. ``hold``: the part of
     training in which shares stay at their start values. ``repeats``: the share of rows that are random tokens read
-    twice (:class:`mambascope.training.sampler.Repeats`); the sources share the rest."""
+    twice (:class:`mambascope.training.sampler.Repeats`); the sources share the rest. ``repeats_longest``: the longest
+    block of these at the start and the end of training; half a row if not given."""
 
     sources: tuple[Source, ...]
     vocabulary: int = 8192
     held_out: float = 0.01
     hold: float = 0.0
     repeats: float = 0.0
+    repeats_longest: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -140,14 +146,22 @@ class Recipe:
     def __post_init__(self) -> None:
         if (self.text is None) == (self.task is None):
             raise ConfigError(f"recipe {self.name!r} must have exactly one of [text] and [task]")
-        if self.text is not None and self.text.vocabulary != self.model.d_vocab:
-            raise ConfigError(f"text.vocabulary = {self.text.vocabulary} but model.d_vocab = {self.model.d_vocab}")
-        if self.text is not None and not 0 <= self.text.held_out < 0.5:
-            raise ConfigError(f"text.held_out must be in 0 … 0.5, got {self.text.held_out}")
-        if self.text is not None and not 0 <= self.text.repeats < 1:
-            raise ConfigError(f"text.repeats is a share of the rows, 0 ≤ repeats < 1, got {self.text.repeats}")
+        if self.text is not None:
+            self._check_text(self.text)
         if self.task is not None:
             self._check_task(self.task)
+
+    def _check_text(self, text: TextData) -> None:
+        if text.vocabulary != self.model.d_vocab:
+            raise ConfigError(f"text.vocabulary = {text.vocabulary} but model.d_vocab = {self.model.d_vocab}")
+        if not 0 <= text.held_out < 0.5:
+            raise ConfigError(f"text.held_out must be in 0 … 0.5, got {text.held_out}")
+        if not 0 <= text.repeats < 1:
+            raise ConfigError(f"text.repeats is a share of the rows, 0 ≤ repeats < 1, got {text.repeats}")
+        if text.repeats_longest is not None and not text.repeats:
+            raise ConfigError("text.repeats_longest is given, but text.repeats is 0: no row is read twice")
+        if text.repeats_longest is not None and min(text.repeats_longest) < SHORTEST_BLOCK:
+            raise ConfigError(f"text.repeats_longest must be at least {SHORTEST_BLOCK}, got {text.repeats_longest}")
 
     def _check_task(self, data: TaskData) -> None:
         if data.evaluate_sequences < 1:

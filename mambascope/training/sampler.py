@@ -5,8 +5,10 @@ linearly over the run). Within a source, rows are windows without replacement: a
 windows at a random phase and visits them in a random order.
 
 A share of the rows may be random tokens read twice instead, in segments one after the other: ``N`` tokens, the same
-``N`` again, ``N`` log-uniform from 8 to half the row. Only what can be recalled is scored there, the second copies
-from their second token on. Text alone teaches copying late, if at all; a few such rows teach it to small models.
+``N`` again, ``N`` log-uniform from 8 to half the row, or to a limit that grows over training. Only what can be recalled
+is scored there, the second copies from their second token on. Text alone teaches copying late, if at all; a few such
+rows teach it to small models. Log-uniform lengths still put most tokens into long blocks, which a bounded state learns
+last; a limit that starts low gives it short ones first.
 """
 
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from mambascope.errors import InputError
 from mambascope.ops.loss import IGNORED
+from mambascope.training.recipe import SHORTEST_BLOCK
 
 __all__ = ["IGNORED", "Batch", "Batches", "Repeats", "TextStream", "WindowSampler"]
 
@@ -49,17 +52,27 @@ class TextStream:
 
 @dataclass(frozen=True)
 class Repeats:
-    """Rows of random tokens read twice: their share of all rows, and the ids to draw from."""
+    """Rows of random tokens read twice: their share of all rows, the ids to draw from, and the longest block at the
+    start and the end of training (it grows by a constant factor a step), half a row where nothing is said."""
 
     share: float
     ids: np.ndarray
+    longest: tuple[int, int] | None = None
 
-    def row(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def limit(self, progress: float, length: int) -> float:
+        """The longest block after the part ``progress`` (0 … 1) of training."""
+        half = max(SHORTEST_BLOCK, length // 2)
+        if self.longest is None:
+            return half
+        first, last = self.longest
+        return float(np.clip(first * (last / first) ** progress, SHORTEST_BLOCK, half))
+
+    def row(self, rng: np.random.Generator, length: int, progress: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
         """``length + 1`` tokens, and which of the ``length`` next tokens are scored."""
         tokens, scored = np.empty(length + 1, np.int64), np.zeros(length + 1, bool)
-        at = 0
+        limit, at = self.limit(progress, length), 0
         while at <= length:
-            n = int(np.exp(rng.uniform(np.log(8), np.log(max(8, length // 2)))))
+            n = int(np.exp(rng.uniform(np.log(SHORTEST_BLOCK), np.log(limit))))
             once = rng.choice(self.ids, n)
             twice, recalled = np.concatenate([once, once]), np.arange(2 * n) > n
             end = min(at + 2 * n, length + 1)
@@ -97,8 +110,8 @@ class WindowSampler:
         if len(streams) == 0 or (ends < 0).any() or not np.allclose(ends.sum(0), 1.0, atol=1e-6):
             raise InputError(f"the shares of the sources must be >= 0 and add up to 1, got sums {ends.sum(0).tolist()}")
         self.streams, self.batch, self.length, self.seed = list(streams), batch, length, seed
-        progress = np.arange(steps) / max(steps - 1, 1)
-        move = np.clip((progress - hold) / max(1 - hold, 1e-9), 0, 1)[:, None]
+        self._progress = np.arange(steps) / max(steps - 1, 1)
+        move = np.clip((self._progress - hold) / max(1 - hold, 1e-9), 0, 1)[:, None]
         shares = (1 - move) * ends[:, 0] + move * ends[:, 1]
         rng = np.random.default_rng([seed, 0])
         self._repeats = repeats
@@ -121,7 +134,8 @@ class WindowSampler:
         if self._repeats is None:
             return _batch(rows)
         rng = np.random.default_rng([self.seed, 0, step])
-        made = [self._repeats.row(rng, self.length) for _ in range(int(self._repeated[step]))]
+        done = float(self._progress[step])
+        made = [self._repeats.row(rng, self.length, done) for _ in range(int(self._repeated[step]))]
         batch = _batch([*rows, *(tokens for tokens, _ in made)])
         for target, (_, scored) in zip(batch.targets[len(rows) :], made, strict=True):
             target[torch.from_numpy(~scored)] = IGNORED

@@ -49,11 +49,20 @@ def test_shipped_recipes():
         ("model", "layers", 3, r"\[model\]: config has an unknown field 'layers'"),
         ("text", "vocabulary", 300, r"text.vocabulary = 300 but model.d_vocab = 8192"),
         ("text", "held_out", 0.9, r"held_out must be in 0"),
+        ("text", "repeats", 1.0, r"share of the rows, 0 ≤ repeats < 1, got 1.0"),
+        ("text", "repeats_longest", [16, 64], r"repeats_longest is given, but text.repeats is 0"),
+        ("text", "repeats_longest", 64, r"repeats_longest must be a list"),
     ],
 )
 def test_wrong_keys_and_values_are_named(values, section, key, value, message):
     values[section][key] = value
     with pytest.raises(ConfigError, match=message):
+        Recipe.from_dict(values)
+
+
+def test_blocks_read_twice_have_a_shortest_length(values):
+    values["text"] |= {"repeats": 0.1, "repeats_longest": [4, 64]}
+    with pytest.raises(ConfigError, match=r"repeats_longest must be at least 8, got \(4, 64\)"):
         Recipe.from_dict(values)
 
 

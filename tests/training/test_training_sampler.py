@@ -84,6 +84,22 @@ def test_rows_read_twice_score_what_can_be_recalled():
             assert (row[t], targets[t]) in pairs, "what followed this token before"
 
 
+def test_blocks_read_twice_grow_over_training():
+    stream = TextStream("a", np.zeros(9000, np.uint16), (1.0, 1.0))
+
+    def longest(step: int, limit: tuple[int, int] | None) -> int:
+        """The longest run of scored tokens, one less than its block, in the rows of a step."""
+        repeats = Repeats(1.0, np.arange(5, 4000), limit)
+        rows = WindowSampler([stream], batch=8, length=400, steps=101, seed=0, repeats=repeats)(step).targets != IGNORED
+        return max(len(run) for row in rows.tolist() for run in "".join("x" if v else " " for v in row).split())
+
+    assert 6 <= longest(0, (12, 120)) < 12
+    assert 16 <= longest(50, (12, 120)) < 38, "half way: the geometric mean"
+    assert 60 <= longest(100, (12, 120)) < 120
+    assert longest(0, None) >= 120, "half a row from the start"
+    assert Repeats(1.0, np.arange(9), (16, 4096)).limit(1.0, 400) == 200, "never more than half a row"
+
+
 def test_repeats_take_their_share_and_the_sources_the_rest():
     sampler = _sampler(steps=500, repeats=Repeats(0.25, np.arange(5000, 9000)))
     rows = torch.cat([sampler(step).tokens[:, 0] for step in range(500)])

@@ -22,6 +22,10 @@ class StepGraph:
     three calls run as they are (kernels compile, the optimizer makes its state); the fourth records. All are steps.
     With ``report`` a step that cannot be recorded is told to it, with the reason, and runs as it is from then on;
     without, it is an error.
+
+    Recordings on several streams may be replayed at the same time: each is made on the stream that it is used on (the
+    default one excepted, where nothing can be recorded) and has a cuBLAS workspace of its own. torch keeps one for each
+    stream, and by itself records everything on one stream: products that sum over parts would share their scratch.
     """
 
     def __init__(
@@ -33,7 +37,8 @@ class StepGraph:
         self._report, self._refused = report, False
         self._step, self._device = step, device
         self._calls = 0
-        self._stream = torch.cuda.Stream(device)
+        now = torch.cuda.current_stream(device)
+        self._stream = torch.cuda.Stream(device) if now == torch.cuda.default_stream(device) else now
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batch: Batch | None = None
         self._results: tuple[Tensor, Tensor] | None = None
@@ -68,7 +73,8 @@ class StepGraph:
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: the thread that makes the next batch may allocate page-locked memory meanwhile
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            _drop_workspaces()
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 results = self._step(batch)
         except RuntimeError as error:
             if self._report is None:
@@ -76,7 +82,14 @@ class StepGraph:
             self._refused = True  # nothing of the step was done, and nothing of it is kept
             self._report(f"a step cannot be recorded ({str(error).splitlines()[0]}); it runs kernel by kernel")
             return
+        finally:
+            _drop_workspaces()  # the recording's own lies in its memory, which nobody else is given
         self._graph, self._results = graph, results
+
+
+def _drop_workspaces() -> None:
+    """Let cuBLAS be given new scratch by the next product, as torch does around the graphs of its compiler."""
+    torch._C._cuda_clearCublasWorkspaces()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class GradientGraph:

@@ -1,5 +1,7 @@
 """A recorded step trains like a step by itself (needs a GPU)."""
 
+import json
+
 import pytest
 import torch
 
@@ -84,13 +86,15 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is():
 
 
 def test_runs_in_turns_train_as_they_do_alone(tmp_path):
-    changes = {"train.steps": 40, "train.log_every": 8, "train.checkpoint_every": 40, "train.evaluate_every": 40}
-    changes |= {"task.evaluate_lengths": [64], "task.evaluate_sequences": 8, "train.length": 64, "model.n_layers": 2}
-    sweep = load_sweep("induction-rivals", changes | {"train.cuda_graph": True})
-    table = run_sweep(sweep, tmp_path / "together", in_turns(9), device="cuda", retries=0, report=quiet)
-    for spec, loss in zip(sweep.runs, table["loss"], strict=True):
+    """Rows enough for products that sum over parts, whose scratch must not be shared by recordings."""
+    changes = {"train.steps": 60, "train.log_every": 10, "train.checkpoint_every": 60, "train.evaluate_every": 60}
+    sweep = load_sweep("selective-copying", changes | {"task.evaluate_sequences": 8})
+    run_sweep(sweep, tmp_path / "together", in_turns(99), device="cuda", retries=0, report=quiet)
+    for spec in sweep.runs[::2]:
+        together = json.loads((tmp_path / "together" / spec.name / "curve.json").read_text())["rows"]
         _, alone = train_recipe(spec.recipe, tmp_path / spec.name, device="cuda", floor=False, report=quiet)
-        assert alone.rows[-1]["loss"] == pytest.approx(loss, rel=1e-3), spec.name
+        for a, b in zip(together, alone.rows, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=2e-2), (spec.name, a["step"])
 
 
 def test_a_text_step_in_bf16_is_recorded_too(tmp_path):

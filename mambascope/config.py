@@ -99,6 +99,15 @@ class MambaConfig:
             value = getattr(self, field)
             if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
                 raise ConfigError(f"{field} must be a positive number, got {value!r}")
+        for field in ("dt_floor", "dt_scale", "initializer_range"):
+            value = getattr(self, field)
+            if not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+                raise ConfigError(f"{field} must be a number >= 0, got {value!r}")
+        if self.dt_min > self.dt_max:
+            raise ConfigError(f"dt_min={self.dt_min} exceeds dt_max={self.dt_max}: delta is drawn between them")
+        for field in ("conv_bias", "proj_bias", "residual_in_fp32", "tie_embeddings", "prepend_bos"):
+            if not isinstance(getattr(self, field), bool):
+                raise ConfigError(f"{field} must be true or false, got {getattr(self, field)!r}")
         if self.activation not in ACTIVATIONS:
             raise ConfigError(f"activation {self.activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
         if self.dt_init not in ("random", "constant"):
@@ -107,6 +116,8 @@ class MambaConfig:
             raise ConfigError(f"n_tokens={self.n_tokens} exceeds d_vocab={self.d_vocab} rows of the embedding")
         for field in ("bos_token_id", "eos_token_id"):
             value = getattr(self, field)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ConfigError(f"{field} must be the id of a token or None, got {value!r}")
             if value is not None and not 0 <= value < self.n_tokens:
                 raise ConfigError(f"{field}={value} is outside the vocabulary of {self.n_tokens} tokens")
         if self.prepend_bos and self.bos_token_id is None:

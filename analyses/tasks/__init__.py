@@ -100,7 +100,9 @@ def task_names() -> list[str]:
 def task_type(name: str) -> "type[Task]":
     """The class of a task. Raises UnknownNameError with the nearest names."""
     if name not in _TASKS:
-        raise UnknownNameError(f"there is no task {name!r}{nearest(name, _TASKS)} Known: {', '.join(task_names())}")
+        raise UnknownNameError(
+            f"there is no task {name!r}{nearest(name, _TASKS) or '.'} Known: {', '.join(task_names())}"
+        )
     return __getattr__(_TASKS[name])
 
 

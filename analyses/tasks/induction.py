@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mambascope.analyses.tasks.task import IGNORED, Sample, Seed, Task
+from mambascope.analyses.tasks.task import IGNORED, Sample, Seed, Task, check_seed
 from mambascope.errors import InputError
 
 __all__ = ["InductionHeads"]
@@ -51,6 +51,7 @@ class InductionHeads(Task):
 
     def sample(self, seed: Seed, batch: int, length: int) -> Sample:
         self.check(length)
+        check_seed(seed)
         rng, rows = np.random.default_rng(seed), np.arange(batch)
         tokens = rng.integers(0, self.vocabulary - 1, (batch, length))
         position = rng.integers(0, length - 2, batch)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mambascope.errors import InputError
 
-__all__ = ["IGNORED", "Sample", "Score", "Seed", "Task", "distinct", "evaluate", "generator", "wilson"]
+__all__ = ["IGNORED", "Sample", "Score", "Seed", "Task", "check_seed", "distinct", "evaluate", "generator", "wilson"]
 
 IGNORED = -100
 """A target that does not count."""
@@ -28,8 +28,16 @@ IGNORED = -100
 Seed = int | tuple[int, ...]
 
 
+def check_seed(seed: Seed) -> None:
+    """InputError for what is no whole number from 0 on, or a tuple of such."""
+    numbers = seed if isinstance(seed, tuple) else (seed,)
+    if not all(isinstance(n, (int, np.integer)) and n >= 0 for n in numbers):
+        raise InputError(f"a seed is an integer ≥ 0, or a tuple of such, got {seed!r}")
+
+
 def generator(seed: Seed) -> torch.Generator:
     """A CPU generator whose stream is a function of a number or a tuple of numbers."""
+    check_seed(seed)
     # torch's CPU generator uses 32 bits of its seed: numpy's hash spreads a tuple over them
     return torch.Generator().manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
 

@@ -170,7 +170,7 @@ def load_text_task(
     """
     if name not in TEXT_TASKS:
         raise UnknownNameError(
-            f"there is no text task {name!r}{nearest(name, TEXT_TASKS)} Known: {', '.join(TEXT_TASKS)}"
+            f"there is no text task {name!r}{nearest(name, TEXT_TASKS) or '.'} Known: {', '.join(TEXT_TASKS)}"
         )
     if model.tokenizer is None:
         raise InputError(f"text task {name!r} needs a tokenizer; model {model.cfg.name!r} has none")

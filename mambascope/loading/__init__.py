@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mambascope.model import HookedMamba
     from mambascope.ops import Backend
 
-__all__ = ["ModelInfo", "list_models", "load", "save_model"]
+__all__ = ["ModelInfo", "list_models", "load", "save_model", "usable_device"]
 
 _DTYPES = ("float32", "float64", "bfloat16", "float16")
 
@@ -69,7 +69,7 @@ def load(
     from mambascope.loading.weights import stored_dtype
     from mambascope.ops.dispatch import resolve_backend
 
-    where = _device(device)
+    where = usable_device(device)
     wanted = _dtype(dtype)
     if backend != "auto":  # before anything is downloaded
         resolve_backend(backend, where, wanted or torch.float32)
@@ -87,7 +87,7 @@ def load(
     return _build(cfg, found, folder, where, wanted, backend)
 
 
-def _device(device: "str | torch.device | None") -> "torch.device":
+def usable_device(device: "str | torch.device | None") -> "torch.device":
     """The device asked for, proven to be there; by default a GPU if there is one."""
     import torch
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from mambascope.analyses.tasks import evaluate as evaluate_task
 from mambascope.errors import InputError, LoadError
+from mambascope.loading import usable_device
 from mambascope.storage import write_bytes
 from mambascope.training.data import (
     HELD_OUT,
@@ -26,8 +27,9 @@ from mambascope.training.data import (
     write_tokens,
 )
 from mambascope.training.evaluate import held_out_losses
+from mambascope.training.files import only_writer, read_json
 from mambascope.training.floor import measure_floor
-from mambascope.training.loop import TrainResult, finish, training
+from mambascope.training.loop import TrainResult, check_folder, finish, training
 from mambascope.training.metrics import inside_metrics, largest_fall, state_metrics
 from mambascope.training.overlap import WINDOW, shared_windows
 from mambascope.training.recipe import Recipe, TextData
@@ -76,8 +78,7 @@ def prepare_text(
     for folder in [*folders, out]:
         mark = Path(folder) / _MARK
         if mark.is_file():
-            found = json.loads(mark.read_text(encoding="utf-8"))
-            if found != _origin(text):
+            if read_json(mark) != _origin(text):
                 raise InputError(
                     f"{folder} holds data prepared from other sources or another vocabulary; "
                     "delete it or give another folder"
@@ -188,27 +189,30 @@ def recipe_training(
     progress: Callable[[int], None] | None = None,
 ) -> Generator[None, None, tuple["HookedMamba", TrainResult]]:
     """:func:`train_recipe`, pausing after each step (see :func:`mambascope.training.loop.training`)."""
-    out = Path(out)
-    batches, evaluate = _text(recipe, out, data, report) if recipe.text is not None else _task(recipe)
-    model = build_model(recipe, device)
-    settings, on_gpu = recipe.train, model.device.type == "cuda"
-    scored = batches(0).targets.shape[1]
-    dtype = torch.bfloat16 if on_gpu and settings.precision == "bf16" else torch.float32
-    result = yield from training(
-        model,
-        batches,
-        settings,
-        out,
-        recipe=recipe.to_dict(),
-        resume=resume,
-        minutes=minutes,
-        evaluate=evaluate,
-        floor=(lambda: measure_floor(model, settings.batch, settings.length, scored=scored, dtype=dtype))
-        if (on_gpu if floor is None else floor)
-        else None,
-        report=report,
-        progress=progress,
-    )
+    out, device = Path(out), usable_device(device)
+    with only_writer(out):  # what a refused training would have written is part of that folder's record
+        check_folder(out, recipe.to_dict(), resume)
+        batches, evaluate = _text(recipe, out, data, report) if recipe.text is not None else _task(recipe)
+        model = build_model(recipe, device)
+        settings, on_gpu = recipe.train, model.device.type == "cuda"
+        scored = batches(0).targets.shape[1]
+        dtype = torch.bfloat16 if on_gpu and settings.precision == "bf16" else torch.float32
+        result = yield from training(
+            model,
+            batches,
+            settings,
+            out,
+            recipe=recipe.to_dict(),
+            resume=resume,
+            minutes=minutes,
+            evaluate=evaluate,
+            floor=(lambda: measure_floor(model, settings.batch, settings.length, scored=scored, dtype=dtype))
+            if (on_gpu if floor is None else floor)
+            else None,
+            report=report,
+            progress=progress,
+            locked=True,
+        )
     for key in ("induction_second", *(f"loss_{n}" for n in (recipe.task.evaluate_lengths if recipe.task else ()))):
         fall = largest_fall(result.evaluations, key)
         if result.finished and fall is not None:
@@ -250,7 +254,7 @@ def _text(
         "repeated_tokens": sampler.repeated(),
     }
     if (prepared.folder / _OVERLAP).is_file():
-        overlap = json.loads((prepared.folder / _OVERLAP).read_text(encoding="utf-8"))
+        overlap = read_json(prepared.folder / _OVERLAP, ("held_out", "window", "shares"))
         if overlap["held_out"] == text.held_out:
             record["overlap"] = overlap
             shares = ", ".join(f"{name} {share:.2%}" for name, share in overlap["shares"].items())

@@ -16,11 +16,12 @@ from torch import nn
 from mambascope.errors import InputError, LoadError
 from mambascope.memory import human
 from mambascope.storage import read_tensors, write_bytes, write_tensors
-from mambascope.training.files import sync_folder
+from mambascope.training.files import read_json, sync_folder
 
-__all__ = ["latest_checkpoint", "load_checkpoint", "require_room", "save_checkpoint"]
+__all__ = ["latest_checkpoint", "load_checkpoint", "read_progress", "require_room", "save_checkpoint"]
 
 _KEEP = 2
+_STEPS = "step-[0-9]*"
 
 
 def _named_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -52,7 +53,7 @@ def save_checkpoint(
         sync_folder(home)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    for old in sorted(home.glob("step-*"))[:-_KEEP]:
+    for old in sorted(home.glob(_STEPS))[:-_KEEP]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -61,7 +62,7 @@ def require_room(out: Path, model: nn.Module) -> None:
     """InputError, before anything is trained, where the disk cannot take the checkpoints: those that are kept, and
     one in the making (weights and Adam's two moments each)."""
     one = 3 * sum(p.numel() * p.element_size() for p in model.parameters())
-    kept = len(list((out / "checkpoints").glob("step-*")))
+    kept = len(list((out / "checkpoints").glob(_STEPS)))
     need, free = one * max(1, _KEEP + 1 - kept), shutil.disk_usage(out).free
     if need > free:
         raise InputError(
@@ -72,8 +73,16 @@ def require_room(out: Path, model: nn.Module) -> None:
 
 def latest_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint folder below ``out``, or None."""
-    found = sorted((out / "checkpoints").glob("step-*"))
+    found = sorted((out / "checkpoints").glob(_STEPS))
     return found[-1] if found else None
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of its training: ``recipe``, ``step``, ``seconds``, the loss ``rows``, ``evaluations``.
+
+    Raises LoadError where it cannot be read.
+    """
+    return read_json(folder / "progress.json", ("recipe", "step", "seconds", "rows", "evaluations"))
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
@@ -94,10 +103,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
             parameter.copy_(weights[name])
     if optimizer is not None:
         _load_optimizer(folder / "optimizer.safetensors", parameters, optimizer)
-    try:
-        return json.loads((folder / "progress.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{folder / 'progress.json'} cannot be read: {error}") from None
+    return read_progress(folder)
 
 
 def _load_optimizer(path: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:

@@ -1,6 +1,7 @@
 """What ``python -m mambascope.zoo`` does: list, prepare, train, sweep, export, evaluate, compare."""
 
 import argparse
+import math
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -9,10 +10,13 @@ from typing import Any
 
 from mambascope import zoo
 from mambascope.errors import ConfigError, InputError, MambascopeError
-from mambascope.training.files import disk_is_full
+from mambascope.training.files import disk_is_full, only_writer
 from mambascope.training.recipe import Recipe, load_recipe, read_recipe, with_changes
 
 __all__ = ["main", "recipe_for"]
+
+_LENGTHS = [64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
+"""Lengths that a task is evaluated at, where none are given."""
 
 
 def recipe_for(name: str, changes: Sequence[str] = ()) -> Recipe:
@@ -36,6 +40,14 @@ def _parsed(changes: Sequence[str]) -> dict[str, Any]:
         except tomllib.TOMLDecodeError:
             found[key.strip()] = text.strip()
     return found
+
+
+def _minutes(text: str) -> float:
+    """A time limit of the command line: a number above 0."""
+    minutes = float(text)
+    if not 0 < minutes < math.inf:
+        raise ValueError
+    return minutes
 
 
 def _list(_: argparse.Namespace) -> None:
@@ -62,19 +74,18 @@ def _prepare(arguments: argparse.Namespace) -> None:
     recipe = recipe_for(arguments.model, arguments.set)
     if recipe.text is None:
         raise InputError(f"{recipe.name} is trained on a generated task; there is no text to prepare")
-    prepare_text(recipe.text, arguments.data, arguments.out)
+    with only_writer(arguments.out):
+        prepare_text(recipe.text, arguments.data, arguments.out)
     print(f"prepared in {arguments.out}; train with --data {arguments.out}")
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    import torch
-
+    from mambascope.loading import usable_device
     from mambascope.training.bar import training_bar
     from mambascope.training.build import train_recipe
     from mambascope.training.export import export_model
 
-    recipe = recipe_for(arguments.model, arguments.set)
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    recipe, device = recipe_for(arguments.model, arguments.set), usable_device(arguments.device)
     with training_bar(recipe.train.steps) as (report, progress):
         _, result = train_recipe(
             recipe,
@@ -100,40 +111,30 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from mambascope.training.export import evaluate_task, evaluate_text, evaluate_text_tasks
+    from mambascope.training.measure import evaluate_context, evaluate_copying, evaluate_generation
 
     folder = arguments.folder or zoo.model_folder(arguments.model)
-    task = zoo.task_of(folder)
+    extra = arguments.copying or arguments.context or arguments.generation or arguments.text_tasks is not None
+    on_task = not extra and zoo.task_of(folder) is not None
+    if arguments.long_answers and arguments.text_tasks is None:
+        raise InputError("--long-answers is for --text-tasks FOLDER, which is not given")
+    if not on_task and (arguments.lengths or arguments.sequences):
+        raise InputError("--lengths and --sequences are for the task that a model was trained on; nothing here has one")
     more = {"device": arguments.device, "write": not arguments.dry}
-    if arguments.copying or arguments.context or arguments.generation:
-        from mambascope.training.measure import evaluate_context, evaluate_copying, evaluate_generation
-
-        values: dict[str, Any] = {}
-        if arguments.copying:
-            values |= evaluate_copying(folder, seed=arguments.seed, **more)
-        if arguments.context:
-            values |= evaluate_context(folder, arguments.data, **more)
-        if arguments.generation:
-            values |= evaluate_generation(folder, **more)
-    elif arguments.text_tasks is not None:
-        values = evaluate_text_tasks(
-            folder,
-            arguments.text_tasks,
-            single_tokens=not arguments.long_answers,
-            **more,
-        )
-    elif task is None:
-        values = evaluate_text(folder, arguments.data, **more)
-    else:
-        values = evaluate_task(
-            folder,
-            arguments.lengths,
-            arguments.sequences,
-            seed=arguments.seed,
-            **more,
-        )
-    print(
-        "written to the card" if not arguments.dry else "not written (--dry)", "of", folder, f"({len(values)} values)"
-    )
+    if arguments.copying:
+        evaluate_copying(folder, seed=arguments.seed, **more)
+    if arguments.context:
+        evaluate_context(folder, arguments.data, **more)
+    if arguments.generation:
+        evaluate_generation(folder, **more)
+    if arguments.text_tasks is not None:
+        evaluate_text_tasks(folder, arguments.text_tasks, single_tokens=not arguments.long_answers, **more)
+    if on_task:
+        lengths, counts = arguments.lengths or _LENGTHS, arguments.sequences or [1000]
+        evaluate_task(folder, lengths, counts, seed=arguments.seed, **more)
+    elif not extra:
+        evaluate_text(folder, arguments.data, **more)
+    print("not written (--dry): the card of" if arguments.dry else "written to the card of", folder)
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -190,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Any, about: str) -> argparse.ArgumentParser:
         child = commands.add_parser(name, help=about, description=about)
-        child.set_defaults(run=run)
+        child.set_defaults(run=run, again="")
         return child
 
     command("list", _list, "models with a recipe, and which of them ship")
@@ -216,16 +217,18 @@ def _parser() -> argparse.ArgumentParser:
             metavar="SECTION.KEY=VALUE",
             help="change the recipe, e.g. train.steps=1000",
         )
+    train.set_defaults(again="; the last checkpoint stays: go on with --resume")
+    sweep.set_defaults(again="; finished runs and checkpoints stay: the same command goes on")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     train.add_argument("--device", help="cuda, cpu, …; the GPU if there is one")
     train.add_argument("--floor", action="store_true", help="measure how fast a step could be, on a CPU too")
-    train.add_argument("--minutes", type=float, help="stop at a checkpoint after this time")
+    train.add_argument("--minutes", type=_minutes, help="stop at a checkpoint after this time")
     sweep.add_argument("--device", default="cpu", help="cpu (the default), cuda, …")
     sweep.add_argument("--workers", type=int, help="runs at a time on this machine, each a process (1)")
     sweep.add_argument(
         "--together", type=int, metavar="N", help="N runs at a time in this process, for small models on one GPU"
     )
-    sweep.add_argument("--minutes", type=float, help="stop at checkpoints after this time")
+    sweep.add_argument("--minutes", type=_minutes, help="stop at checkpoints after this time")
     sweep.add_argument("--threads", type=int, default=1, help="torch's threads in each run")
     sweep.add_argument("--retries", type=int, default=2, help="how often a failed or killed run is tried again")
     sweep.add_argument("--ray-address", metavar="HOST:PORT", help="run on a Ray cluster; pip install mambascope[ray]")
@@ -247,8 +250,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--context", action="store_true", help="in-context score on the text below --data")
     evaluate.add_argument("--generation", action="store_true", help="time and state of a generated token by position")
     evaluate.add_argument("--long-answers", action="store_true", help="keep answers of several tokens, too")
-    evaluate.add_argument("--lengths", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384])
-    evaluate.add_argument("--sequences", type=int, nargs="+", default=[1000], help="one number, or one a length")
+    evaluate.add_argument("--lengths", type=int, nargs="+", help="of the task's rows (64 to 16,384)")
+    evaluate.add_argument("--sequences", type=int, nargs="+", help="one number, or one a length (1,000)")
     evaluate.add_argument("--seed", type=int, default=1)
     evaluate.add_argument("--device", help="cuda, cpu, …; the GPU if there is one")
     side = command("compare", _compare, "the cards of several models side by side")
@@ -259,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; errors of ours are one line on standard error and exit status 1."""
+    """Run one command; errors of ours, and of files, are one line on standard error and exit status 1; Ctrl-C 130."""
     parsed = _parser().parse_args(arguments)
     try:
         parsed.run(parsed)
@@ -267,11 +270,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if not disk_is_full(error):
-            raise
-        print(
-            f"error: {error.filename or 'the output'} could not be written: {error.strerror}; make room",
-            file=sys.stderr,
-        )
+        where, why = error.filename or "the output", error.strerror or error
+        what = f"{where} could not be written: {why}; make room" if disk_is_full(error) else f"{where}: {why}"
+        print(f"error: {what}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"interrupted{parsed.again}", file=sys.stderr)
+        return 130
     return 0

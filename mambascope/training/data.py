@@ -20,6 +20,7 @@ import numpy as np
 
 from mambascope.errors import InputError, LoadError
 from mambascope.storage import write_bytes
+from mambascope.training.recipe import check_vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -120,13 +121,12 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> "Tokenizer":
     """A byte-level BPE of ``vocabulary`` entries: :data:`SEPARATOR` (id 0), the 256 bytes, then merges.
 
     Every string round-trips, since all bytes are entries. Same texts, same result. Takes about
-    100 s and 1 GB for 70 MB on two cores. Raises InputError for a vocabulary that does not hold the bytes
-    (257 at least), that ids of 16 bits do not hold (65,536 at most), or that the texts cannot fill.
+    100 s and 1 GB for 70 MB on two cores. Raises ConfigError for a vocabulary that does not hold the bytes
+    (257 at least) or that ids of 16 bits do not hold (65,536 at most), InputError for one that the texts cannot fill.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if not 257 <= vocabulary <= 65536:
-        raise InputError(f"vocabulary must be 257 to 65,536 (separator and bytes, 16-bit ids), got {vocabulary}")
+    check_vocabulary(vocabulary)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,6 +1,5 @@
 """From a training folder to a model folder with its card, and the measurements that go into the card."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ from mambascope.analyses.tasks import evaluate, load_text_task
 from mambascope.analyses.tasks.text import TEXT_TASKS
 from mambascope.errors import InputError, LoadError
 from mambascope.training.build import build_model
-from mambascope.training.checkpoint import latest_checkpoint, load_checkpoint
+from mambascope.training.checkpoint import latest_checkpoint, load_checkpoint, read_progress
 from mambascope.training.data import HELD_OUT, SEPARATOR, find_file, read_text, sha256
 from mambascope.training.evaluate import bits_per_byte
+from mambascope.training.files import read_json
 from mambascope.training.machine import machine
 from mambascope.training.recipe import Recipe
 from mambascope.zoo.card import add_evaluation, read_card, write_card
@@ -31,7 +31,7 @@ def export_model(out: str | Path, to: str | Path) -> Path:
     """Write the newest checkpoint of a training as a model folder (config, safetensors, tokenizer, card).
 
     Weights are stored as the recipe's ``store`` says, in files of at most 16 MiB; A_log and D stay float32.
-    Raises LoadError where there is no checkpoint.
+    Raises LoadError where there is no checkpoint, or one whose files are damaged.
     """
     from mambascope.loading import save_model
     from mambascope.loading.tokenizer import Tokenizer
@@ -40,16 +40,16 @@ def export_model(out: str | Path, to: str | Path) -> Path:
     newest = latest_checkpoint(out)
     if newest is None:
         raise LoadError(f"{out} holds no checkpoint; train into it first")
-    record = json.loads((newest / "progress.json").read_text(encoding="utf-8"))
-    recipe = Recipe.from_dict(record["recipe"], where=str(newest))
+    recipe = Recipe.from_dict(read_progress(newest)["recipe"], where=str(newest))
     model = build_model(recipe)
     progress = load_checkpoint(newest, model)
     if recipe.text is not None:
         special = None if recipe.model.bos_token_id is None else SEPARATOR
         model.tokenizer = Tokenizer.from_file(out / "tokenizer.json", bos_token=special, eos_token=special)
+    card = _card(recipe, progress, out, model)
     dtype = torch.bfloat16 if recipe.store == "bf16" else torch.float32
     save_model(model, to, dtype=dtype, max_shard_bytes=SHARD_BYTES)
-    write_card(to, _card(recipe, progress, out, model))
+    write_card(to, card)
     return to
 
 
@@ -84,7 +84,7 @@ def _card(recipe: Recipe, progress: dict[str, Any], out: Path, model: torch.nn.M
         "recipe": recipe.to_dict(),
     }
     if recipe.text is not None:
-        seen = json.loads((out / "epochs.json").read_text(encoding="utf-8"))
+        seen = read_json(out / "epochs.json", ("sources", "epochs"))
         if "overlap" in seen:
             training[f"held_out_windows_of_{seen['overlap']['window']}_tokens_also_trained_on"] = ", ".join(
                 f"{name} {share:.2%}" for name, share in seen["overlap"]["shares"].items()

@@ -1,14 +1,16 @@
-"""One writer to an output folder, and folders whose entries have reached the disk."""
+"""One writer to an output folder, folders whose entries have reached the disk, and the JSON files in them."""
 
 import errno
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from mambascope.errors import InputError
+from mambascope.errors import InputError, LoadError
 
-__all__ = ["disk_is_full", "only_writer", "sync_folder"]
+__all__ = ["disk_is_full", "only_writer", "read_json", "sync_folder"]
 
 
 def disk_is_full(error: OSError) -> bool:
@@ -42,3 +44,17 @@ def only_writer(folder: Path) -> Iterator[None]:
         except OSError:
             raise InputError(f"another training is writing to {folder}; wait for it or give another --out") from None
         yield
+
+
+def read_json(path: Path, keys: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A JSON object that a training wrote. Raises LoadError where it is missing, damaged, or lacks one of ``keys``."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise LoadError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise LoadError(f"{path} is damaged: {error}") from None
+    missing = sorted(set(keys) - set(found)) if isinstance(found, dict) else ["everything: it is no JSON object"]
+    if missing:
+        raise LoadError(f"{path} is damaged: it lacks {', '.join(missing)}")
+    return found

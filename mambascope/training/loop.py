@@ -12,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +22,13 @@ from torch import Tensor, nn
 
 from mambascope.errors import InputError, MambascopeError
 from mambascope.storage import write_bytes
-from mambascope.training.checkpoint import latest_checkpoint, load_checkpoint, require_room, save_checkpoint
+from mambascope.training.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    read_progress,
+    require_room,
+    save_checkpoint,
+)
 from mambascope.training.feed import Feed
 from mambascope.training.files import disk_is_full, only_writer
 from mambascope.training.floor import Floor
@@ -31,7 +38,16 @@ from mambascope.training.machine import machine
 from mambascope.training.recipe import TrainSettings, same_recipe
 from mambascope.training.sampler import Batch, Batches
 
-__all__ = ["TrainResult", "TrainingError", "finish", "learning_rate", "make_optimizer", "train", "training"]
+__all__ = [
+    "TrainResult",
+    "TrainingError",
+    "check_folder",
+    "finish",
+    "learning_rate",
+    "make_optimizer",
+    "train",
+    "training",
+]
 
 T = TypeVar("T")
 
@@ -108,6 +124,21 @@ def train(
     )  # fmt: skip
 
 
+def check_folder(out: Path, recipe: dict[str, Any], resume: bool) -> Path | None:
+    """The newest checkpoint that a training of ``recipe`` in ``out`` goes on from; None to start anew.
+
+    Raises InputError where ``out`` holds a training and ``resume`` is off, or one of another recipe, with the
+    difference. Changes nothing.
+    """
+    newest = latest_checkpoint(out)
+    if newest is None:
+        return None
+    if not resume:
+        raise InputError(f"{out} already holds a training ({newest.name}); go on with --resume or give another --out")
+    same_recipe(read_progress(newest)["recipe"], recipe)
+    return newest
+
+
 def finish(steps: Generator[None, None, T]) -> T:
     """Run something that pauses between its steps to its end."""
     while True:
@@ -131,11 +162,15 @@ def training(
     floor: Callable[[], Floor] | None = None,
     report: Callable[[str], None] = print,
     progress: Callable[[int], None] | None = None,
+    locked: bool = False,
 ) -> Generator[None, None, TrainResult]:
     """:func:`train`, pausing after each step: several trainings may take turns in one thread, each on a stream of its
-    own, so that a GPU works on all of them at once."""
+    own, so that a GPU works on all of them at once. ``locked``: the caller is already ``out``'s one writer."""
     out = Path(out)
-    with only_writer(out), _Run(model, batches, settings, out, recipe, loss, report) as run:
+    with (
+        nullcontext() if locked else only_writer(out),
+        _Run(model, batches, settings, out, recipe, loss, report) as run,
+    ):
         run.begin(resume)
         if floor is not None and run.result.step < settings.steps:
             try:
@@ -193,14 +228,9 @@ class _Run:
         self.feed.close()
 
     def begin(self, resume: bool) -> None:
-        newest = latest_checkpoint(self.out)
-        if newest is not None and not resume:
-            raise InputError(
-                f"{self.out} already holds a training ({newest.name}); go on with --resume or give another --out"
-            )
+        newest = check_folder(self.out, self.recipe, resume)
         if newest is not None:
             progress = load_checkpoint(newest, self.model, self.optimizer)
-            same_recipe(progress["recipe"], self.recipe)
             self.seconds = progress["seconds"]
             self.result = TrainResult(progress["step"], False, progress["rows"], progress["evaluations"])
             self.report(f"resumed at step {self.result.step:,} of {self.settings.steps:,}")

@@ -6,12 +6,13 @@
 The counts are exact: every mixer is asked for its own parameters.
 """
 
+import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from mambascope.config import MIXERS, MambaConfig
-from mambascope.errors import ConfigError
+from mambascope.errors import ConfigError, nearest
 from mambascope.loading.names import count_parameters, parameter_shapes
 
 __all__ = ["FREE", "Match", "match"]
@@ -55,7 +56,8 @@ def match(
     of 8 (d_ff) and 16 (d_inner), and finer ones where those miss by more than 1 %.
     ``options``: other fields of the config (``n_layers``, ``n_heads``, ``window``, …); the rest is the target's.
 
-    Raises ConfigError where no value of ``free`` comes within the parameters of one step.
+    Raises ConfigError for an option that a config does not have, and
+    where no value of ``free`` comes within the parameters of one step.
     """
     if free is None:
         free = "d_ff" if "f" in pattern else "n_layers" if set(pattern) <= set("aw") else "d_inner"
@@ -63,6 +65,11 @@ def match(
         raise ConfigError(f"free={free!r}: the field to choose is one of {', '.join(FREE)}")
     if free in options:
         raise ConfigError(f"{free} is to be chosen, so it cannot be given as {options[free]!r}; name another free=")
+    for key in options:
+        if key not in (known := {field.name for field in dataclasses.fields(MambaConfig)} - {"pattern"}):
+            raise ConfigError(f"config has no field {key!r} to set{nearest(key, known)}")
+    if step is not None and step < 1:
+        raise ConfigError(f"step must be at least 1, got {step}")
     if step is None:
         step = max(1, len(pattern)) if free == "n_layers" else FREE[free]
         found = _nearest(target, pattern, free, step, options)

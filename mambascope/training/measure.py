@@ -171,14 +171,16 @@ def _keep(
 def compare(folders: Sequence[str | Path]) -> "pd.DataFrame":
     """The cards of several models side by side: a row a measurement, a column a model; empty where a card lacks it.
 
-    Nothing is measured here: ``python -m mambascope.zoo evaluate`` writes cards. Raises LoadError for a missing card.
+    Models of one name are told apart by their folders. Nothing is measured here: ``python -m mambascope.zoo evaluate``
+    writes cards. Raises LoadError for a missing card and InputError for a folder given twice.
     """
     import pandas as pd
 
-    columns = {}
-    for folder in folders:
-        card = read_card(Path(folder))
-        columns[card["name"]] = _column(card)
+    cards = [(Path(folder), read_card(Path(folder))) for folder in folders]
+    called = [card["name"] for _, card in cards]
+    columns = {card["name"] if called.count(card["name"]) == 1 else str(f): _column(card) for f, card in cards}
+    if len(columns) < len(cards):
+        raise InputError(f"the models to compare must differ, got {', '.join(str(f) for f, _ in cards)}")
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     cells = {model: [column.get(n) for n in names] for model, column in columns.items()}
     return pd.DataFrame(cells, index=names, dtype=object)

@@ -4,8 +4,9 @@ import copy
 import dataclasses
 import json
 import math
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -23,6 +24,8 @@ __all__ = [
     "TaskData",
     "TextData",
     "TrainSettings",
+    "check_shares",
+    "check_vocabulary",
     "load_recipe",
     "read_recipe",
     "read_values",
@@ -64,6 +67,39 @@ class TextData:
     hold: float = 0.0
     repeats: float = 0.0
     repeats_longest: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.held_out < 0.5:
+            raise ConfigError(f"text.held_out must be in 0 … 0.5, got {self.held_out}")
+        if not 0 <= self.hold <= 1:
+            raise ConfigError(f"text.hold is a part of training, 0 ≤ hold ≤ 1, got {self.hold}")
+        if not 0 <= self.repeats < 1:
+            raise ConfigError(f"text.repeats is a share of the rows, 0 ≤ repeats < 1, got {self.repeats}")
+        if self.repeats_longest is not None and not self.repeats:
+            raise ConfigError("text.repeats_longest is given, but text.repeats is 0: no row is read twice")
+        if self.repeats_longest is not None and min(self.repeats_longest) < SHORTEST_BLOCK:
+            raise ConfigError(f"text.repeats_longest must be at least {SHORTEST_BLOCK}, got {self.repeats_longest}")
+        check_vocabulary(self.vocabulary)
+        names = [source.name for source in self.sources]
+        for name in names:
+            if not re.fullmatch(r"[\w. -]*\w[\w. -]*", name):
+                raise ConfigError(f"text.sources: {name!r} is to be the name of a file, without a folder")
+            if names.count(name) > 1:
+                raise ConfigError(f"text.sources: two sources are called {name!r}; each has a token file of its name")
+        check_shares([source.share for source in self.sources])
+
+
+def check_shares(shares: Sequence[tuple[float, float]]) -> None:
+    """ConfigError unless the sources' shares, at the start and at the end of training, are two distributions."""
+    sums = [sum(share[i] for share in shares) for i in range(2)]
+    if not all(part >= 0 for share in shares for part in share) or not all(abs(total - 1) <= 1e-6 for total in sums):
+        raise ConfigError(f"the shares of the sources must be >= 0 and add up to 1, got sums {sums}")
+
+
+def check_vocabulary(vocabulary: int) -> None:
+    """ConfigError unless a vocabulary holds the separator and the bytes, and its ids fit 16 bits."""
+    if not 257 <= vocabulary <= 65536:
+        raise ConfigError(f"vocabulary must be 257 to 65,536 (separator and bytes, 16-bit ids), got {vocabulary}")
 
 
 @dataclass(frozen=True)
@@ -115,6 +151,8 @@ class TrainSettings:
         for field in ("steps", "batch", "length", "log_every", "checkpoint_every", "evaluate_every"):
             if getattr(self, field) < 1:
                 raise ConfigError(f"train.{field} must be at least 1, got {getattr(self, field)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"train.betas must be two numbers of 0 ≤ beta < 1, got {list(self.betas)}")
         for field in ("lr", "eps", "weight_decay", "lr_floor", "clip", "warmup"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise ConfigError(f"train.{field} must be a number >= 0, got {getattr(self, field)}")
@@ -146,22 +184,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if (self.text is None) == (self.task is None):
             raise ConfigError(f"recipe {self.name!r} must have exactly one of [text] and [task]")
-        if self.text is not None:
-            self._check_text(self.text)
+        if self.seed < 0:
+            raise ConfigError(f"recipe {self.name!r}: seed must be at least 0, got {self.seed}")
+        if self.text is not None and self.text.vocabulary != self.model.d_vocab:
+            raise ConfigError(f"text.vocabulary = {self.text.vocabulary} but model.d_vocab = {self.model.d_vocab}")
         if self.task is not None:
             self._check_task(self.task)
-
-    def _check_text(self, text: TextData) -> None:
-        if text.vocabulary != self.model.d_vocab:
-            raise ConfigError(f"text.vocabulary = {text.vocabulary} but model.d_vocab = {self.model.d_vocab}")
-        if not 0 <= text.held_out < 0.5:
-            raise ConfigError(f"text.held_out must be in 0 … 0.5, got {text.held_out}")
-        if not 0 <= text.repeats < 1:
-            raise ConfigError(f"text.repeats is a share of the rows, 0 ≤ repeats < 1, got {text.repeats}")
-        if text.repeats_longest is not None and not text.repeats:
-            raise ConfigError("text.repeats_longest is given, but text.repeats is 0: no row is read twice")
-        if text.repeats_longest is not None and min(text.repeats_longest) < SHORTEST_BLOCK:
-            raise ConfigError(f"text.repeats_longest must be at least {SHORTEST_BLOCK}, got {text.repeats_longest}")
 
     def _check_task(self, data: TaskData) -> None:
         if data.evaluate_sequences < 1:
@@ -217,13 +245,24 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """The tables of a recipe. ``like = "name"`` takes over what a recipe beside it says, but for what stands here:
     siblings share their data and their training by construction."""
     path = Path(path)
-    return with_base(read_values(path, "recipe"), path.parent)
+    return with_base(read_values(path, "recipe"), path.parent, (path.stem,))
 
 
-def with_base(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A recipe's tables with those of the recipe in ``folder`` that its ``like`` names, if it has that key, beneath."""
+def with_base(values: dict[str, Any], folder: Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A recipe's tables with those of the recipe in ``folder`` that its ``like`` names, if it has that key, beneath.
+
+    ``seen``: recipes of that folder that lead here, none of which it may name again.
+    """
     values = dict(values)
-    return _over(read_recipe(folder / f"{values.pop('like')}.toml"), values) if "like" in values else values
+    if "like" not in values:
+        return values
+    like = values.pop("like")
+    if not isinstance(like, str) or Path(like).name != like:
+        raise ConfigError(f"like must be the name of a recipe in {folder}, without .toml, got {like!r}")
+    if like in seen:
+        raise ConfigError(f"recipes in {folder} are like each other in a circle: {' -> '.join((*seen, like))}")
+    base = with_base(read_values(folder / f"{like}.toml", "recipe"), folder, (*seen, like))
+    return _over(base, values)
 
 
 def _over(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

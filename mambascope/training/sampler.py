@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mambascope.errors import InputError
 from mambascope.ops.loss import IGNORED
-from mambascope.training.recipe import SHORTEST_BLOCK
+from mambascope.training.recipe import SHORTEST_BLOCK, check_shares
 
 __all__ = ["IGNORED", "Batch", "Batches", "Repeats", "TextStream", "WindowSampler"]
 
@@ -85,8 +85,8 @@ class WindowSampler:
     """Batches of next-token windows from several sources; see the module's text.
 
     ``length`` is in tokens, ``steps`` the whole length of training (it fixes how shares move). Shares move
-    only over the last ``1 - hold`` part of the steps. Raises InputError where a source is shorter than two windows
-    or the shares are not a distribution.
+    only over the last ``1 - hold`` part of the steps. Raises InputError where a source is shorter than two windows,
+    ConfigError where the shares are not a distribution.
     """
 
     def __init__(
@@ -107,8 +107,7 @@ class WindowSampler:
                     "give more text or a shorter length"
                 )
         ends = np.array([stream.share for stream in streams], np.float64)  # sources, 2
-        if len(streams) == 0 or (ends < 0).any() or not np.allclose(ends.sum(0), 1.0, atol=1e-6):
-            raise InputError(f"the shares of the sources must be >= 0 and add up to 1, got sums {ends.sum(0).tolist()}")
+        check_shares([stream.share for stream in streams])
         self.streams, self.batch, self.length, self.seed = list(streams), batch, length, seed
         self._progress = np.arange(steps) / max(steps - 1, 1)
         move = np.clip((self._progress - hold) / max(1 - hold, 1e-9), 0, 1)[:, None]

@@ -93,7 +93,7 @@ def load_sweep(name: str | Path, changes: Mapping[str, Any] | None = None) -> Sw
         if str(name) not in sweep_names():
             known = sweep_names()
             raise UnknownNameError(
-                f"there is no sweep {str(name)!r}{nearest(str(name), known)} Known: {', '.join(known)}"
+                f"there is no sweep {str(name)!r}{nearest(str(name), known) or '.'} Known: {', '.join(known)}"
             )
         path = _home() / f"{name}.toml"
     values = read_values(path, "sweep")

@@ -30,7 +30,9 @@ def names() -> list[str]:
 def recipe_path(name: str) -> Path:
     """The recipe of a zoo model. Raises UnknownNameError with the nearest names."""
     if name not in names():
-        raise UnknownNameError(f"the zoo has no recipe {name!r}{nearest(name, names())} It has: {', '.join(names())}")
+        raise UnknownNameError(
+            f"the zoo has no recipe {name!r}{nearest(name, names()) or '.'} It has: {', '.join(names())}"
+        )
     return recipes() / f"{name}.toml"
 
 
@@ -48,5 +50,5 @@ def model_folder(name: str) -> Path:
 
 def task_of(folder: Path) -> str | None:
     """The generated task that a model folder was trained on, by its card; None for a language model."""
-    task = read_card(folder).get("recipe", {}).get("task")
+    task = read_card(folder)["recipe"].get("task")
     return None if task is None else str(task["name"])

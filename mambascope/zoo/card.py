@@ -9,9 +9,14 @@ from mambascope.storage import write_bytes
 
 __all__ = ["add_evaluation", "markdown", "number", "read_card", "write_card"]
 
+_PARTS: dict[str, type] = {
+    "name": str, "summary": str, "licence": str, "parameters": int, "recipe": dict, "training": dict
+}  # fmt: skip
+"""What every card has."""
+
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """The card of a model folder. Raises LoadError where it is missing or no JSON object."""
+    """The card of a model folder. Raises LoadError where it is missing, no JSON object, or no whole card."""
     path = folder / "card.json"
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
@@ -19,6 +24,11 @@ def read_card(folder: Path) -> dict[str, Any]:
         raise LoadError(f"cannot read the model card {path}: {error}") from None
     if not isinstance(card, dict):
         raise LoadError(f"the model card {path} must be a JSON object, got {type(card).__name__}")
+    missing = [key for key, kind in _PARTS.items() if not isinstance(card.get(key), kind)]
+    if missing:
+        raise LoadError(
+            f"the model card {path} lacks {', '.join(missing)}; python -m mambascope.zoo export writes cards"
+        )
     return card
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mambascope.errors import InputError, LoadError
+from mambascope.errors import ConfigError, InputError, LoadError
 from mambascope.training import data, overlap
 from mambascope.training.overlap import shared_windows
 
@@ -96,7 +96,7 @@ def test_damaged_files_are_named(tmp_path, tokenizer):
 
 
 def test_vocabularies_that_cannot_be(tokenizer):
-    with pytest.raises(InputError, match="257 to 65,536"):
+    with pytest.raises(ConfigError, match="257 to 65,536"):
         data.train_tokenizer([TEXT], 256)
     with pytest.raises(InputError, match="give a vocabulary of"):
         data.train_tokenizer(["abc"], 400)

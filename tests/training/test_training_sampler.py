@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mambascope.errors import InputError
+from mambascope.errors import ConfigError, InputError
 from mambascope.training.sampler import IGNORED, Repeats, TextStream, WindowSampler
 
 
@@ -61,7 +61,7 @@ def test_bad_sources():
     short = TextStream("short", np.zeros(20, np.uint16), (1.0, 1.0))
     with pytest.raises(InputError, match="'short' has 20 tokens"):
         WindowSampler([short], batch=1, length=10, steps=5, seed=0)
-    with pytest.raises(InputError, match=r"add up to 1, got sums \[0.75"):
+    with pytest.raises(ConfigError, match=r"add up to 1, got sums \[0.75"):
         _sampler(shares=((0.5, 0.5), (0.25, 0.5)))
 
 

@@ -41,7 +41,7 @@ def test_the_full_form_compares_models_of_one_size() -> None:
     runs = load_sweep("induction-rivals").runs
     models = [load_recipe(zoo.recipe_path("induction-2l")).model, *(run.recipe.model for run in runs)]
     sizes = [count_parameters(model) for model in models]
-    assert [run.recipe.model.pattern for run in runs] == ["af", "wf", "ma", "s", "h", "g"]  # and induction-2l
+    assert set("awmsgh") <= set("".join(model.layers for model in models))
     assert max(sizes) / min(sizes) < 1.025
     assert all(run.recipe.train == runs[0].recipe.train and run.recipe.task == runs[0].recipe.task for run in runs)
     assert runs[0].recipe.train.steps == load_recipe(zoo.recipe_path("induction-2l")).train.steps

@@ -85,7 +85,7 @@ class WeightsSeen:
 
 @dataclass(frozen=True)
 class _Home:
-    """Where a block's parameters hang: the ``_modules`` that tell whether that still holds, and ``_parameters``."""
+    """Where the parameters of a block, or of a model, hang: the ``_modules`` that tell whether that still holds, and ``_parameters``."""
 
     children: list[dict[str, Any]]
     modules: list[Any]
@@ -133,12 +133,12 @@ def _place(p: Tensor | None) -> tuple[int, int]:
 def _glance(model: "Scope") -> tuple[Any, ...]:
     """Every parameter's place and version, and the steps that optimizers took: lists that C loops fill."""
     _count_steps()
-    found = [p for block in model.blocks for p in _parameters(_home(block)) if p is not None]
+    found = [p for p in _parameters(_home(model)) if p is not None]
     try:
         versions = list(map(_version, found))
     except RuntimeError:  # some are inference tensors, which have none
         versions = []
-    return list(map(Tensor.data_ptr, found)), versions, _ends(model), _steps
+    return list(map(Tensor.data_ptr, found)), versions, _steps
 
 
 _version = attrgetter("_version")
@@ -192,7 +192,7 @@ _homes: WeakKeyDictionary[Any, _Home] = WeakKeyDictionary()
 
 
 def _home(block: Any) -> _Home:
-    """Remembered for as long as the block's modules are the same."""
+    """Of a block or a model; remembered for as long as its modules are the same."""
     found = _homes.get(block)
     if found is None or list(chain.from_iterable(map(dict.values, found.children))) != found.modules:
         named = [(f"{name}." if name else "", m) for name, m in block.named_modules()]

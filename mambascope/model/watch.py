@@ -109,8 +109,10 @@ class Watch:
             suspects = [_Suspect(space, *_place_of(name)) for space, name in found]
         else:
             suspects = [s for s in self._suspects if _hooked(s.space)]
+            known = {id(s.space) for s in suspects}
             for point in list(noted.values()):
-                if _hooked(point.__dict__):
+                if id(point.__dict__) not in known and _hooked(point.__dict__):
+                    known.add(id(point.__dict__))
                     suspects.append(_Suspect(point.__dict__, *_place_of(str(point.name))))
         self._suspects, self._hooks_at, self._noted = suspects, count, {}
 

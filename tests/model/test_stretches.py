@@ -197,3 +197,12 @@ def test_gradients_and_caches_walk_through_every_block() -> None:
             _, cache = model.run_with_cache(ids())
     assert Again.made == 0
     assert cache["h", 1][:, 4].abs().max() == 0
+
+
+def test_one_hooked_point_is_looked_at_once_however_often_it_was_hooked() -> None:
+    model = frozen(n_layers=4)
+    for seed in range(9):
+        hooked(model, (1, 3), "mixer.hook_h[4]", EDITS["mixer.hook_h[4]"], seed=seed)
+        assert len(model.graphs.watch._suspects) == 2
+    model(ids())
+    assert not model.graphs.watch._suspects

@@ -85,7 +85,7 @@ class WeightsSeen:
 
 @dataclass(frozen=True)
 class _Home:
-    """Where the parameters of a block, or of a model, hang: the ``_modules`` that tell whether that still holds, and ``_parameters``."""
+    """Where parameters of a block or model hang: ``_parameters``, and the ``_modules`` that tell whether that holds."""
 
     children: list[dict[str, Any]]
     modules: list[Any]

@@ -56,7 +56,7 @@ def rows(name: str, measured: ms.Sweep, predicted: ms.Sweep) -> list[list[str]]:
     table["predicted"] = predicted.table()["score"]
     columns = ("site", "layer", "position", "token", "score", "predicted")
     return [
-        [name, *(f"{v + 0.0:.4f}" if isinstance(v, float) else str(v) for v in row)]
+        [name, *(f"{round(v, 4) + 0.0:.4f}" if isinstance(v, float) else str(v) for v in row)]
         for row in table[list(columns)].itertuples(index=False)
     ]
 

@@ -39,13 +39,14 @@ class Output(NamedTuple):
     loss: Tensor
 
 
-def check_logits(model: "HookedMamba", rows: int) -> None:
-    """InputError, before anything runs, if the logits of ``rows`` positions cannot fit."""
+def check_logits(model: "HookedMamba", rows: int) -> bool:
+    """InputError if the logits of ``rows`` positions cannot fit; else True."""
     if torch.compiler.is_compiling():  # sizes may be open there
-        return
+        return True
     need = rows * model.cfg.d_vocab * torch.empty((), dtype=model.dtype).element_size()
     way_out = "ask for the last ones with logits_to_keep=, for return_type='loss', or for fewer tokens at a time"
     require_bytes(need, model.device, f"logits of {rows:,} tokens x {model.cfg.d_vocab:,}", way_out, InputError)
+    return True
 
 
 def unembed(model: "HookedMamba", normed: Tensor) -> Tensor:

@@ -99,7 +99,9 @@ class HookedMamba(TextMethods, GenerateMethods, ScopeMethods, HookMethods):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        return self.embed.weight.device
+        # Asked some 25 times a pass: past torch's way to attributes, where the weight is an ordinary one.
+        weight = self._modules["embed"]._parameters.get("weight")  # type: ignore[union-attr]
+        return (self.embed.weight if weight is None else weight).device
 
     @property
     def cfg(self) -> MambaConfig:  # type: ignore[override]
@@ -243,18 +245,19 @@ class HookedMamba(TextMethods, GenerateMethods, ScopeMethods, HookMethods):
         wants_rows = wants_logits or return_type == "normed"
         if wants_loss and stop is None and entry.length < 2:
             raise InputError("the loss needs at least two tokens: one to predict from, one to predict")
-        if wants_logits and stop is None and keep is None:
-            check_logits(self, entry.batch * entry.length)
         if stop is not None:
             resid, out = self._through(entry, 0, entry.length, run, layers, first, last, return_state)
             return self._with_state(resid if out is None else resid + out, entry, state, layers, return_state)
         pieces = self._pieces_of(entry, run)
         stack = self.graphs.claim(self, run) if entry.tokens is not None else None
         carry = return_state or len(pieces) > 1
+        sized = not wants_logits or keep is not None  # whether the logits are known to fit
         kept, losses, logits, loss = [], [], None, None
         try:
             for begin, end in pieces:
                 normed = None if stack is None else stack(cast(Tensor, entry.tokens)[:, begin:end], layers, carry)
+                if not sized:  # asked while a recording runs: that hides what asking costs
+                    sized = check_logits(self, entry.batch * entry.length)
                 if normed is None:
                     normed = self._normed(*self._through(entry, begin, end, run, layers, first, last, carry), run)
                 if wants_loss and entry.tokens is not None:

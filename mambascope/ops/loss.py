@@ -27,7 +27,7 @@ __all__ = ["IGNORED", "linear_cross_entropy", "rows_at_a_time", "softmax_losses"
 IGNORED = -100
 """A target that is not scored."""
 
-_HELD = {"cpu": 1 << 26, "cuda": 1 << 30}
+_HELD = {"cpu": 1 << 26, "cuda": 1 << 31}
 """Bytes of logits held at a time, by device: a GPU's products and sums over chunks want few and large ones."""
 
 

@@ -145,7 +145,7 @@ class _AddNorm(torch.autograd.Function):
         kernel = operators.norm_kernel(ctx.backend, added, weight, dout)
         if kernel is not None and wide == added.dtype:
             dx, dnarrow, dweight = kernel(added, weight, dout, beside, ctx.eps, None if narrow == wide else narrow)
-            return dx if dnarrow is None else dnarrow, dx, dweight.to(weight.dtype), None, None
+            return dx if dnarrow is None else dnarrow, dx, dweight, None, None
         dx, dweight = operators.norm_gradients(added, weight, dout, ctx.eps)
         dx = dx if beside is None else dx + beside.to(dx.dtype)
         return dx.to(narrow), dx.to(wide), dweight, None, None

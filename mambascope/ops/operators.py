@@ -228,7 +228,7 @@ def _norm_autograd(backend: str) -> Callable[..., Any]:
             kernel = norm_kernel(backend, x, weight, dout)
             if kernel is not None:
                 dx, _, dweight = kernel(x, weight, dout, None, ctx.eps)
-                return dx, dweight.to(weight.dtype), None, None
+                return dx, dweight, None, None
         if not ctx.expose:  # whatever comes for the empty placeholders
             dnormalized = dscale = None
         dx, dweight = norm_gradients(x, weight, dout, ctx.eps, dnormalized, dscale)

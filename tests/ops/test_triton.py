@@ -282,6 +282,26 @@ def test_fused_and_apart_give_the_same_bits(dtype: torch.dtype) -> None:
     assert torch.equal(h, h_bare)
 
 
+@pytest.mark.parametrize("width", [4, 5])
+def test_gradients_of_x_and_z_come_side_by_side(width: int) -> None:
+    x = problem(2, 9, 5, 4)
+    y, h, bound = run(x, 4)
+    arriving = (bound, y, h, None)
+    apart = kernels.scan_backward(*x.values(), *arriving, dt_softplus=True, boundaries=4)
+    found = kernels.scan_backward(*x.values(), *arriving, dt_softplus=True, boundaries=4, paired=True)
+    assert "dxz" not in apart
+    assert all(torch.equal(v, found[name]) for name, v in apart.items() if v is not None)
+    dxz = found["dxz"].zero_()
+    assert found["dz"].data_ptr() == dxz[..., 5:].data_ptr()
+    conv_of = (x["u"], torch.randn(5, width, device=DEVICE), None, None, None, y, None)
+    dx = kernels.conv_backward(*conv_of, silu=True)
+    into = kernels.conv_backward_into(*conv_of, dxz, silu=True)
+    assert torch.equal(dxz[..., :5], dx.pop("dx"))
+    assert not dxz[..., 5:].any()
+    assert into.keys() == dx.keys()
+    assert torch.equal(into["dweight"], dx["dweight"])
+
+
 def test_nothing_to_do() -> None:
     x = problem(2, 0, 5, 4, options={"D", "z", "dt_bias", "h0"})
     y, h, bound = run(x, 4)

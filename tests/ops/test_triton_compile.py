@@ -17,7 +17,7 @@ PROGRAM = (
     DRIVER
     + r"""
 from mambascope.ops.scan import triton, triton_conv, triton_launch, triton_layers, triton_matmul, triton_norm
-from mambascope.ops.scan import triton_conv_backward, triton_loss, triton_window
+from mambascope.ops.scan import triton_conv_backward, triton_loss, triton_sum, triton_window
 
 
 class Gpu:
@@ -28,7 +28,8 @@ def launch(kernel, programs, device, *arguments, **options):
     triton_launch.launch(kernel, programs, Gpu, *arguments, **options)
 
 
-own = (triton_conv, triton_conv_backward, triton_layers, triton_loss, triton_matmul, triton_norm, triton_window)
+own = (triton_conv, triton_conv_backward, triton_layers, triton_loss, triton_matmul, triton_norm, triton_sum)
+own += (triton_window,)
 for module in (triton, *own):
     module.launch, module.check = launch, lambda *a, **k: None
 triton.processor_count = lambda device: 132

@@ -43,6 +43,7 @@ def test_against_float64(rows: int, columns: int, dtype: torch.dtype, monkeypatc
     slope = torch.autograd.grad(want.sum(), exact)[0]
     for block in (256, 8192):  # in pieces of a row, and whole
         monkeypatch.setattr(triton_loss, "_BLOCK", block)
+        monkeypatch.setattr(triton_loss, "_LONG_BLOCK", block)
         given = logits.clone()
         assert error(softmax_losses(given, targets, backend="triton"), want) < 1e-6
         assert torch.equal(given, logits)

@@ -65,7 +65,7 @@ class Driver:
 driver.set_active(Driver())
 torch.cuda.current_device = lambda: -1
 from mambascope.ops.scan import triton as scan, triton_conv, triton_layers, triton_launch, triton_packed, triton_replay
-from mambascope.ops.scan import triton_conv_backward, triton_norm, triton_turn
+from mambascope.ops.scan import triton_conv_backward, triton_norm, triton_sum, triton_turn
 
 launch_as_it_is = triton_launch.launch
 
@@ -78,7 +78,7 @@ def launch(kernel, programs, device, *arguments, **options):
     launch_as_it_is(kernel, programs, Gpu, *arguments, **options)
 
 
-for module in (scan, triton_conv, triton_conv_backward, triton_layers, triton_norm, triton_turn):
+for module in (scan, triton_conv, triton_conv_backward, triton_layers, triton_norm, triton_sum, triton_turn):
     module.launch = launch
     module.check = lambda *_, **__: None
 scan.processor_count = lambda device: 132
@@ -187,11 +187,15 @@ for full in (True, False):
         counts[f"forward {full} {boundaries}"] = compare("scan", scan.scan_forward, make, **on, boundaries=boundaries)
     make = lambda: backward_inputs(full)
     counts[f"backward {full}"] = compare("scan backward", scan.scan_backward, make, **on, boundaries=16)
+    if full:
+        compare("scan backward, paired", scan.scan_backward, make, **on, boundaries=16, paired=True)
     compare("conv", triton_conv.conv_forward, lambda: conv_inputs(full), silu=full)
     def make():
         x, weight, *rest = conv_inputs(full)
         return [x, weight[:, 0].clone(), *rest, torch.randn(2, 40, 32), torch.randn(2, 32, 3) if full else None]
     compare("conv backward", triton_conv_backward.conv_backward, make, silu=full)
+    into = lambda: [*make(), torch.empty(2, 40, 64)]
+    compare("conv backward into", triton_conv_backward.conv_backward_into, into, silu=full)
     for shape in ((3, 40), (2, 3, 40)):
         for dtype in (torch.float32, torch.bfloat16):
             norm = lambda: [torch.randn(shape), torch.nn.Parameter(torch.randn(40).to(dtype)), 1e-5]

@@ -27,7 +27,7 @@ from mambascope.ops.scan.gluon_table import (
     forward_plan,
 )
 from mambascope.ops.scan.triton_backward import sum_kernel
-from mambascope.ops.scan.triton_launch import dense, launch, processor_count, strides, whole
+from mambascope.ops.scan.triton_launch import beside_dx, dense, launch, processor_count, strides, whole
 
 __all__ = ["MAX_STATE", "REPLAY_INTERVAL", "few", "scan_backward", "scan_forward", "supports"]
 
@@ -131,6 +131,7 @@ def scan_backward(
     *,
     dt_softplus: bool,
     boundaries: int,
+    paired: bool = False,
     plan: BackwardPlan | None = None,
 ) -> dict[str, Tensor | None]:
     """As the portable `scan_backward`, but ``h_boundary`` holds the states every 16 steps whatever ``boundaries`` is,
@@ -144,6 +145,8 @@ def scan_backward(
         name: None if like is None else torch.empty(like.shape, dtype=like.dtype, device=like.device)
         for name, like in {"du": u, "ddelta": delta, "dB": B, "dC": C, "dz": z}.items()
     }
+    if paired and z is not None:
+        out |= beside_dx(z)
     out |= {name: None if like is None else _new(u, *like.shape) for name, like in shared.items()}
     out["dh0"] = None if h0 is None else _new(u, batch, channels, states)
     whole_A, whole_D, whole_bias = whole(A, wide), whole(D), whole(dt_bias)
@@ -159,7 +162,8 @@ def scan_backward(
         "PACKED": _in_pairs(*by_row[:5], by_row[7]),
     }  # fmt: skip
     own: dict[str, Any] = {
-        "BD": plan.block, "NL": plan.lanes, "KE": plan.per_thread, "FOLD": plan.parts > 1, "HAS_D": D is not None,
+        "BD": plan.block, "NL": plan.lanes, "KE": plan.per_thread, "FOLD": plan.parts > 1,
+        "DZ": channels if z is None else out["dz"].stride(1), "HAS_D": D is not None,
         "HAS_H0": h0 is not None, "num_warps": plan.block * plan.lanes // 32,
     }  # fmt: skip
     if plan.registers:

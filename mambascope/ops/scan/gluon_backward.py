@@ -136,7 +136,7 @@ def backward_kernel(
     u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, dy_b, dy_l,
     L, interval, n_bound, parts,
     D: gl.constexpr, N: gl.constexpr, NP: gl.constexpr, BD: gl.constexpr, NL: gl.constexpr, KE: gl.constexpr,
-    FOLD: gl.constexpr,
+    FOLD: gl.constexpr, DZ: gl.constexpr,
     SOFTPLUS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_D: gl.constexpr, HAS_Z: gl.constexpr,
     HAS_LENGTHS: gl.constexpr, HAS_DBOUND: gl.constexpr, HAS_DLAST: gl.constexpr, HAS_H0: gl.constexpr,
     EVEN: gl.constexpr, PACKED: gl.constexpr, num_warps: gl.constexpr,
@@ -144,7 +144,8 @@ def backward_kernel(
     """All gradients. Grid: channel blocks × parts × rows. ``states`` B ceil(L/16) D N; ``ends`` and ``spans`` as
     `adjoint_kernel` leaves them, with FOLD, which says that there are several parts.
 
-    EVEN: L is a multiple of 16. PACKED: u, delta, B, C, z, dy are bfloat16, read two at a time.
+    DZ: entries from a step of dz to the next. EVEN: L is a multiple of 16. PACKED: u, delta, B, C, z, dy are bfloat16,
+    read two at a time.
 
     ``partial`` is 2 (dB, dC) × blocks × B × L × N; the other partial sums have B × parts terms.
     """
@@ -271,7 +272,7 @@ def backward_kernel(
     du += long_row * L * D
     ddelta += long_row * L * D
     if HAS_Z:
-        dz += long_row * L * D
+        dz += long_row * L * DZ
     states += long_row * tiles * (D * N)
     RL: gl.constexpr = _added_layout(W, PL, NL, num_warps)
     RO: gl.constexpr = gl.SliceLayout(1, RL)  # TK PL NL 4
@@ -400,7 +401,7 @@ def backward_kernel(
                 y = gl.fma(w_skip, u_now, y)
             share, rest = sigmoids(gate)
             d_gate = dout * y * share * gl.fma(gate, rest, 1.0)
-            gl.store(dz + out_at + (t * D + d), d_gate.to(dz.dtype.element_ty), mask=inside)
+            gl.store(dz + (i * T).to(gl.int64) * DZ + (t * DZ + d), d_gate.to(dz.dtype.element_ty), mask=inside)
         if HAS_D:
             d_u = gl.fma(w_skip, g, d_u)
             dskip = gl.fma(g, u_now, dskip)

@@ -20,9 +20,9 @@ from mambascope.ops.scan import triton_check, triton_launch
 from mambascope.ops.scan.triton_adjoint import contraction_kernel
 from mambascope.ops.scan.triton_backward import adjoint_kernel, backward_kernel, sum_kernel
 from mambascope.ops.scan.triton_conv import conv_forward
-from mambascope.ops.scan.triton_conv_backward import conv_backward
+from mambascope.ops.scan.triton_conv_backward import conv_backward, conv_backward_into
 from mambascope.ops.scan.triton_forward import forward_kernel
-from mambascope.ops.scan.triton_launch import check, dense, launch, processor_count, strides, whole
+from mambascope.ops.scan.triton_launch import beside_dx, check, dense, launch, processor_count, strides, whole
 from mambascope.ops.scan.triton_layers import (
     add_norm_forward,
     gate_forward,
@@ -42,6 +42,7 @@ __all__ = [
     "add_norm_forward",
     "backward_plan_of",
     "conv_backward",
+    "conv_backward_into",
     "conv_forward",
     "forward_plan_of",
     "gate_forward",
@@ -285,6 +286,7 @@ def scan_backward(
     *,
     dt_softplus: bool,
     boundaries: int,
+    paired: bool = False,
     plan: BackwardPlan | None = None,
 ) -> dict[str, Tensor | None]:
     """Gradients of everything: du, ddelta, dA, dB, dC, dD, dz, ddt_bias, dh0 (``B D N``, float32).
@@ -292,6 +294,7 @@ def scan_backward(
     ``h_boundary`` are the forward's states at interval ``boundaries``. Intervals up to 64 steps are walked as they are,
     wider ones are filled in first. Time O(B L D N). Scratch, mostly the partial sums of dB and dC, is at most about
     1 GiB (or one row's): beyond that, rows are taken in slices. Every sum has a fixed order: two calls, the same bits.
+    ``paired``: dz is the right half of ``dxz B L 2D``, which comes as well; the left half is left for dx.
     """
     takes = HOPPER_BACKWARD and plan is None and u.numel()
     fast = hopper(u.device, u.dtype, A.shape[1], boundaries) if takes else None
@@ -300,7 +303,7 @@ def scan_backward(
         if boundaries != fast.REPLAY_INTERVAL:
             h_boundary = _finer_states(_Operands.of(*inputs), h_boundary, boundaries, fast.REPLAY_INTERVAL, dt_softplus)
         arriving = (h_boundary, dy, dh_last, dh_boundary)
-        return fast.scan_backward(*inputs, *arriving, dt_softplus=dt_softplus, boundaries=boundaries)
+        return fast.scan_backward(*inputs, *arriving, dt_softplus=dt_softplus, boundaries=boundaries, paired=paired)
     x = _Operands.of(u, delta, A, B, C, D, z, dt_bias, h0, lengths)
     batch, length, channels, states = x.sizes
     by_row = {"du": x.u, "ddelta": x.delta, "dB": x.B, "dC": x.C, "dz": x.z}
@@ -308,6 +311,8 @@ def scan_backward(
         name: None if like is None else torch.empty(like.shape, dtype=like.dtype, device=like.device)
         for name, like in by_row.items()
     }
+    if paired and x.z is not None:
+        out |= beside_dx(x.z)
     out["dh0"] = x.new(batch, channels, states)
     summed = {"dA": x.A, "dD": x.D, "ddt_bias": x.dt_bias}
     out |= {name: None if like is None else x.new(*like.shape) for name, like in summed.items()}
@@ -390,7 +395,7 @@ def _backward_rows(
     pointers = (x.u, x.delta, x.A, x.B, x.C, x.D, x.z, x.dt_bias, x.lengths, entering, dy, dh_boundary)
     pointers += (dh_last, ends, sums)
     results = (out["du"], out["ddelta"], out["dz"], partial[0], partial[1], dA, dD, ddt_bias, out["dh0"], scratch)
-    rows = strides(x.u, x.delta, x.B, x.C, x.z, dy)
+    rows = strides(x.u, x.delta, x.B, x.C, x.z, dy, out["dz"])
     flags |= {"HAS_D": x.D is not None, "HAS_DLAST": dh_last is not None, "FOLD": plan.n_chunks > 1}
     launch(backward_kernel, programs, x.u.device, *pointers, *results, *rows, *sizes, batch, **flags)
     added = (*partial, dA, dD, ddt_bias, *(out[name] for name in ("dB", "dC", "dA", "dD", "ddt_bias")))

@@ -147,7 +147,7 @@ def _reverse(cy, dA, a, rate, h_before, h, dt, x, g, b, c):
 def backward_kernel(
     u, delta, A, B, C, skip, z, bias, lengths, states, dy, dbound, dh_last, ends, sums,
     du, ddelta, dz, dB_part, dC_part, dA_part, dskip_part, dbias_part, dh0, scratch,
-    u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, dy_b, dy_l,
+    u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l, dy_b, dy_l, dz_b, dz_l,
     L, D, chunk, n_chunks, interval, seg, n_segments, n_bound, batch,
     N: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr,
     SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_D: tl.constexpr, HAS_Z: tl.constexpr,
@@ -191,6 +191,9 @@ def backward_kernel(
     if HAS_Z:
         z_rows = z + long_row * z_b + d[:, None] + k * z_l
     out_rows = long_row * L * D + d[:, None] + k * D
+    dz_rows = dz
+    if HAS_Z:
+        dz_rows = dz + long_row * dz_b + d[:, None] + k * dz_l
     part_rows = (block.to(tl.int64) * batch + row) * L * N + n[:, None] + k * N
     heads = scratch + pid.to(tl.int64) * tl.cdiv(seg, 4) * NP * BD
     own = tl.arange(0, BD)[None, :] * NP + n[:, None]
@@ -303,7 +306,8 @@ def backward_kernel(
                 if HAS_D:
                     y = tl.fma(w_skip, x_in, y)
                 d_gate = dout * y * s * tl.fma(gate, rest, 1.0)
-                tl.store(dz + to, d_gate.to(dz.dtype.element_ty), mask=d_in & in_time)
+                d_gate = d_gate.to(dz.dtype.element_ty)
+                tl.store(dz_rows + now.to(tl.int64) * dz_l, d_gate, mask=d_in & in_time)
             if HAS_D:
                 d_u = tl.fma(w_skip, g, d_u)
                 dskip = tl.fma(g, x_in, dskip)

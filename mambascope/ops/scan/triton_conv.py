@@ -12,10 +12,22 @@ import triton.language as tl
 from torch import Tensor
 
 from mambascope.ops.scan.triton_launch import check, dense, launch, processor_count, strides, whole
-from mambascope.ops.scan.triton_math import silu, steps
+from mambascope.ops.scan.triton_math import backwards, silu, steps
 from mambascope.ops.scan.triton_replay import replayed
 
-__all__ = ["CHANNELS", "WALKED", "conv_forward", "dot", "incoming", "place", "programs", "taps", "walk_plan"]
+__all__ = [
+    "CHANNELS",
+    "WALKED",
+    "conv_forward",
+    "dot",
+    "four",
+    "incoming",
+    "place",
+    "programs",
+    "taps",
+    "walk_plan",
+    "walk_start",
+]
 
 CHANNELS = 64
 """Of a tile."""
@@ -116,6 +128,40 @@ def dot(x3, x2, x1, x0, w3, w2, w1, w0, b, K: tl.constexpr, HAS_BIAS: tl.constex
 
 
 @triton.jit
+def walk_start(
+    x_rows, x_l, weight, bias, state, at_state, begin, d, d_in, L,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr,
+):  # fmt: skip
+    """The taps, the newest step's first, the bias, and the three steps before ``begin``, the newest first."""
+    w0 = tl.load(weight + d * K + (K - 1), mask=d_in, other=0.0).to(tl.float32)
+    w1, w2, w3, b = w0, w0, w0, w0  # those that K and HAS_BIAS leave out are never used
+    x1 = incoming(x_rows, x_l, state, at_state, begin - 1, d_in, L, K, HAS_STATE).to(tl.float32)
+    x2, x3 = x1, x1
+    if K > 1:
+        w1 = tl.load(weight + d * K + (K - 2), mask=d_in, other=0.0).to(tl.float32)
+    if K > 2:
+        w2 = tl.load(weight + d * K + (K - 3), mask=d_in, other=0.0).to(tl.float32)
+        x2 = incoming(x_rows, x_l, state, at_state, begin - 2, d_in, L, K, HAS_STATE).to(tl.float32)
+    if K > 3:
+        w3 = tl.load(weight + d * K + (K - 4), mask=d_in, other=0.0).to(tl.float32)
+        x3 = incoming(x_rows, x_l, state, at_state, begin - 3, d_in, L, K, HAS_STATE).to(tl.float32)
+    if HAS_BIAS:
+        b = tl.load(bias + d, mask=d_in, other=0.0).to(tl.float32)
+    return w0, w1, w2, w3, b, x1, x2, x3
+
+
+@triton.jit
+def four(rows, stride, t, d_in, L):
+    """Steps t to t + 3, zeros past the text."""
+    at = rows + t.to(tl.int64) * stride
+    a0 = tl.load(at, mask=(t < L) & d_in, other=0.0)
+    a1 = tl.load(at + stride, mask=(t + 1 < L) & d_in, other=0.0)
+    a2 = tl.load(at + 2 * stride, mask=(t + 2 < L) & d_in, other=0.0)
+    a3 = tl.load(at + 3 * stride, mask=(t + 3 < L) & d_in, other=0.0)
+    return a0, a1, a2, a3
+
+
+@triton.jit
 def _put(y, v, inside, SILU: tl.constexpr):
     kind = y.dtype.element_ty
     v = v.to(kind)
@@ -133,7 +179,7 @@ def _conv_walk_kernel(
     """K ≤ 4: walks BT steps, every x loaded once, the taps in registers. Grid: channel blocks × step blocks × rows."""
     d_blocks = tl.cdiv(D, BD)
     t_blocks = tl.cdiv(L, BT)
-    pid = tl.program_id(0)
+    pid = backwards()
     d = (pid % d_blocks) * BD + tl.arange(0, BD)
     t_block = (pid // d_blocks) % t_blocks
     row = (pid // (d_blocks * t_blocks)).to(tl.int64)
@@ -141,28 +187,16 @@ def _conv_walk_kernel(
     begin = t_block * BT
     x_rows = x + row * x_b + d
     at_state = (row * D + d) * (K - 1)
-    w0 = tl.load(weight + d * K + (K - 1), mask=d_in, other=0.0).to(tl.float32)
-    w1, w2, w3, b = w0, w0, w0, w0  # those that K and HAS_BIAS leave out are never used
-    x1 = incoming(x_rows, x_l, state, at_state, begin - 1, d_in, L, K, HAS_STATE).to(tl.float32)
-    x2, x3 = x1, x1
-    if K > 1:
-        w1 = tl.load(weight + d * K + (K - 2), mask=d_in, other=0.0).to(tl.float32)
-    if K > 2:
-        w2 = tl.load(weight + d * K + (K - 3), mask=d_in, other=0.0).to(tl.float32)
-        x2 = incoming(x_rows, x_l, state, at_state, begin - 2, d_in, L, K, HAS_STATE).to(tl.float32)
-    if K > 3:
-        w3 = tl.load(weight + d * K + (K - 4), mask=d_in, other=0.0).to(tl.float32)
-        x3 = incoming(x_rows, x_l, state, at_state, begin - 3, d_in, L, K, HAS_STATE).to(tl.float32)
-    if HAS_BIAS:
-        b = tl.load(bias + d, mask=d_in, other=0.0).to(tl.float32)
+    w0, w1, w2, w3, b, x1, x2, x3 = walk_start(
+        x_rows, x_l, weight, bias, state, at_state, begin, d, d_in, L, K, HAS_BIAS, HAS_STATE
+    )
+    end = tl.minimum(begin + BT, L)
+    n0, n1, n2, n3 = four(x_rows, x_l, begin, d_in, end)
     for i in steps(0, BT // 4):
         t = begin + i * 4
-        at = x_rows + t.to(tl.int64) * x_l
         in0, in1, in2, in3 = (t < L) & d_in, (t + 1 < L) & d_in, (t + 2 < L) & d_in, (t + 3 < L) & d_in
-        a0 = tl.load(at, mask=in0, other=0.0).to(tl.float32)
-        a1 = tl.load(at + x_l, mask=in1, other=0.0).to(tl.float32)
-        a2 = tl.load(at + 2 * x_l, mask=in2, other=0.0).to(tl.float32)
-        a3 = tl.load(at + 3 * x_l, mask=in3, other=0.0).to(tl.float32)
+        a0, a1, a2, a3 = n0.to(tl.float32), n1.to(tl.float32), n2.to(tl.float32), n3.to(tl.float32)
+        n0, n1, n2, n3 = four(x_rows, x_l, t + 4, d_in, end)  # of the next turn, on their way meanwhile
         out = y + (row * L + t) * D + d
         _put(out, dot(x3, x2, x1, a0, w3, w2, w1, w0, b, K, HAS_BIAS), in0, SILU)
         _put(out + D, dot(x2, x1, a0, a1, w3, w2, w1, w0, b, K, HAS_BIAS), in1, SILU)

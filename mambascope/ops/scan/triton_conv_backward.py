@@ -18,17 +18,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mambascope.ops.scan.triton_conv import CHANNELS, WALKED, dot, incoming, place, programs, taps, walk_plan
+from mambascope.ops.scan.triton_conv import (
+    CHANNELS,
+    WALKED,
+    dot,
+    four,
+    incoming,
+    place,
+    programs,
+    taps,
+    walk_plan,
+    walk_start,
+)
 from mambascope.ops.scan.triton_launch import check, dense, launch, strides, whole
-from mambascope.ops.scan.triton_math import sigmoids, steps
+from mambascope.ops.scan.triton_math import backwards, sigmoids, steps
 from mambascope.ops.scan.triton_replay import replayed
+from mambascope.ops.scan.triton_sum import sum_parts
 
-__all__ = ["conv_backward"]
+__all__ = ["conv_backward", "conv_backward_into"]
 
 _BACK = 32  # steps of a tile
 _MOST, _ENOUGH = 128, 11  # steps of a walking program; programs a multiprocessor, as many as its registers hold
-_SUMS, _TERMS = 32, 64  # entries of a sum a program, terms at a time: few entries, many terms
-_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 _TILE = {"BT": _BACK, "BD": CHANNELS, "num_warps": 8, "enable_fp_fusion": False}
 
 
@@ -58,14 +68,14 @@ def _turned(g3, g2, g1, g0, w3, w2, w1, w0, K: tl.constexpr):
 
 @triton.jit
 def _give(
-    v, t, dx_rows, dnew, dstate, at_state, real, begin, L, D, d_in,
+    v, t, dx_rows, dx_l, dnew, dstate, at_state, real, begin, L, d_in,
     K: tl.constexpr, HAS_DNEW: tl.constexpr, HAS_STATE: tl.constexpr,
 ):  # fmt: skip
     """The derivative by x at step t of this program's, or by the incoming state where t < 0."""
     if HAS_DNEW:
         j = t - real + (K - 1)
         v += tl.load(dnew + at_state + j, mask=(j >= 0) & (j < K - 1) & d_in, other=0.0).to(tl.float32)
-    tl.store(dx_rows + t.to(tl.int64) * D, v.to(dx_rows.dtype.element_ty), mask=(t >= begin) & (t < L) & d_in)
+    tl.store(dx_rows + t.to(tl.int64) * dx_l, v.to(dx_rows.dtype.element_ty), mask=(t >= begin) & (t < L) & d_in)
     if HAS_STATE:
         before = (t < 0) & (t >= 1 - K) & d_in
         tl.store(dstate + at_state + (t + K - 1), v.to(dstate.dtype.element_ty), mask=before)
@@ -73,14 +83,14 @@ def _give(
 
 @triton.jit(do_not_specialize=["L"])
 def _conv_walk_back_kernel(
-    x, weight, bias, state, lengths, dy, dnew, dx, dstate, dweight, dbias, x_b, x_l, dy_b, dy_l, L, D,
+    x, weight, bias, state, lengths, dy, dnew, dx, dstate, dweight, dbias, x_b, x_l, dy_b, dy_l, dx_b, dx_l, L, D,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_STATE: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     HAS_DNEW: tl.constexpr, SILU: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """K ≤ 4: all derivatives of BT steps, the sums as one part. Grid: channel blocks × step blocks × rows."""
     d_blocks = tl.cdiv(D, BD)
     t_blocks = tl.cdiv(L, BT)
-    pid = tl.program_id(0)
+    pid = backwards()
     d = (pid % d_blocks) * BD + tl.arange(0, BD)
     t_block = (pid // d_blocks) % t_blocks
     row = (pid // (d_blocks * t_blocks)).to(tl.int64)
@@ -91,37 +101,22 @@ def _conv_walk_back_kernel(
         real = tl.load(lengths + row).to(tl.int32)
     x_rows = x + row * x_b + d
     dy_rows = dy + row * dy_b + d
-    dx_rows = dx + row * L * D + d
+    dx_rows = dx + row * dx_b + d
     at_state = (row * D + d) * (K - 1)
-    w0 = tl.load(weight + d * K + (K - 1), mask=d_in, other=0.0).to(tl.float32)
-    w1, w2, w3, b = w0, w0, w0, w0  # those that K and HAS_BIAS leave out are never used
-    x1 = incoming(x_rows, x_l, state, at_state, begin - 1, d_in, L, K, HAS_STATE).to(tl.float32)
-    x2, x3 = x1, x1
-    if K > 1:
-        w1 = tl.load(weight + d * K + (K - 2), mask=d_in, other=0.0).to(tl.float32)
-    if K > 2:
-        w2 = tl.load(weight + d * K + (K - 3), mask=d_in, other=0.0).to(tl.float32)
-        x2 = incoming(x_rows, x_l, state, at_state, begin - 2, d_in, L, K, HAS_STATE).to(tl.float32)
-    if K > 3:
-        w3 = tl.load(weight + d * K + (K - 4), mask=d_in, other=0.0).to(tl.float32)
-        x3 = incoming(x_rows, x_l, state, at_state, begin - 3, d_in, L, K, HAS_STATE).to(tl.float32)
-    if HAS_BIAS:
-        b = tl.load(bias + d, mask=d_in, other=0.0).to(tl.float32)
+    w0, w1, w2, w3, b, x1, x2, x3 = walk_start(
+        x_rows, x_l, weight, bias, state, at_state, begin, d, d_in, L, K, HAS_BIAS, HAS_STATE
+    )
     zero = tl.zeros([BD], tl.float32)
     g1, g2, g3 = zero, zero, zero
     s0, s1, s2, s3, sb = zero, zero, zero, zero, zero
+    n0, n1, n2, n3 = four(x_rows, x_l, begin, d_in, L)
+    q0, q1, q2, q3 = four(dy_rows, dy_l, begin, d_in, L)
     for i in steps(0, BT // 4):
         t = begin + i * 4
-        at, other = x_rows + t.to(tl.int64) * x_l, dy_rows + t.to(tl.int64) * dy_l
-        in0, in1, in2, in3 = (t < L) & d_in, (t + 1 < L) & d_in, (t + 2 < L) & d_in, (t + 3 < L) & d_in
-        a0 = tl.load(at, mask=in0, other=0.0).to(tl.float32)
-        a1 = tl.load(at + x_l, mask=in1, other=0.0).to(tl.float32)
-        a2 = tl.load(at + 2 * x_l, mask=in2, other=0.0).to(tl.float32)
-        a3 = tl.load(at + 3 * x_l, mask=in3, other=0.0).to(tl.float32)
-        p0 = tl.load(other, mask=in0, other=0.0).to(tl.float32)
-        p1 = tl.load(other + dy_l, mask=in1, other=0.0).to(tl.float32)
-        p2 = tl.load(other + 2 * dy_l, mask=in2, other=0.0).to(tl.float32)
-        p3 = tl.load(other + 3 * dy_l, mask=in3, other=0.0).to(tl.float32)
+        a0, a1, a2, a3 = n0.to(tl.float32), n1.to(tl.float32), n2.to(tl.float32), n3.to(tl.float32)
+        p0, p1, p2, p3 = q0.to(tl.float32), q1.to(tl.float32), q2.to(tl.float32), q3.to(tl.float32)
+        n0, n1, n2, n3 = four(x_rows, x_l, t + 4, d_in, L)  # of the next turn, on their way meanwhile
+        q0, q1, q2, q3 = four(dy_rows, dy_l, t + 4, d_in, L)
         p0 = _slope(p0, dot(x3, x2, x1, a0, w3, w2, w1, w0, b, K, HAS_BIAS), x, SILU)
         p1 = _slope(p1, dot(x2, x1, a0, a1, w3, w2, w1, w0, b, K, HAS_BIAS), x, SILU)
         p2 = _slope(p2, dot(x1, a0, a1, a2, w3, w2, w1, w0, b, K, HAS_BIAS), x, SILU)
@@ -140,21 +135,20 @@ def _conv_walk_back_kernel(
         v2 = _turned(g1, p0, p1, p2, w3, w2, w1, w0, K)
         v3 = _turned(p0, p1, p2, p3, w3, w2, w1, w0, K)
         out = t - (K - 1)
-        _give(v0, out, dx_rows, dnew, dstate, at_state, real, begin, L, D, d_in, K, HAS_DNEW, HAS_STATE)
-        _give(v1, out + 1, dx_rows, dnew, dstate, at_state, real, begin, L, D, d_in, K, HAS_DNEW, HAS_STATE)
-        _give(v2, out + 2, dx_rows, dnew, dstate, at_state, real, begin, L, D, d_in, K, HAS_DNEW, HAS_STATE)
-        _give(v3, out + 3, dx_rows, dnew, dstate, at_state, real, begin, L, D, d_in, K, HAS_DNEW, HAS_STATE)
+        _give(v0, out, dx_rows, dx_l, dnew, dstate, at_state, real, begin, L, d_in, K, HAS_DNEW, HAS_STATE)
+        _give(v1, out + 1, dx_rows, dx_l, dnew, dstate, at_state, real, begin, L, d_in, K, HAS_DNEW, HAS_STATE)
+        _give(v2, out + 2, dx_rows, dx_l, dnew, dstate, at_state, real, begin, L, d_in, K, HAS_DNEW, HAS_STATE)
+        _give(v3, out + 3, dx_rows, dx_l, dnew, dstate, at_state, real, begin, L, d_in, K, HAS_DNEW, HAS_STATE)
         x3, x2, x1 = a1, a2, a3
         g3, g2, g1 = p1, p2, p3
     for j in tl.static_range(K - 1):  # the steps after these, which dx of the last ones depends on
         t = begin + (BT + j)
-        inside = (t < L) & d_in
-        a0 = tl.load(x_rows + t.to(tl.int64) * x_l, mask=inside, other=0.0).to(tl.float32)
-        p0 = tl.load(dy_rows + t.to(tl.int64) * dy_l, mask=inside, other=0.0).to(tl.float32)
+        a0, p0 = n0.to(tl.float32), q0.to(tl.float32)
+        n0, n1, q0, q1 = n1, n2, q1, q2
         p0 = _slope(p0, dot(x3, x2, x1, a0, w3, w2, w1, w0, b, K, HAS_BIAS), x, SILU)
         v0 = _turned(g3, g2, g1, p0, w3, w2, w1, w0, K)
         out = t - (K - 1)
-        _give(v0, out, dx_rows, dnew, dstate, at_state, real, begin, L, D, d_in, K, HAS_DNEW, HAS_STATE)
+        _give(v0, out, dx_rows, dx_l, dnew, dstate, at_state, real, begin, L, d_in, K, HAS_DNEW, HAS_STATE)
         x3, x2, x1 = x2, x1, a0
         g3, g2, g1 = g2, g1, p0
     part = row * t_blocks + t_block
@@ -199,36 +193,9 @@ def _conv_weight_kernel(
         tl.store(dbias + part * D + d, tl.sum(g, axis=0)[None, :], mask=d_in)
 
 
-@triton.jit
-def _add_up(parts, out, i, size, terms, TERMS: tl.constexpr, BLOCK: tl.constexpr):
-    """out[i] = Σ parts[·, i], in a fixed order: TERMS at a time."""
-    total = tl.zeros([BLOCK], tl.float32)
-    for group in steps(0, tl.cdiv(terms, TERMS)):
-        term = group * TERMS + tl.arange(0, TERMS)[:, None]
-        inside = (term < terms) & (i < size)[None, :]
-        total += tl.sum(tl.load(parts + term.to(tl.int64) * size + i[None, :], mask=inside, other=0.0), axis=0)
-    tl.store(out + i, total.to(out.dtype.element_ty), mask=i < size)
-
-
-@triton.jit(do_not_specialize=["terms", "weights", "channels"])
-def _sum_kernel(
-    dweight_part, dbias_part, dweight, dbias, terms, weights, channels,
-    HAS_BIAS: tl.constexpr, TERMS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sums over the step blocks. Grid: blocks of ``weights`` entries, then of the bias's ``channels``."""
-    many = tl.cdiv(weights, BLOCK)
-    pid = tl.program_id(0)
-    i = tl.arange(0, BLOCK)
-    if pid < many:
-        _add_up(dweight_part, dweight, pid * BLOCK + i, weights, terms, TERMS, BLOCK)
-    else:
-        if HAS_BIAS:
-            _add_up(dbias_part, dbias, (pid - many) * BLOCK + i, channels, terms, TERMS, BLOCK)
-
-
 @triton.jit(do_not_specialize=["L"])
 def _conv_input_kernel(
-    weight, lengths, pre, dnew, dx, dstate, pre_b, pre_l, L, D,
+    weight, lengths, pre, dnew, dx, dstate, pre_b, pre_l, dx_b, dx_l, L, D,
     K: tl.constexpr, HAS_DNEW: tl.constexpr, HAS_STATE: tl.constexpr, HAS_LENGTHS: tl.constexpr,
     BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -255,7 +222,8 @@ def _conv_input_kernel(
         if HAS_DNEW:
             j = t - real + (K - 1)
             total += tl.load(dnew + at_state + j, mask=(j >= 0) & (j < K - 1) & d_in, other=0.0).to(tl.float32)
-        tl.store(dx + (row * L + t) * D + d, total.to(dx.dtype.element_ty), mask=(t >= 0) & (t < L) & d_in)
+        at = row * dx_b + t.to(tl.int64) * dx_l + d
+        tl.store(dx + at, total.to(dx.dtype.element_ty), mask=(t >= 0) & (t < L) & d_in)
         if HAS_STATE:
             before = (t < 0) & (t >= 1 - K) & d_in
             tl.store(dstate + at_state + (t + K - 1), total.to(dstate.dtype.element_ty), mask=before)
@@ -274,12 +242,44 @@ def conv_backward(
     silu: bool,
 ) -> dict[str, Tensor | None]:
     """dx, dweight, dbias, dstate (None without an incoming state), each in the dtype of its own; sums in float32."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return _conv_backward(x, weight, bias, state, lengths, dy, dstate, dx, silu)
+
+
+@replayed(tensors=8)
+def conv_backward_into(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    lengths: Tensor | None,
+    dy: Tensor,
+    dstate: Tensor | None,
+    dxz: Tensor,
+    *,
+    silu: bool,
+) -> dict[str, Tensor | None]:
+    """As `conv_backward`, but dx goes to the left columns of ``dxz``, of x's dtype, and is not among the results."""
+    found = _conv_backward(x, weight, bias, state, lengths, dy, dstate, dxz[..., : x.shape[2]], silu)
+    del found["dx"]
+    return found
+
+
+def _conv_backward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor | None,
+    lengths: Tensor | None,
+    dy: Tensor,
+    dstate: Tensor | None,
+    dx: Tensor,
+    silu: bool,
+) -> dict[str, Tensor | None]:
     width = weight.shape[1]
     check(x, K=width)
-    channels = x.shape[2]
     x, dy, weight, bias = dense(x), dense(dy), whole(weight), whole(bias)  # type: ignore[assignment]
     state, lengths, dnew = whole(state), whole(lengths), whole(dstate)
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     dbefore = None if state is None else torch.empty(state.shape, dtype=state.dtype, device=x.device)
     inputs = (x, weight, bias, state, lengths, dy, dnew, dx, dbefore)
     flags = {
@@ -293,11 +293,7 @@ def conv_backward(
     dweight_parts, dbias_parts = (_backward_in_tiles if width > WALKED else _backward_walking)(inputs, flags)
     dweight = torch.empty(weight.shape, dtype=weight.dtype, device=x.device)
     dbias = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=x.device)
-    entries = channels * width
-    count = triton.cdiv(entries, _SUMS) + (0 if bias is None else triton.cdiv(channels, _SUMS))
-    arguments = (dweight_parts, dbias_parts, dweight, dbias, dweight_parts.shape[0], entries, channels)
-    options = {"HAS_BIAS": bias is not None, "TERMS": _TERMS, "BLOCK": _SUMS, **_OPTIONS}
-    launch(_sum_kernel, count, x.device, *arguments, **options)
+    sum_parts(dweight_parts, dweight, dbias_parts, dbias)
     return {"dx": dx, "dweight": dweight, "dbias": dbias, "dstate": dbefore}
 
 
@@ -310,12 +306,12 @@ def _parts(x: Tensor, count: int, flags: dict[str, Any]) -> tuple[Tensor, Tensor
 
 def _backward_walking(inputs: tuple[Any, ...], flags: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """One pass; the sums' parts."""
-    x, dy = inputs[0], inputs[5]
+    x, dy, dx = inputs[0], inputs[5], inputs[7]
     batch, length, channels = x.shape
     steps, block, count = walk_plan(x, _MOST, _ENOUGH)
     parts = _parts(x, batch * triton.cdiv(length, steps), flags)
     options = {"BT": steps, "BD": block, "num_warps": 1, "enable_fp_fusion": False}
-    arguments = (*inputs, *parts, *strides(x, dy), length, channels)
+    arguments = (*inputs, *parts, *strides(x, dy, dx), length, channels)
     launch(_conv_walk_back_kernel, count, x.device, *arguments, **flags, **options)
     return parts
 
@@ -330,6 +326,6 @@ def _backward_in_tiles(inputs: tuple[Any, ...], flags: dict[str, Any]) -> tuple[
     arguments = (x, weight, bias, state, dy, pre, *parts, *strides(x, dy), length, channels)
     launch(_conv_weight_kernel, programs(x, _BACK), x.device, *arguments, **first, **_TILE)
     second = {key: flags[key] for key in ("K", "HAS_DNEW", "HAS_STATE", "HAS_LENGTHS")}
-    arguments = (weight, lengths, pre, dnew, dx, dbefore, *strides(pre), length, channels)
+    arguments = (weight, lengths, pre, dnew, dx, dbefore, *strides(pre, dx), length, channels)
     launch(_conv_input_kernel, programs(x, _BACK), x.device, *arguments, **second, **_TILE)
     return parts

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mambascope.ops.scan.triton_launch import launch
+from mambascope.ops.scan.triton_math import backwards
 
 __all__ = ["Place", "join_kept", "keep_states"]
 
@@ -33,16 +34,16 @@ def _join_kernel(
     KIND: tl.constexpr, HAS_SOURCE: tl.constexpr, HAS_OUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid: rows. As the norm kernel with a residual, whose two ends are addresses in memory."""
-    row = tl.program_id(0)
+    row = backwards()
     i = tl.arange(0, BLOCK)
     inside = i < columns
     at = row.to(tl.int64) * columns + i
+    after = tl.multiple_of(tl.load(target).to(tl.pointer_type(KIND)), 16)  # on its way with the other loads
     v = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if HAS_SOURCE:
         before = tl.multiple_of(tl.load(source).to(tl.pointer_type(KIND)), 16)
         v = v + tl.load(before + (source_at + at), mask=inside, other=0.0).to(tl.float32)
     v = v.to(KIND)
-    after = tl.multiple_of(tl.load(target).to(tl.pointer_type(KIND)), 16)
     tl.store(after + (target_at + at), v, mask=inside)
     if HAS_OUT:
         v = v.to(tl.float32)

@@ -9,7 +9,7 @@ from mambascope.errors import BackendError
 from mambascope.ops.scan.triton_math import INTERPRETED
 from mambascope.ops.scan.triton_replay import note
 
-__all__ = ["check", "dense", "launch", "processor_count", "strides", "supports", "whole"]
+__all__ = ["beside_dx", "check", "dense", "launch", "processor_count", "strides", "supports", "whole"]
 
 MAX_STATE = 256
 MAX_WIDTH = 32
@@ -56,6 +56,13 @@ def dense(x: Tensor | None) -> Tensor | None:
 def whole(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
     """The tensor itself if it is contiguous (and of that dtype), else a copy."""
     return None if x is None else (x if dtype is None else x.to(dtype)).contiguous()
+
+
+def beside_dx(z: Tensor) -> dict[str, Tensor]:
+    """Memory for dz, as the right half of ``dxz B L 2D``, whose left half is for dx: one matrix, as x and z are."""
+    batch, length, channels = z.shape
+    dxz = torch.empty((batch, length, 2 * channels), dtype=z.dtype, device=z.device)
+    return {"dxz": dxz, "dz": dxz[..., channels:]}
 
 
 def strides(*tensors: Tensor | None) -> list[int]:

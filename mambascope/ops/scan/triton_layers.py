@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mambascope.ops.scan.triton_launch import check, dense, launch
-from mambascope.ops.scan.triton_math import silu, softplus
+from mambascope.ops.scan.triton_math import backwards, silu, softplus
 from mambascope.ops.scan.triton_replay import replayed
 
 __all__ = ["add_norm_forward", "gate_forward", "norm_forward", "silu_forward", "softplus_forward"]
@@ -91,7 +91,7 @@ def _norm_kernel(
     HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, EXPOSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid: rows. With a residual, of x + residual rounded to its dtype, which goes to ``added``."""
-    row = tl.program_id(0)
+    row = backwards()
     i = tl.arange(0, BLOCK)
     inside = i < columns
     outer = (row // inner).to(tl.int64)

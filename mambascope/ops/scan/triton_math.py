@@ -18,6 +18,7 @@ __all__ = [
     "INTERPRETED",
     "LOG2E",
     "MINUS_LOG2E",
+    "backwards",
     "decay",
     "decline",
     "exp",
@@ -53,6 +54,13 @@ EXP2_SHIFT = tl.constexpr(0.0 if INTERPRETED or torch.version.cuda is None else 
 1.3 times as far off as it may be; with this shift, one constant in a multiply-add that was a multiplication, half as
 far. 2^shift is 1 exactly: where delta is 0 the state still stands still.
 """
+
+
+@triton.jit
+def backwards():
+    """This program's number, counted from the last. Matrix products go through rows from the first: what the one before
+    wrote last is in the L2 cache still, and what is written here last will be when the next one begins."""
+    return tl.num_programs(0) - 1 - tl.program_id(0)
 
 
 @triton.jit

@@ -223,6 +223,7 @@ class Clock:
     start: int | Tensor = 0  # absolute position of the first real token, one number or B
     padding: Padding | None = None
     absolute: bool = False  # generate, step: indices are absolute, negative ones refused
+    grows: bool = False  # generate: a pass may append to the memory of the state that it is given
     ran: bool = False  # whether a forward pass began; a count would make torch.compile compile each pass anew
     edits: dict[int, Any] = field(default_factory=dict)  # what interventions did in this call
     applied: dict[Any, list[Any]] = field(default_factory=dict)  # which were where, to see overlaps

@@ -147,7 +147,8 @@ class Run:
     """The context of one forward pass.
 
     ``hooks=False`` while a block is replayed for a lazy read: the user's hooks must not fire again. ``quiet``: nobody
-    looks into the blocks, so they may run without their hook points.
+    looks into the blocks, so they may run without their hook points. ``grows``: the state given belongs to a running
+    generation, which reads from it once: a mixer may append to its memory.
     """
 
     backend: Backend
@@ -158,6 +159,7 @@ class Run:
     padding: Padding | None = None
     needs_grad: bool = False
     quiet: bool = False
+    grows: bool = False
 
     def exposes(self, point: SitePoint) -> bool:
         """Whether the value at ``point`` must exist as a tensor."""

@@ -73,7 +73,7 @@ class GenerateMethods:
         def run_with_cache(self, *args: Any, **kwargs: Any) -> Any: ...
         def step(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]: ...
         def to_string(self, tokens: Any) -> Any: ...
-        def _absolute(self) -> Any: ...
+        def _absolute(self, grows: bool = False) -> Any: ...
 
     @torch.no_grad()
     def stream(
@@ -138,7 +138,7 @@ class GenerateMethods:
 
     def _read(self, tokens: Tensor, state: Any, mask: Tensor | None, plan: "_Plan") -> Any:
         options: dict[str, Any] = {"return_state": True, "logits_to_keep": 1, "state": state, "attention_mask": mask}
-        with self._absolute():
+        with self._absolute(grows=True):
             if plan.watch is None:
                 return self(tokens, **options)
             out, cache = self.run_with_cache(tokens, names_filter=plan.names_filter, **options)

@@ -328,7 +328,8 @@ class HookedMamba(TextMethods, GenerateMethods, ScopeMethods, HookMethods):
         if self.cfg.pattern:
             why = f"{why}; {why_in_turn(self.cfg)}"
         quiet = entry.padding is None and (recorder is None or recorder.only_inputs()) and self._quiet()
-        run = Run(cast(ops.Backend, backend), why, self._clock, True, recorder, entry.padding, needs_grad, quiet)
+        grows = self._clock.grows and not needs_grad
+        run = Run(cast(ops.Backend, backend), why, self._clock, True, recorder, entry.padding, needs_grad, quiet, grows)
         if recorder is not None:
             recorder.begin(entry.tokens, entry.padding, entry.bos, backend, (entry.batch, entry.length), quiet)
         return run
@@ -351,15 +352,17 @@ class HookedMamba(TextMethods, GenerateMethods, ScopeMethods, HookMethods):
     @contextmanager
     def _clock_at(self, entry: Entry, state: State | None) -> Iterator[None]:
         clock = self._clock
-        before = (clock.length, clock.start, clock.padding, clock.batch, clock.edits, clock.applied)
+        before = (clock.length, clock.start, clock.padding, clock.batch, clock.edits, clock.applied, clock.grows)
         clock.length, clock.padding, clock.batch = entry.length, entry.padding, entry.batch
-        clock.edits, clock.applied, clock.ran = {}, {}, True
+        clock.edits, clock.applied, clock.ran, clock.grows = {}, {}, True, False  # a hook's own pass owns no state
         clock.start = state.position if state is not None else 0
         try:
             yield
         finally:
             self._edits = list(clock.edits.values())
-            clock.length, clock.start, clock.padding, clock.batch, clock.edits, clock.applied = before
+            (
+                clock.length, clock.start, clock.padding, clock.batch, clock.edits, clock.applied, clock.grows
+            ) = before  # fmt: skip
 
     def _pieces_of(self, entry: Entry, run: Run) -> list[tuple[int, int]]:
         """Column ranges to run one after the other, the states carried between them."""
@@ -399,7 +402,8 @@ class HookedMamba(TextMethods, GenerateMethods, ScopeMethods, HookMethods):
     def step(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """One token for every row: ids ``B`` (or ``B 1``) -> logits ``B V`` and the new state.
 
-        Hooks fire, with absolute positions. Cost per token is constant, whatever was read before.
+        Hooks fire, with absolute positions. Cost per token is constant, whatever was read before, but for attention
+        without a window, which reads and copies its keys and values (:meth:`generate` does not copy them).
         """
         tokens = torch.as_tensor(tokens, device=self.device)
         tokens = tokens.reshape(-1, 1) if tokens.ndim < 2 else tokens
@@ -422,9 +426,12 @@ class HookedMamba(TextMethods, GenerateMethods, ScopeMethods, HookMethods):
         return logits[:, 0], after
 
     @contextmanager
-    def _absolute(self) -> Iterator[None]:
-        before, self._clock.absolute = self._clock.absolute, True
+    def _absolute(self, grows: bool = False) -> Iterator[None]:
+        """Positions count from the first token ever read; ``grows``: passes may append to the states they are given."""
+        clock = self._clock
+        before = clock.absolute, clock.grows
+        clock.absolute, clock.grows = True, grows
         try:
             yield
         finally:
-            self._clock.absolute = before
+            clock.absolute, clock.grows = before

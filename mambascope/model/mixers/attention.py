@@ -21,7 +21,7 @@ from mambascope.hooks.run import PathTaken, Run, compute_dtype
 from mambascope.hooks.sites import SitePoint
 from mambascope.memory import require_bytes
 from mambascope.model.mixers.base import Mixer, project
-from mambascope.model.mixers.states import AttentionState
+from mambascope.model.mixers.states import AttentionState, Room
 
 __all__ = ["AttentionMixer", "WindowAttentionMixer"]
 
@@ -82,12 +82,12 @@ class AttentionMixer(Mixer):
         cos, sin = _turns(reach.queries, cfg.d_head, cfg.rotary_base, compute_dtype(q.dtype))
         q = run.emit(self.hook_rot_q, _Turned.apply(q, cos, sin))
         k = run.emit(self.hook_rot_k, _Turned.apply(k, cos, sin))
-        keys, values = (k, v) if state is None else (torch.cat([state.k, k], 1), torch.cat([state.v, v], 1))  # B S H E
+        keys, values, room = (k, v, None) if state is None else state.followed_by(k, v, run.grows)  # B S H E
         why = self._why_open(run)
         z = self._open(q, keys, values, reach, run) if why else _fused(q, keys, values, reach)
         self.path = PathTaken("torch", "explicit" if why else "sdpa", why or "nobody looks at scores or pattern")
         z = run.emit(self.hook_z, z)
-        return self._out(z, run), reach.after(keys, values)
+        return self._out(z, run), reach.after(keys, values, room)
 
     def _why_open(self, run: Run) -> str:
         """Why scores and pattern must be spelled out; empty if they need not."""
@@ -194,8 +194,8 @@ class _Reach:
             may = may | (columns == self.past + torch.arange(first, last, device=q.device)[:, None])
         return may[:, None]
 
-    def after(self, keys: Tensor, values: Tensor) -> AttentionState:
-        """The state with these columns read too."""
+    def after(self, keys: Tensor, values: Tensor, room: Room | None) -> AttentionState:
+        """The state with these columns read too; they lie in ``room`` if there is one."""
         total, even = keys.shape[1], self.plain
         before = 0 if self.state is None else self.state.read
         keep = total if self.window is None else min(total, self.window - 1)
@@ -211,8 +211,10 @@ class _Reach:
             columns = columns.clamp(0, total - 1)
             return AttentionState(keys[rows, columns], values[rows, columns], read, False)
         if keep < total:
-            keys, values = (compact(t[:, total - keep :]) for t in (keys, values))
-        return AttentionState(keys, values, read, even)
+            keys, values = keys[:, total - keep :], values[:, total - keep :]
+        if room is None and not keys.requires_grad:
+            keys, values = compact(keys), compact(values)
+        return AttentionState(keys, values, read, even, room)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, reach: _Reach) -> Tensor:

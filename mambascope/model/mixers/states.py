@@ -2,13 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-__all__ = ["AttentionState", "ConvSSMState", "ConvState", "LSTMState", "LayerState", "SSMState", "Stateless"]
+__all__ = ["AttentionState", "ConvSSMState", "ConvState", "LSTMState", "LayerState", "Room", "SSMState", "Stateless"]
+
+_LEAST_ROOM = 64  # columns
 
 
 @dataclass
@@ -42,6 +44,33 @@ class Stateless(LayerState):
     rows: Tensor  # B 0
 
 
+class Room:
+    """Memory of keys and values with columns to spare, as many again: n tokens of a generation copy O(n) columns.
+
+    It belongs to the newest state. What was written is not written again, so that earlier states, which are views of
+    it, stay what they were.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, more: int) -> None:
+        """``k``, ``v`` ``B P H E`` at its begin, and place for ``more`` columns and for what will come after them."""
+        past = k.shape[1]
+        shape = (k.shape[0], max(_LEAST_ROOM, 2 * (past + more)), *k.shape[2:])
+        self._k, self._v, self._used = k.new_empty(shape), v.new_empty(shape), past
+        self._k[:, :past], self._v[:, :past] = k, v
+
+    @property
+    def left(self) -> int:
+        """Columns to spare."""
+        return self._k.shape[1] - self._used
+
+    def append(self, k: Tensor, v: Tensor, past: int) -> tuple[Tensor, Tensor]:
+        """Write columns behind the last; the newest ``past`` and these, as views."""
+        begin, end = self._used, self._used + k.shape[1]
+        # .data: views of the columns before are told of edits by their version, and this is none
+        self._k.data[:, begin:end], self._v.data[:, begin:end], self._used = k, v, end
+        return self._k[:, begin - past : end], self._v[:, begin - past : end]
+
+
 @dataclass
 class AttentionState(LayerState):
     """Keys (turned by their positions) and values of the tokens read, the newest last, and how many each row read.
@@ -57,6 +86,25 @@ class AttentionState(LayerState):
     v: Tensor  # B P H E
     read: Tensor  # B
     even: bool = True
+    room: "Room | None" = field(default=None, repr=False, compare=False)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "AttentionState":
+        return dataclasses.replace(super().map(fn), room=None)
+
+    def followed_by(self, k: Tensor, v: Tensor, grows: bool) -> "tuple[Tensor, Tensor, Room | None]":
+        """Keys and values with these ``B L H E`` behind them, and what memory to spare that leaves.
+
+        ``grows``: the state belongs to a generation, which reads from it once: its memory has room, and appending to it
+        costs what is appended. Otherwise, and where the room is gone, all is copied. The state stays as it is, but for
+        the room, which goes to the state that follows.
+        """
+        if not grows:
+            return torch.cat([self.k, k], 1), torch.cat([self.v, v], 1), None
+        room, self.room = self.room, None
+        if room is None or room.left < k.shape[1]:
+            room = Room(self.k, self.v, k.shape[1])
+        keys, values = room.append(k, v, self.k.shape[1])
+        return keys, values, room
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Self:

@@ -43,5 +43,11 @@ class Block(nn.Module):
         """The same, from what its hooks at ``hook_resid_pre`` have seen."""
         mixer_in = run.emit(self.hook_mixer_in, resid, fork=True)
         out, after = self.mixer(self.norm(mixer_in, run), run, state)
-        out = run.emit(self.hook_mixer_out, out)
-        return run.emit(self.hook_resid_post, resid + out), after
+        return self._add(resid, out, run), after
+
+    def leave(self, resid: Tensor, gated: Tensor, run: Run) -> Tensor:
+        """The end of a block with Mamba's mixer, from what entered it and what its mixer's gate let through."""
+        return self._add(resid, self.mixer.written(gated, run), run)
+
+    def _add(self, resid: Tensor, out: Tensor, run: Run) -> Tensor:
+        return run.emit(self.hook_resid_post, resid + run.emit(self.hook_mixer_out, out))

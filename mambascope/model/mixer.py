@@ -128,12 +128,15 @@ class MambaMixer(Mixer):
         if why:
             gated, h_last = self._open(raw, u_write, u_skip, B, C, z, h0, run, why)
         elif run.hooks and self.hook_h.live:
-            gated, h_last = self._split(raw, u_write, B, C, z, h0, run)
+            h0 = self.initial_state(raw.shape[0]).ssm if h0 is None else h0
+            gated, h_last = self.around_states(u_write, raw, self.decay(), B, C, z, h0, run)
         else:
             gated, h_last = self._fused(raw, u_write, B, C, z, h0, run)
-        gated = run.emit(self.hook_gated, gated)
-        out = project(gated, self.out_proj, run.backend)  # B L M
-        return out, MambaState(h_last, conv_state)
+        return self.written(gated, run), MambaState(h_last, conv_state)
+
+    def written(self, gated: Tensor, run: Run) -> Tensor:
+        """What the mixer writes, ``B L M``, from what leaves its gate."""
+        return project(run.emit(self.hook_gated, gated), self.out_proj, run.backend)
 
     def conv_inputs(self, r: Tensor, run: Run) -> Tensor:
         """x ``B L D``, what the conv reads, from the normalised residual ``B L M``."""
@@ -206,12 +209,14 @@ class MambaMixer(Mixer):
         self.path = PathTaken(run.backend, "fused", run.why)
         return out.y, out.h_last
 
-    def _split(
-        self, raw: Tensor, u: Tensor, B: Tensor, C: Tensor, z: Tensor, h0: Tensor | None, run: Run
+    def around_states(
+        self, u: Tensor, raw: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor, h0: Tensor, run: Run
     ) -> tuple[Tensor, Tensor]:
-        """Hooks at states and nowhere else in the scan: softplus, skip and gate stay in its pieces, same bits."""
-        h0 = self.initial_state(raw.shape[0]).ssm if h0 is None else h0
-        inputs = Inputs(u, raw, self.decay(), B, C, h0, Ends(self.D, z))
+        """What leaves the gate, and the last state, with hooks at states and nowhere else in the scan.
+
+        Softplus, skip and gate stay in the pieces of the scan: the same bits.
+        """
+        inputs = Inputs(u, raw, A, B, C, h0, Ends(self.D, z))
         gated, h_last, form = run_recurrence(inputs, self._points, run)
         for point in (self.hook_y, self.hook_skip):
             if run.exposes(point):

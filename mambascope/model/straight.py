@@ -6,7 +6,7 @@ residual addition inside the next norm's pass where the backend can do that.
 
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,17 @@ from mambascope.ops.ready import plain, unwatched
 if TYPE_CHECKING:
     from mambascope.model.language_model import HookedMamba
 
-__all__ = ["Join", "add_and_norm", "decays", "in_turn", "through", "took"]
+__all__ = [
+    "Join",
+    "ScanArguments",
+    "add_and_norm",
+    "decays",
+    "from_scan",
+    "in_turn",
+    "through",
+    "to_scan",
+    "took",
+]
 
 Join = Callable[[int, Tensor | None, Tensor, nn.Module], tuple[Tensor, Tensor]]
 """From a layer, what the block before it wrote (None: nothing), the residual entering that block, and this layer's norm
@@ -192,24 +202,46 @@ class _Decays(torch.autograd.Function):
         return tuple(None if g is None else next(found) for g in grads)
 
 
-def _mix(
-    mixer: MambaMixer, r: Tensor, state: MambaState | None, A: Tensor, backend: ops.Backend, boundaries: int | None
-) -> tuple[Tensor, MambaState, ops.ScanOutput]:
+class ScanArguments(NamedTuple):
+    """What a block's scan reads, with softplus, skip and gate inside it, and the conv's state after it."""
+
+    u: Tensor
+    raw: Tensor  # B L D
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    z: Tensor  # B L D
+    conv_state: Tensor
+
+
+def to_scan(mixer: MambaMixer, r: Tensor, conv_in: Tensor | None, A: Tensor, backend: ops.Backend) -> ScanArguments:
+    """A mixer up to its scan, from the normed residual ``B L M``."""
     modules, cfg = mixer._modules, mixer.cfg
     xz = _linear(r, modules["in_proj"], backend)  # B L 2D
     x, z = xz[..., : cfg.d_inner], xz[..., cfg.d_inner :]
     taps = cast(Any, modules["conv1d"])._parameters
-    conv_in, h0 = (None, None) if state is None else (state.conv, state.ssm)
     u, conv_state = ops.causal_conv(x, taps["weight"], taps["bias"], activation="silu", state=conv_in, backend=backend)
     dt_low, B, C = _linear(u, modules["x_proj"], backend).split([cfg.dt_rank, cfg.d_state, cfg.d_state], -1)
     if cfg.mixer_norm_eps is not None:
         dt_low, B, C = (
             ops.rms_norm(v, None, cfg.mixer_norm_eps, backend=backend).out.to(u.dtype) for v in (dt_low, B, C)
         )
-    raw = _linear(dt_low, modules["dt_proj"], backend)  # B L D
+    return ScanArguments(u, _linear(dt_low, modules["dt_proj"], backend), A, B, C, z, conv_state)
+
+
+def from_scan(mixer: MambaMixer, gated: Tensor, backend: ops.Backend) -> Tensor:
+    """What a mixer writes, ``B L M``, from what its scan gave."""
+    return _linear(gated, mixer._modules["out_proj"], backend)
+
+
+def _mix(
+    mixer: MambaMixer, r: Tensor, state: MambaState | None, A: Tensor, backend: ops.Backend, boundaries: int | None
+) -> tuple[Tensor, MambaState, ops.ScanOutput]:
+    conv_in, h0 = (None, None) if state is None else (state.conv, state.ssm)
+    u, raw, A, B, C, z, conv_state = to_scan(mixer, r, conv_in, A, backend)
     D = cast(Tensor, mixer._parameters["D"])
     scan = ops.selective_scan(u, raw, A, B, C, D, z, dt_softplus=True, h0=h0, boundaries=boundaries, backend=backend)
-    return _linear(scan.y, modules["out_proj"], backend), MambaState(scan.h_last, conv_state), scan
+    return from_scan(mixer, scan.y, backend), MambaState(scan.h_last, conv_state), scan
 
 
 def _linear(x: Tensor, linear: Any, backend: ops.Backend) -> Tensor:

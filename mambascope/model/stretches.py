@@ -1,92 +1,34 @@
 """Passes with hooks in some blocks only: the blocks between them run straight, and on a GPU from recordings.
 
-One hooked block must not cost the others their speed. A chain is a recording of every block by itself, each reading
-what the one before it wrote, so that any stretch of them can be replayed, whichever blocks the hooks sit in: one set
-of recordings for a sweep over all layers. A stretch that comes often gets a recording of its own, since a GPU rests for
-some microseconds between two. Hooks at the residual stream between blocks end a stretch and need no open block. The
-same kernels on the same values, so the same bits.
+One hooked block must not cost the others their speed. A chain (mambascope.model.chain) is a recording of every block by
+itself, each reading what the one before it wrote, so that any stretch of them can be replayed, whichever blocks the
+hooks sit in: one set of recordings for a sweep over all layers. A stretch that comes often gets a recording of its own,
+since a GPU rests for some microseconds between two. Hooks at the residual stream between blocks end a stretch and need
+no open block; of a block with hooks at its states alone only the scan is open. The same kernels on the same values, so
+the same bits.
 """
 
-from collections import OrderedDict
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mambascope.hooks.run import PathTaken, Run
-from mambascope.hooks.sites import Clock
 from mambascope.model import recording
-from mambascope.model.straight import add_and_norm, decays, through, took
-from mambascope.model.watch import ENTRY, EXIT, HOOKED, INSIDE
+from mambascope.model.chain import Chain, Cut
+from mambascope.model.straight import through, took
+from mambascope.model.watch import ENTRY, EXIT, HOOKED, INSIDE, STATE
 from mambascope.ops.ready import unwatched
 
 if TYPE_CHECKING:
     from mambascope.model.block import Block
     from mambascope.model.language_model import HookedMamba
 
-__all__ = ["Chain", "Stretches"]
+__all__ = ["Stretches"]
 
 _MOST_TOKENS = 4096  # of one chain: beyond, launches are hidden, and what stands between blocks takes much memory
 _MOST_CHAINS = 4
-_MOST_WHOLE, _OFTEN = 48, 3  # stretches recorded as one, of a chain, and how often one must have come for it
-
-
-@dataclass
-class Seam:
-    """What enters a block: the residual entering the block before it, and what that one adds; ``B L M`` each."""
-
-    resid: Tensor
-    out: Tensor
-
-
-@dataclass
-class Chain:
-    """Every block's recording, for one shape. ``busy`` while a pass uses its memory."""
-
-    seams: list[Seam]
-    graphs: list[recording.Recorded]
-    rates: recording.Recorded  # of every block's A
-    decays: list[Tensor]  # what that writes, D N each
-    entry: Tensor  # B L M: the residual stream entering a stretch that is recorded as one
-    whole: OrderedDict[tuple[int, int], "Whole"] = field(default_factory=OrderedDict)
-    busy: bool = False
-
-    def play(self, resid: Tensor, first: int, last: int) -> Tensor:
-        """The residual stream after blocks [first, last), in memory of its own."""
-        whole = self.whole.get((first, last))
-        if whole is not None and whole.graph is not None and whole.leaving is not None:
-            self.entry.copy_(resid)
-            whole.graph.replay()
-            return whole.leaving.clone()
-        self.seams[first].resid.copy_(resid)
-        self.seams[first].out.zero_()
-        self.rates.replay()
-        for graph in self.graphs[first:last]:
-            graph.replay()
-        seam = self.seams[last]
-        return seam.resid + seam.out
-
-    def comes(self, first: int, last: int) -> bool:
-        """Note that a stretch comes; whether it has come so often that it should be recorded as one."""
-        if last - first < 2:
-            return False
-        whole = self.whole.setdefault((first, last), Whole())
-        self.whole.move_to_end((first, last))
-        if len(self.whole) > _MOST_WHOLE:
-            self.whole.popitem(last=False)
-        whole.came += 1
-        return whole.came == _OFTEN
-
-
-@dataclass
-class Whole:
-    """A stretch of a chain: how often it came, and its own recording once that was often."""
-
-    came: int = 0
-    graph: recording.Recorded | None = None
-    leaving: Tensor | None = None  # the residual stream after it, in the recording's memory
 
 
 class Stretches:
@@ -111,21 +53,26 @@ class Stretches:
     ) -> Tensor:
         """The residual stream after blocks ``span``; ``layers`` gets the states, all of them with ``carry``."""
         looks, (first, last), watch = self.looks(model, run), span, model.graphs.watch
-        if looks is None or all(look & INSIDE for look in looks[first:last]):
+        if looks is None or all(look & (INSIDE | STATE) for look in looks[first:last]):
             for i in range(first, last):
                 resid, layers[i] = model.run_block(i, resid, run, layers[i])
             return resid
-        chain, placed = (
-            None if carry or layers[first] is not None else self._claim(model, resid, run),
-            watch.hooks_placed,
-        )
-        i, entered = first, -1  # the block whose entry's hooks have been called
+        chain = None if carry or layers[first] is not None else self._claim(model, resid, run)
+        placed = watch.hooks_placed
+        i, entered, tried = first, -1, -1  # the block whose entry's hooks have been called; one that cannot be cut
         try:
             while i < last:
                 if watch.hooks_placed != placed:  # a hook placed another one, maybe in a block that is still to come
                     looks, placed = watch.looks(model), watch.hooks_placed
                 block = cast("Block", model.blocks[i])
-                if looks[i] & INSIDE:
+                cut = None
+                if chain is not None and (entered == i or not looks[i] & ENTRY):
+                    cut = _cut(model, looks, i, last)
+                    if cut is not None and (cut.layer == tried or not self._ready(model, chain, run, cut)):
+                        tried, cut = cut.layer, None
+                if chain is not None and cut is not None:
+                    resid, i = self._around(model, chain, resid, run, cut, looks)
+                elif looks[i] & (INSIDE | STATE):
                     go_on = block.inside if entered == i else partial(model.run_block, i)
                     resid, layers[i] = go_on(resid, run, layers[i])
                     i += 1
@@ -141,6 +88,34 @@ class Stretches:
             if chain is not None:
                 chain.busy = False
         return resid
+
+    def _ready(self, model: "HookedMamba", chain: Chain, run: Run, cut: Cut) -> bool:
+        """Whether a cut is recorded."""
+        with model.graphs.replaying(model.device):
+            return chain.ready(model, cut, run.backend)
+
+    def _around(
+        self, model: "HookedMamba", chain: Chain, resid: Tensor, run: Run, cut: Cut, looks: list[int]
+    ) -> tuple[Tensor, int]:
+        """The residual stream after a cut's blocks, its scan open for the hooks at its states; and the next block.
+
+        That is the one after the open scan's where hooks placed others meanwhile, maybe further on in these blocks.
+        """
+        graphs, block, placed = model.graphs, cast("Block", model.blocks[cut.layer]), model.graphs.watch.hooks_placed
+        path, others = PathTaken(run.backend, "graph", run.why), list(model.blocks)
+        with graphs.replaying(resid.device):
+            front = chain.play_front(resid, cut)
+        took(others[cut.first : cut.layer], path)
+        u, raw, A, B, C, z, _ = front.scan
+        gated, _ = block.mixer.around_states(u, raw, A, B, C, z, front.h0, run)
+        if graphs.watch.hooks_placed != placed:
+            return block.leave(front.resid, gated, run), cut.layer + 1
+        with graphs.replaying(resid.device):
+            out = chain.play_back(gated, cut)
+        took(others[cut.layer + 1 : cut.last], path)
+        if looks[cut.last - 1] & EXIT:
+            out = run.emit(cast("Block", model.blocks[cut.last - 1]).hook_resid_post, out)
+        return out, cut.last
 
     def _between(
         self,
@@ -161,8 +136,8 @@ class Stretches:
     def _replay(self, model: "HookedMamba", chain: Chain, resid: Tensor, run: Run, first: int, last: int) -> Tensor:
         graphs, path = model.graphs, PathTaken(run.backend, "graph", run.why)
         with graphs.replaying(resid.device):
-            if chain.comes(first, last) and graphs.room(resid.device):
-                _record_whole(model, chain, run.backend, first, last)
+            if last - first > 1:
+                chain.ready(model, (first, last), run.backend)
             out = chain.play(resid, first, last)
         took(list(model.blocks)[first:last], path)
         return out
@@ -194,7 +169,7 @@ class Stretches:
         try:
             with torch.inference_mode(False), torch.no_grad():
                 made: Chain | str = model.graphs.hold(
-                    model.device, lambda pool: _record(model, shape, run.backend, pool)
+                    model.device, lambda pool: Chain.record(model, shape, run.backend, pool)
                 )
         except (RuntimeError, torch.OutOfMemoryError) as error:
             made = recording.notice(f"a pass of {shape[0]} x {shape[1]} tokens, block by block,", error)
@@ -202,58 +177,21 @@ class Stretches:
         return made
 
 
+def _cut(model: "HookedMamba", looks: list[int], first: int, last: int) -> Cut | None:
+    """The stretch from block ``first`` on through one whose states alone are hooked, if that comes next."""
+    layer = first if looks[first] & (INSIDE | STATE) else _end(looks, first, last)
+    if layer == last or looks[layer] & (INSIDE | STATE) != STATE:
+        return None
+    if layer > first and (looks[layer] & ENTRY or looks[layer - 1] & EXIT):
+        return None
+    if cast("Block", model.blocks[layer]).mixer.hook_h.demand is not None:  # who may ask for more than states
+        return None
+    return Cut(first, layer, _end(looks, layer, last))
+
+
 def _end(looks: list[int], first: int, last: int) -> int:
     """Where the stretch that begins with block ``first`` must end: at the first hook, and not after ``last``."""
     stop = first + 1
-    while stop < last and not (looks[stop - 1] & EXIT or looks[stop] & (ENTRY | INSIDE)):
+    while stop < last and not (looks[stop - 1] & EXIT or looks[stop] & (ENTRY | INSIDE | STATE)):
         stop += 1
     return stop
-
-
-def _record_whole(model: "HookedMamba", chain: Chain, backend: Any, first: int, last: int) -> None:
-    """Record a stretch of a chain as one; where that fails, block by block does as well."""
-    run, whole = Run(backend, "recorded", Clock(), False, quiet=True), chain.whole[first, last]
-
-    def stretch() -> Tensor:
-        resid, out = through(model, chain.entry, [None] * len(model.blocks), run, first, last)
-        assert out is not None
-        return resid + out
-
-    def make(pool: Any) -> tuple[tuple[recording.Recorded, Tensor], int]:
-        graph, leaving, held = recording.record(stretch, model.device, pool)
-        return (graph, leaving), held
-
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            whole.graph, whole.leaving = model.graphs.hold(model.device, make)
-    except (RuntimeError, torch.OutOfMemoryError) as error:
-        recording.notice(f"a stretch of {last - first} blocks", error)
-
-
-def _record(model: "HookedMamba", shape: tuple[int, int], backend: Any, pool: Any) -> tuple[Chain, int]:
-    """Record every block by itself; also the bytes by which the pool grew."""
-    run, count = Run(backend, "recorded", Clock(), False, quiet=True), len(model.blocks)
-    width, first = model.cfg.d_model, cast("Block", model.blocks[0])
-    mixers = [cast("Block", block).mixer for block in model.blocks]
-    graph, rates, held = recording.record(lambda: decays(mixers), model.device, pool)
-    resid = torch.zeros(*shape, width, device=model.device, dtype=first.residual_dtype)
-    made = Chain([], [], graph, rates, torch.zeros_like(resid))
-    made.seams.append(Seam(resid, torch.zeros(*shape, width, device=model.device, dtype=model.dtype)))
-    held += 3 * resid.numel() * resid.element_size()
-    for i in range(count):
-        seam = made.seams[i]
-
-        def block(i: int = i, seam: Seam = seam) -> tuple[Tensor, Tensor]:
-            def join(_: int, out: Tensor | None, resid: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-                return add_and_norm(seam.out, resid, norm, backend)
-
-            resid, out = through(model, seam.resid, [None] * count, run, i, i + 1, join, rates=rates[i : i + 1])
-            assert out is not None
-            return resid, out
-
-        block()  # compiles what is not compiled yet, which a recording cannot
-        graph, (resid, out), grown = recording.record(block, model.device, pool)
-        made.graphs.append(graph)
-        made.seams.append(Seam(resid, out))
-        held += grown
-    return made, held

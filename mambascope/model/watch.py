@@ -27,15 +27,15 @@ from mambascope.model.norm import RMSNorm
 if TYPE_CHECKING:
     from mambascope.model.language_model import HookedMamba
 
-__all__ = ["ENTRY", "EXIT", "HOOKED", "INSIDE", "Watch", "why_in_turn"]
+__all__ = ["ENTRY", "EXIT", "HOOKED", "INSIDE", "STATE", "Watch", "why_in_turn"]
 
 HOOKED = "a hook sits in the model"
 """The last thing that is looked for: where this is the answer, nothing else stands in the way."""
 
-ENTRY, EXIT, INSIDE = 1, 2, 4
-"""Where hooks sit in a block: at the residual stream before it, at the one after it, or anywhere else."""
+ENTRY, EXIT, INSIDE, STATE = 1, 2, 4, 8
+"""Where hooks sit in a block: at the residual stream before it, the one after it, anywhere else, or at its states."""
 
-_EDGES = {"hook_resid_pre": ENTRY, "hook_resid_post": EXIT}
+_PLACES = {"hook_resid_pre": ENTRY, "hook_resid_post": EXIT, "mixer.hook_h": STATE}
 _MOST_NOTED = 4096
 
 _PLAIN = (
@@ -122,7 +122,7 @@ class Watch:
         return RemovableHandle.next_id
 
     def looks(self, model: "HookedMamba") -> list[int]:
-        """Where in each block hooks see a forward pass: 0, or ENTRY, EXIT and INSIDE added up.
+        """Where in each block hooks see a forward pass: 0, or ENTRY, EXIT, INSIDE and STATE added up.
 
         Asked after `why_not` of the same pass answered ``HOOKED``.
         """
@@ -159,7 +159,7 @@ class Watch:
 
 
 class _Suspect(NamedTuple):
-    """A module's __dict__ in which hooks were seen, its block (None: outside of them), and ENTRY, EXIT or INSIDE."""
+    """A module's __dict__ in which hooks were seen, its block (None: outside of them), and the place there."""
 
     space: dict[str, Any]
     layer: int | None
@@ -171,7 +171,7 @@ def _place_of(name: str) -> tuple[int | None, int]:
     parts = name.split(".", 2)
     if parts[0] != "blocks" or len(parts) < 2:
         return None, INSIDE
-    return int(parts[1]), _EDGES.get(parts[-1], INSIDE) if len(parts) == 3 else INSIDE
+    return int(parts[1]), _PLACES.get(parts[-1], INSIDE) if len(parts) == 3 else INSIDE
 
 
 def _hooked(space: dict[str, Any]) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from mambascope.model import HookedMamba, graphs, stretches
+from mambascope.model import HookedMamba, chain, graphs
 from tests.conftest import make_model
 from tests.model.test_graphs import Again, forms, frozen, ids, played  # noqa: F401  (recordings without a GPU)
 
@@ -56,10 +56,13 @@ def test_a_stretch_that_comes_often_is_recorded_as_one(monkeypatch: pytest.Monke
     monkeypatch.setattr(graphs, "_limit", lambda device: 1 << 20)
     model, site = frozen(n_layers=4), "mixer.hook_h[4]"
     fn = EDITS[site]
-    for turn in range(7):  # the first pass compiles, the second records every block, the fourth the stretch after it
+    for turn in range(7):  # the first pass compiles, the second records every block, the fourth what is around the scan
         want = block_by_block(model, (1,), site, fn, seed=turn)
         assert torch.equal(hooked(model, (1,), site, fn, seed=turn), want)
-        assert Again.made == (0, 5, 5, 6, 6, 6, 6)[turn]
+        assert Again.made == (0, 5, 5, 7, 7, 7, 7)[turn]
+        assert [p.form for p in model.explain_path()] == (
+            ["fused", "split", "fused", "fused"] if not turn else ["graph", "split", "graph", "graph"]
+        )
         if turn == 4:
             with torch.no_grad():
                 model.blocks[3].mixer.out_proj.weight.mul_(2)  # in place: the next replay sees it
@@ -71,25 +74,60 @@ def test_a_stretch_that_comes_often_is_recorded_as_one(monkeypatch: pytest.Monke
     for seed in range(2):
         hooked(model, (3,), site, fn, seed=seed)
     Again.failure = RuntimeError("no memory")
-    with pytest.warns(UserWarning, match="a stretch of 3 blocks cannot be recorded"):
+    with pytest.warns(UserWarning, match="a stretch of [34] blocks cannot be recorded"):
         got = hooked(model, (3,), site, fn)
     assert torch.equal(got, hooked(model, (3,), site, fn))
     assert torch.equal(got, block_by_block(model, (3,), site, fn))
-    monkeypatch.setattr(stretches, "_MOST_WHOLE", 1)
+    monkeypatch.setattr(chain, "_MOST_PARTS", 1)
     Again.failure = None
     for layer in (0, 1, 3, 0):
         assert torch.equal(hooked(model, (layer,), site, fn), block_by_block(model, (layer,), site, fn))
 
 
-def test_a_hook_that_places_another_in_a_later_block_is_obeyed() -> None:
+def test_a_hook_that_places_another_further_on_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "_limit", lambda device: 1 << 20)
     model = frozen(n_layers=4)
-    later = ("blocks.3.hook_mixer_out", lambda v, hook: v * 3)
-    for _ in range(3):
-        plain = model.run_with_hooks(ids(), fwd_hooks=[("blocks.1.mixer.hook_h[4]", lambda h, hook: None), later])
-        for site in ("blocks.1.mixer.hook_h[4]", "blocks.1.hook_resid_pre", "blocks.1.hook_resid_post"):
-            place = (site, lambda v, hook: model.add_hook(*later))
-            assert torch.equal(model.run_with_hooks(ids(), fwd_hooks=[place]), plain), site
-            model.reset_hooks()
+    for where in ("blocks.3.hook_mixer_out", "blocks.1.mixer.hook_gated", "blocks.1.hook_resid_post"):
+        later = (where, lambda v, hook: v * 3)
+        want = model.run_with_hooks(ids(), fwd_hooks=[("blocks.1.hook_mixer_in", lambda v, hook: None), later])
+        for site in ("blocks.1.mixer.hook_h[4]", "blocks.1.hook_resid_pre", "blocks.0.hook_resid_post"):
+            for _ in range(5):
+                model.run_with_hooks(ids(), fwd_hooks=[(site, lambda v, hook: None)])
+                place = (site, lambda v, hook, later=later: model.add_hook(*later))
+                assert torch.equal(model.run_with_hooks(ids(), fwd_hooks=[place]), want), (site, where)
+                model.reset_hooks()
+
+
+def test_a_cut_scan_stands_beside_other_hooks_and_other_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them, edges hooked as well, and hooks that run the model, the very same pass too, while it is open."""
+    monkeypatch.setattr(graphs, "_limit", lambda device: 1 << 20)
+    model, fn = frozen(n_layers=5), EDITS["mixer.hook_h[4]"]
+    walk = [(f"blocks.{i}.hook_mixer_in", lambda v, hook: None) for i in range(5)]
+    state, twice = "mixer.hook_h[4]", lambda v, hook: v * 2
+    cases: list[list[Any]] = [
+        [(f"blocks.{i}.{state}", fn) for i in (1, 3)],
+        [(f"blocks.{i}.{state}", fn) for i in (0, 1, 4)],
+        [(f"blocks.2.{state}", fn), ("blocks.2.hook_resid_pre", twice), ("blocks.2.hook_resid_post", twice)],
+        [(f"blocks.2.{state}", fn), ("blocks.1.hook_resid_post", twice), ("blocks.3.hook_resid_pre", twice)],
+    ]
+
+    def nested(h: torch.Tensor, hook: Any) -> torch.Tensor:
+        if hook.pos == 4 and not inside:
+            inside.append(True)
+            model(ids(seed=5))
+            model.run_with_hooks(ids(seed=7), fwd_hooks=[(f"blocks.2.{state}", fn)])
+        return h * 0
+
+    inside: list[bool] = []
+    cases.append([(f"blocks.2.{state}", nested)])
+    for hooks in cases:
+        for turn in range(5):
+            inside.clear()
+            want = model.run_with_hooks(ids(seed=turn), fwd_hooks=[*walk, *hooks])
+            inside.clear()
+            assert torch.equal(model.run_with_hooks(ids(seed=turn), fwd_hooks=hooks), want), turn
+        layers = [int(name.split(".")[1]) for name, _ in hooks if state in name]
+        assert inside or {p.form for i, p in enumerate(model.explain_path()) if i not in layers} == {"graph"}
 
 
 def test_states_and_later_layers_and_losses(backend: str) -> None:

@@ -194,15 +194,32 @@ def gate_graphs(gate: Gate, dtype: torch.dtype) -> None:
 
 
 def _gate_edits(gate: Gate, model: HookedMamba, x: Tensor, name: str) -> None:
-    """Blocks around an edited one replayed, and its scan fused around the edited state: the bits of neither."""
+    """Blocks around an edited one replayed, and its scan fused around the edited state: the bits of neither.
+
+    Also where the hook runs the model, whose recordings share their memory.
+    """
     read = ("blocks.1.mixer.hook_y", lambda v, hook: None)  # which opens the scan
-    for site in ("blocks.1.mixer.hook_h[40]", "blocks.1.hook_resid_pre[40]", "blocks.1.mixer.hook_h[0:70:23]"):
-        edit = (site, lambda v, hook: v * 0.5 + 0.1)
-        want = eager(model, lambda edit=edit: model.run_with_hooks(x, fwd_hooks=[edit, read]))
-        for _ in range(3):
-            got = model.run_with_hooks(x, fwd_hooks=[edit])
-        gate.same(f"{name}, {site} edited", got, want)
-        gate.need(f"{name}, {site} edited: blocks around it are recorded", form(model) == "graph")
+
+    def change(v: Tensor, hook: Any) -> Tensor:
+        return v * 0.5 + 0.1
+
+    depth: list[int] = []
+
+    def nested(v: Tensor, hook: Any) -> Tensor:
+        if not depth:
+            depth.append(1)
+            model(x), model(x[:, :50])
+            depth.pop()
+        return change(v, hook)
+
+    sites = ("mixer.hook_h[40]", "hook_resid_pre[40]", "mixer.hook_h[0:70:23]", "hook_resid_post")
+    for site, edit in [*((site, change) for site in sites), ("mixer.hook_h[40]", nested)]:
+        hook = (f"blocks.1.{site}", edit)
+        want = eager(model, lambda hook=hook: model.run_with_hooks(x, fwd_hooks=[hook, read]))
+        for turn in range(6):  # the last ones from recordings of all that is not open
+            got = model.run_with_hooks(x, fwd_hooks=[hook])
+            gate.same(f"{name}, {site} edited by {edit.__name__}, pass {turn}", got, want)
+        gate.need(f"{name}, {site} edited: other blocks are recorded", model.explain_path()[2].form == "graph")
 
 
 def _gate_cache(gate: Gate, model: HookedMamba, x: Tensor, name: str) -> None:

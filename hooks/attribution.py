@@ -37,6 +37,7 @@ from mambascope.memory import available_bytes
 
 __all__ = ["attribute"]
 
+_TOGETHER = {"cpu": 0, "cuda": 1 << 13}  # tokens of one text up to which both are read in one pass: fewer launches
 _GRAPH = {"cpu": 1 << 27, "cuda": 1 << 30}  # bytes of graph, derivatives and clean values in memory at a time
 
 
@@ -142,8 +143,7 @@ class _Attribution:
     # ---- forward
 
     def _read(self, group: Group) -> _Ready:
-        clean, clean_logits, _ = self._forward(group.clean)
-        base, base_logits, final = self._forward(group.corrupted)
+        (clean, clean_logits, _), (base, base_logits, final) = self._both(group)
         streams = base.resid
         if self.steps > 1:
             at = (torch.arange(self.steps, device=final.device, dtype=torch.float64) + 0.5) / self.steps
@@ -152,6 +152,18 @@ class _Attribution:
             points, _, final = self._forward(line.flatten(0, 1), start_at_layer=0)
             streams = points.resid
         return _Ready(group, clean, base, streams, final, clean_logits, base_logits)
+
+    def _both(self, group: Group) -> list[tuple[Watch, Tensor, Tensor]]:
+        """The clean and the corrupted run, in one pass where that is faster and nobody's hook counts rows."""
+        texts = [group.clean, group.corrupted]
+        short = group.clean.numel() <= _TOGETHER.get(self.model.device.type, _TOGETHER["cuda"])
+        alike = group.clean.shape == group.corrupted.shape
+        if not (short and alike) or any(p.live for p in self.model.hook_dict.values()):
+            return [self._forward(text) for text in texts]
+        n = len(group.clean)
+        watch, *rest = self._forward(torch.cat(texts))
+        halves = (slice(0, n), slice(n, 2 * n))
+        return [(watch.rows(rows), *(x[rows] for x in rest)) for rows in halves]  # type: ignore[misc]
 
     def _forward(self, entry: Tensor, **options: Any) -> tuple[Watch, Tensor, Tensor]:
         """The run as it was watched, the last logits, and what leaves the last block."""

@@ -69,7 +69,10 @@ class Entering:
 
 
 class _Graph(Watch):
-    """Keeps values as they stand in the graph."""
+    """Keeps values as they stand in the graph, which they do only where the pass walks past every point."""
+
+    def only_inputs(self) -> bool:
+        return False
 
     def take(self, name: str, value: Tensor) -> None:
         if self.wants(name):
@@ -83,7 +86,10 @@ class Spans:
         self.model, self.grid, self.align, self.steps = model, grid, align, steps
         self._indices, self._where = Indices(model.device), dict[tuple[int, int], Any]()
         self._masks = {site: grid.masks(site, model) for site in grid.sites}
-        self._tails = list(dict.fromkeys(t for site in grid.sites for t in (_READ if site == STATE else (site,))))
+        self._tails, self._others = (
+            list(dict.fromkeys(t for site in grid.sites for t in (window if site == STATE else (site,))))
+            for window in (_READ, WINDOW)
+        )
 
     def layers(self, first: int, last: int) -> list[int]:
         """Those of a span that are asked for."""
@@ -121,12 +127,15 @@ class Spans:
         by_name = dict(zip(names, grads, strict=True))
         del grads
         here = watch.values = {n: v.detach() for n, v in watch.values.items()}
-        clean = self._values(given.clean, names, span)
-        base = here if self.steps == 1 else self._values(given.base, names, span)
+        clean = self._values(given.clean, layers, span)
+        base = here if self.steps == 1 else self._values(given.base, layers, span)
         found: dict[tuple[str, int], Tensor] = {}
         for layer in reversed(layers):
             block = f"blocks.{layer}."
-            mine = [{tail: x[block + tail] for tail in self._tails} for x in (by_name, here, base, clean)]
+            mine = [
+                {tail: x[block + tail] for tail in self._tails if block + tail in x}
+                for x in (by_name, here, base, clean)
+            ]
             for site in self.grid.sites:
                 if site == STATE:
                     product = self._states(given, layer, *mine)
@@ -139,8 +148,9 @@ class Spans:
         wide = torch.float64 if any(x.dtype == torch.float64 for x in parts) else torch.float32
         return [g, torch.stack([x.to(wide) for x in parts]).unflatten(0, (len(self.grid.sites), len(layers)))]
 
-    def _values(self, stream: Tensor, names: list[str], span: dict[str, int]) -> dict[str, Tensor]:
-        watch = Watch(set(names), None, resid=False)
+    def _values(self, stream: Tensor, layers: list[int], span: dict[str, int]) -> dict[str, Tensor]:
+        """What a run has at the sites, and what its states follow from."""
+        watch = Watch({f"blocks.{i}.{tail}" for i in layers for tail in self._others}, None, resid=False)
         self.model(stream, recorder=watch, **span)
         return watch.values
 

@@ -24,6 +24,7 @@ class _Replay:
     """A recorder that keeps everything one block computes, for the cache to read; what is made on demand, if named."""
 
     boundaries = None
+    early: frozenset[str] = frozenset()
 
     def __init__(self, demanded: str = "") -> None:
         self._demanded = demanded

@@ -11,6 +11,7 @@ from mambascope.errors import HookError, UnknownNameError, nearest
 
 __all__ = [
     "ALIASES",
+    "BEFORE_SCAN",
     "HOOK_POINTS",
     "LAZY",
     "ON_DEMAND",
@@ -138,6 +139,10 @@ HOOK_POINTS: tuple[HookSpec, ...] = (
 )
 
 LAZY = frozenset(spec.name for spec in HOOK_POINTS if spec.lazy)
+BEFORE_SCAN = frozenset(f"mixer.hook_{name}" for name in ("u", "u_select", "u_write", "u_skip", "delta", "B", "C")) | {
+    "hook_resid_pre"
+}
+"""What a Mamba block has before its scan: a pass that stops at no hook point can hand it over."""
 ON_DEMAND = frozenset(spec.name for spec in HOOK_POINTS if spec.on_demand)
 
 _STATES = ("mixer.hook_state", "mixer.hook_hidden")  # what hook_h means in a layer that has none

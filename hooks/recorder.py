@@ -230,6 +230,8 @@ class Asked:
 class CacheRecorder:
     """Watches one forward pass and keeps what the cache will need (see mambascope.hooks.run.Recorder)."""
 
+    early: frozenset[str] = frozenset()
+
     def __init__(
         self, model: "Scope", names: list[str], *, everything: bool, eager: bool, spelled_out: bool = False
     ) -> None:

@@ -104,6 +104,9 @@ class Recorder(Protocol):
     """What a forward pass needs from whoever records it (the cache, or a replay)."""
 
     boundaries: int | None
+    early: frozenset[str]
+    """Points that a block has before its scan (`points.BEFORE_SCAN`), without the block's name, whose values are wanted
+    although nothing later is."""
 
     def begin(
         self,
@@ -122,7 +125,7 @@ class Recorder(Protocol):
         ...
 
     def only_inputs(self) -> bool:
-        """Whether of the blocks nothing is wanted but their inputs, their states, and what leaves the last one."""
+        """Whether of the blocks nothing is wanted but their inputs, states, ``early``, and what leaves the last one."""
         ...
 
     def wants(self, name: str) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mambascope.hooks.lazy import states_between
 from mambascope.hooks.model_protocol import Runnable
+from mambascope.hooks.points import BEFORE_SCAN, tail_of
 from mambascope.hooks.recorder import compact
 from mambascope.hooks.run import Anchors
 from mambascope.hooks.sites import Padding
@@ -26,7 +27,9 @@ class Watch:
     def __init__(self, names: set[str], interval: int | None, resid: bool = True, end: str = "") -> None:
         """``end``: one more name, the stream that leaves the last block, which a pass has at hand anyway."""
         self.boundaries = interval
-        self._few = not names
+        tails = frozenset(tail_of(name)[1] for name in names)
+        self.early = tails if tails <= BEFORE_SCAN else frozenset[str]()
+        self._few = tails <= BEFORE_SCAN
         self._names = names | {end}
         self._keep_resid = resid
         self.values: dict[str, Tensor] = {}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mambascope import ops
-from mambascope.hooks.run import PathTaken, Run
+from mambascope.hooks.run import PathTaken, Recorder, Run
 from mambascope.model.mixer import MambaMixer
 from mambascope.model.recurrence import anchors_of
 from mambascope.model.state import MambaState
@@ -75,6 +75,7 @@ def through(
             for block in blocks:
                 block._modules["mixer"].path = path
             return joined
+    early = recorder if recorder is not None and recorder.early else None
     for i, block, A in zip(range(first, last), blocks, rates, strict=True):
         norm, mixer = block._modules["norm"], block._modules["mixer"]
         if out is None:
@@ -85,7 +86,9 @@ def through(
             resid, normed = join(i, out, resid, norm)
         if recorder is not None:
             recorder.begin_block(i, resid, layers[i], plain=True)
-        out, layers[i], scan = _mix(mixer, normed, layers[i], A, run.backend, boundaries)
+        if early is not None:
+            early.take(f"blocks.{i}.hook_resid_pre", resid)
+        out, layers[i], scan = _mix(mixer, normed, layers[i], A, run.backend, boundaries, early)
         if recorder is not None and boundaries is not None:
             anchors = anchors_of(scan, boundaries, resid.shape[1])
             recorder.take_anchors(str(mixer._modules["hook_h"].name), anchors)
@@ -235,13 +238,33 @@ def from_scan(mixer: MambaMixer, gated: Tensor, backend: ops.Backend) -> Tensor:
 
 
 def _mix(
-    mixer: MambaMixer, r: Tensor, state: MambaState | None, A: Tensor, backend: ops.Backend, boundaries: int | None
+    mixer: MambaMixer,
+    r: Tensor,
+    state: MambaState | None,
+    A: Tensor,
+    backend: ops.Backend,
+    boundaries: int | None,
+    early: Recorder | None,
 ) -> tuple[Tensor, MambaState, ops.ScanOutput]:
     conv_in, h0 = (None, None) if state is None else (state.conv, state.ssm)
     u, raw, A, B, C, z, conv_state = to_scan(mixer, r, conv_in, A, backend)
+    if early is not None:
+        _offer(early, mixer, u, raw, B, C, backend)
     D = cast(Tensor, mixer._parameters["D"])
     scan = ops.selective_scan(u, raw, A, B, C, D, z, dt_softplus=True, h0=h0, boundaries=boundaries, backend=backend)
     return from_scan(mixer, scan.y, backend), MambaState(scan.h_last, conv_state), scan
+
+
+def _offer(
+    recorder: Recorder, mixer: MambaMixer, u: Tensor, raw: Tensor, B: Tensor, C: Tensor, backend: ops.Backend
+) -> None:
+    """Give a recorder what it wants of a mixer before its scan."""
+    prefix = str(cast(Any, mixer.hook_u).name).removesuffix("hook_u")
+    for tail, value in {"B": B, "C": C, **dict.fromkeys(("u", "u_select", "u_write", "u_skip"), u)}.items():
+        if f"mixer.hook_{tail}" in recorder.early:
+            recorder.take(f"{prefix}hook_{tail}", value)
+    if "mixer.hook_delta" in recorder.early and recorder.wants(f"{prefix}hook_delta"):
+        recorder.take(f"{prefix}hook_delta", ops.softplus(raw, backend=backend))
 
 
 def _linear(x: Tensor, linear: Any, backend: ops.Backend) -> Tensor:

@@ -9,7 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import mambascope as ms
 from mambascope.errors import HookError, InputError
+from mambascope.hooks import attribution
 from mambascope.hooks.points import LAZY, points_of
+from mambascope.hooks.sweeps.watch import Watch
 from mambascope.model import HookedMamba
 from tests.conftest import error, make_model
 
@@ -95,6 +97,29 @@ def test_it_is_gradient_times_difference_at_every_point() -> None:
             want = by_hand(model, clean, CORRUPTED, site, layer, p)
             assert abs(float(found.change[s, layer, p, 0]) - want) < 1e-9, site
     assert not any(parameter.grad is not None and parameter.grad.isnan().any() for parameter in model.parameters())
+
+
+def test_what_is_read_in_passing_is_what_every_point_shows(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sites before the scan come from passes that stop at no point; both texts from one, where that is faster."""
+    model, sites = make_model(backend=backend), ["u", "delta", "B", "C", "h", "u_write", "resid_pre"]
+    clean = neighbours(model, 1.0)
+    found = ms.attribute(model, clean, CORRUPTED, METRIC, sites).change
+    monkeypatch.setitem(attribution._TOGETHER, "cpu", 1 << 13)
+    rows: list[int] = []
+    embed = model.embed.register_forward_hook(lambda module, args, out: rows.append(len(out)))
+    ms.attribute(model, clean, CORRUPTED, METRIC, sites)
+    assert rows == [4]
+    embed.remove()
+    together = ms.attribute(model, clean, CORRUPTED, METRIC, sites).change
+    monkeypatch.setattr(Watch, "only_inputs", lambda self: False)
+    walked = ms.attribute(model, clean, CORRUPTED, METRIC, sites).change
+    for other in (together, walked):
+        assert error(other, found) < 1e-5
+    with model.hooks([("blocks.1.hook_resid_pre", lambda v, hook: None)]):  # hooks see each text by itself
+        rows.clear()
+        with model.hooks([("hook_embed", lambda v, hook: rows.append(len(v)))]):
+            ms.attribute(model, clean, CORRUPTED, METRIC, sites)
+    assert rows == [2, 2]
 
 
 @pytest.mark.parametrize("align", ["start", "end"])

@@ -57,8 +57,10 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def sweep_out(path: Path) -> None:
-    """Remove what killed writers of this file left beside it. Only for one who knows that nobody else writes it."""
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*{_UNFINISHED}"):
+    """Remove what killed writers of this file left beside it, or of any file of this folder in it. Only for one who
+    knows that nobody else writes there."""
+    folder, name = (path, "*") if path.is_dir() else (path.parent, glob.escape(path.name))
+    for left in folder.glob(f".{name}.*{_UNFINISHED}"):
         left.unlink(missing_ok=True)
 
 

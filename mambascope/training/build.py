@@ -14,7 +14,7 @@ from torch import nn
 from mambascope.analyses.tasks import evaluate as evaluate_task
 from mambascope.errors import InputError, LoadError
 from mambascope.loading import usable_device
-from mambascope.storage import write_bytes
+from mambascope.storage import sweep_out, write_bytes
 from mambascope.training.data import (
     HELD_OUT,
     TokenFile,
@@ -86,6 +86,7 @@ def prepare_text(
             return _open(Path(folder), text)
     paths = {source.name: find_file(source.file, folders) for source in text.sources}
     out.mkdir(parents=True, exist_ok=True)
+    sweep_out(out)
     documents = {source.name: read_documents(paths[source.name], source.documents) for source in text.sources}
     sample: list[str] = []
     for source in text.sources:

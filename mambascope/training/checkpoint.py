@@ -39,7 +39,8 @@ def save_checkpoint(
     """Write ``out/checkpoints/step-…`` and drop the oldest but two; a full disk leaves the older ones whole."""
     home = out / "checkpoints"
     part = home / f".part-{step:08d}"
-    shutil.rmtree(part, ignore_errors=True)
+    for left in home.glob(".part-*"):  # of a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         weights: dict[str, torch.Tensor] = dict(model.named_parameters())  # tied tensors once

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mambascope.errors import InputError, LoadError
+from mambascope.storage import sweep_out
 
 __all__ = ["disk_is_full", "only_writer", "read_json", "sync_folder"]
 
@@ -31,7 +32,10 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Hold the lock of an output folder; a second trainer on it is refused. The system frees it when we die."""
+    """Hold the lock of an output folder; a second trainer on it is refused. The system frees it when we die.
+
+    What killed writers left of unfinished files in the folder itself is removed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
@@ -43,6 +47,7 @@ def only_writer(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"another training is writing to {folder}; wait for it or give another --out") from None
+        sweep_out(folder)
         yield
 
 

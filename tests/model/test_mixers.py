@@ -52,6 +52,23 @@ def test_every_hook_fires_once_in_order_with_the_tables_shape_and_changes_nothin
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_hook_that_only_looks_changes_no_bit(pattern: str, grad: bool, ids: Tensor) -> None:
+    """But at scores and pattern, for which attention is spelled out (docs/models.md)."""
+    model, seen = model_of(pattern).to(torch.float32), []
+    explicit = ("hook_attn_scores", "hook_pattern")
+    with torch.set_grad_enabled(grad):
+        plain = model(ids)
+        for name in (n for n in model.hook_dict if not n.endswith(explicit)):
+            out = model.run_with_hooks(ids, fwd_hooks=[(name, lambda v, hook: seen.append(hook.name))])
+            assert torch.equal(out, plain), name
+            assert seen and set(seen) == {name}
+            seen.clear()
+        edited = model.run_with_hooks(ids, fwd_hooks=[("blocks.0.hook_resid_pre", lambda v, hook: v + 1e-3)])
+        assert not torch.equal(edited, plain)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_a_split_is_one_run_and_a_step_a_time_too(pattern: str, ids: Tensor) -> None:
     model = model_of(pattern)
     whole, last = model(ids, return_state=True)

@@ -117,6 +117,10 @@ def test_an_unfinished_checkpoint_is_never_taken(tiny, tmp_path):
     train(tiny(), counting, settings(steps=8), tmp_path, recipe={}, report=quiet)
     (tmp_path / "checkpoints" / ".part-00000016").mkdir()
     assert latest_checkpoint(tmp_path).name == "step-00000008"  # pyright: ignore[reportOptionalMemberAccess]
+    (tmp_path / ".curve.csv.0123abcd.unfinished").write_text("of a killed writer")
+    (tmp_path / "checkpoints" / ".part-00000999").mkdir()
+    train(tiny(), counting, settings(), tmp_path, recipe={}, report=quiet, resume=True)
+    assert [path.name for path in tmp_path.rglob("*") if path.name.startswith(".")] == [".lock"]
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(tiny, tmp_path):

@@ -11,7 +11,7 @@ from mambascope import zoo
 from mambascope.analyses.tasks import InductionHeads, evaluate
 from mambascope.training.recipe import Recipe, load_recipe
 
-MODELS = ("lm-mini", "induction-2l")
+MODELS = tuple(info.name for info in ms.list_models() if info.embedded)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -24,13 +24,22 @@ def test_the_card_tells_the_recipe_that_is_in_the_repository(name: str) -> None:
     assert "seed" in text.lower()
 
 
+def test_the_models_that_ship() -> None:
+    assert {"lm-mini", "induction-2l"} <= set(MODELS)
+    home = Path(str(zoo.recipes())).parent
+    assert sum(file.stat().st_size for file in home.rglob("*") if file.is_file()) <= 130 * 2**20
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_the_files_are_small_and_all_there(name: str) -> None:
     folder = Path(zoo.model_folder(name))
-    assert sum(file.stat().st_size for file in folder.glob("*.safetensors")) <= 16 * 2**20
-    assert {"config.json", "model.safetensors", "card.json", "card.md", "curve.csv"} <= {
-        f.name for f in folder.iterdir()
-    }
+    weights = sorted(folder.glob("*.safetensors"))
+    assert weights
+    assert all(file.stat().st_size <= 16 * 2**20 + 2**16 for file in weights)  # a header comes on top
+    assert {"config.json", "card.json", "card.md", "curve.csv"} <= {f.name for f in folder.iterdir()}
+    index = folder / "model.safetensors.index.json"
+    named = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    assert {file.name for file in weights} == named
 
 
 @torch.no_grad()

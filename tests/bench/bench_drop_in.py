@@ -1,6 +1,7 @@
 """The drop-ins beside what they replace: ``accelerate`` beside transformers, ``selective_scan_fn`` beside mamba_ssm.
 
     python tests/bench/bench_drop_in.py [--csv FILE] [--anchor DIR] [--only scan|model] [--threads N] [--limit SECONDS]
+        [--first BxL …]
 
 On a CPU: a small model plain and accelerated, and what the layout ``B D L`` costs the scan. On a GPU: a correctness
 gate, then the scan at the shapes of the other benchmarks, transposes included, with mamba_ssm's CUDA function in the
@@ -14,8 +15,10 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from math import exp, log
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -150,50 +153,79 @@ def cpu_scan_times() -> list[dict[str, Any]]:
     return rows
 
 
-def gate() -> list[str]:
+CASES = (
+    (2, 65, 1536, 16, "fp32", False),
+    (2, 65, 1536, 16, "bf16", False),
+    (1, 300, 1000, 16, "bf16", False),
+    (3, 63, 33, 7, "fp32", False),
+    (2, 40, 48, 16, "fp16", True),
+    (1, 1, 64, 16, "fp32", False),
+)
+"""Of the gate: B, L, D, N, dtype, and whether without D, z, bias and softplus."""
+
+
+def check(batch: int, length: int, channels: int, states: int, dtype: str, bare: bool) -> list[str]:
     """Complaints: outputs, last state and gradients against the float64 recurrence; two runs; the other layout."""
     bad = []
-    for batch, length, channels, states, dtype, bare in (
-        (2, 65, 1536, 16, "fp32", False),
-        (2, 65, 1536, 16, "bf16", False),
-        (1, 300, 1000, 16, "bf16", False),
-        (3, 63, 33, 7, "fp32", False),
-        (2, 40, 48, 16, "fp16", True),
-        (1, 1, 64, 16, "fp32", False),
-    ):
-        kind = gpu.DTYPES[dtype]
-        x = gpu.problem(batch, length, channels, states, kind, bare=bare, padded=False)
-        options = {"delta_softplus": not bare, "return_last_state": True}
-        results = []
-        for lying in (False, False, True):
-            leaves = [None if x[i] is None else _leaf(x[i], i in TIMED, lying) for i in ORDER]  # type: ignore[arg-type]
-            out, last = ops.selective_scan_fn(*leaves, **options)  # type: ignore[arg-type]
-            torch.manual_seed(7)
-            dout, dlast = torch.randn(out.shape, device=out.device).to(kind), torch.randn_like(last)
-            given = [t for t in leaves if t is not None]
-            grads = torch.autograd.grad([out, last], given, [dout, dlast])
-            results.append([out.detach(), last.detach(), *grads])
-        bound = torch.zeros(batch, -(-length // 64), channels, states, device=gpu.DEVICE)
-        seeds = [dout.transpose(1, 2).float(), dlast, bound]
-        names = ["out", "last_state", *(gpu.NAMES[i] for i in ORDER if x[i] is not None)]
-        exact, rough = (gpu.plain(x, 64, d, seeds) for d in (torch.float64, torch.float32))
-        for truth in (exact, rough):
-            del truth[2], truth[-1]  # boundary states, dh0
-        kept = [0, 1, *(2 + i for i in ORDER if x[i] is not None)]
-        for name, a, twice, other, i in zip(names, *results, kept, strict=True):
-            b, c = exact[i], rough[i]
-            if a.shape != b.shape:
-                b, c = b.transpose(1, 2), c.transpose(1, 2)
-            bar = max(1e-6, 2 * gpu.error(c, b))
-            if a.dtype != torch.float32:
-                bar += torch.finfo(a.dtype).eps / 2 * 1.1
-            what = f"{batch} x {length} x {channels} {dtype} {name}"
-            if not gpu.error(a, b) <= bar:
-                bad.append(f"{what}: error {gpu.error(a, b):.1e}, bar {bar:.1e}")
-            if not gpu.same(a, twice):
-                bad.append(f"{what}: other bits in a second run")
-            if not gpu.error(other, b) <= bar:
-                bad.append(f"{what}: error {gpu.error(other, b):.1e} where it lies as ours, bar {bar:.1e}")
+    kind = gpu.DTYPES[dtype]
+    x = gpu.problem(batch, length, channels, states, kind, bare=bare, padded=False)
+    options = {"delta_softplus": not bare, "return_last_state": True}
+    results = []
+    for lying in (False, False, True):
+        leaves = [None if x[i] is None else _leaf(x[i], i in TIMED, lying) for i in ORDER]  # type: ignore[arg-type]
+        out, last = ops.selective_scan_fn(*leaves, **options)  # type: ignore[arg-type]
+        torch.manual_seed(7)
+        dout, dlast = torch.randn(out.shape, device=out.device).to(kind), torch.randn_like(last)
+        given = [t for t in leaves if t is not None]
+        grads = torch.autograd.grad([out, last], given, [dout, dlast])
+        results.append([out.detach(), last.detach(), *grads])
+    bound = torch.zeros(batch, -(-length // 64), channels, states, device=gpu.DEVICE)
+    seeds = [dout.transpose(1, 2).float(), dlast, bound]
+    names = ["out", "last_state", *(gpu.NAMES[i] for i in ORDER if x[i] is not None)]
+    exact, rough = (gpu.plain(x, 64, d, seeds) for d in (torch.float64, torch.float32))
+    for truth in (exact, rough):
+        del truth[2], truth[-1]  # boundary states, dh0
+    kept = [0, 1, *(2 + i for i in ORDER if x[i] is not None)]
+    for name, a, twice, other, i in zip(names, *results, kept, strict=True):
+        b, c = exact[i], rough[i]
+        if a.shape != b.shape:
+            b, c = b.transpose(1, 2), c.transpose(1, 2)
+        bar = max(1e-6, 2 * gpu.error(c, b))
+        if a.dtype != torch.float32:
+            bar += torch.finfo(a.dtype).eps / 2 * 1.1
+        what = f"{batch} x {length} x {channels} {dtype} {name}"
+        if not gpu.error(a, b) <= bar:
+            bad.append(f"{what}: error {gpu.error(a, b):.1e}, bar {bar:.1e}")
+        if not gpu.same(a, twice):
+            bad.append(f"{what}: other bits in a second run")
+        if not gpu.error(other, b) <= bar:
+            bad.append(f"{what}: error {gpu.error(other, b):.1e} where it lies as ours, bar {bar:.1e}")
+    return bad
+
+
+def one_job(job: tuple[Any, ...]) -> list[str]:
+    """A case of the gate, or the first calls of a timed cell: they compile its kernels, into Triton's cache on disk."""
+    try:
+        if len(job) == len(CASES[0]):
+            return check(*job)
+        batch, length, dtype = job
+        for call in our_calls(batch, length, gpu.DTYPES[dtype]).values():
+            call(0)
+        torch.cuda.synchronize()
+        return []
+    except Exception as fault:
+        return [f"{' x '.join(map(str, job))}: {type(fault).__name__}: {str(fault)[:300]}"]
+
+
+def gate(cells: list[tuple[int, int, str]], workers: int) -> list[str]:
+    """Complaints of all cases. On a GPU in several processes, with what the timed cells will launch compiled there."""
+    if not CUDA:
+        return [line for case in CASES for line in one_job(case)]
+    start = time.time()
+    compiled = {(batch, 512 if batch == 1 else 64, dtype) for batch, _, dtype in cells}  # whatever L is
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        bad = [line for found in pool.map(one_job, [*compiled, *CASES]) for line in found]
+    print(f"gate and compilation: {time.time() - start:.0f} s", flush=True)
     return bad
 
 
@@ -219,42 +251,53 @@ def our_calls(batch: int, length: int, dtype: torch.dtype) -> dict[str, Callable
     return {"fwd": forward, "fwd lying": of_views, "f+b": both}
 
 
-def gpu_scan_times(anchor: Any, limit: float, started: float) -> list[dict[str, Any]]:
+def one_row(batch: int, length: int, name: str, anchor: Any) -> dict[str, Any]:
+    """Microseconds of one cell; eager calls of ours and of the anchor take turns."""
+    row: dict[str, Any] = {"what": "scan", "B": batch, "L": length, "dtype": name}
+    where = f"{batch} x {length} {name}"
+    calls = our_calls(batch, length, gpu.DTYPES[name])
+    theirs = {} if anchor is None else gpu.anchor_calls(anchor, batch, length, gpu.DTYPES[name])
+    for what in calls:
+        with gpu.surviving(f"{where} {what}"):
+            ours, others = [], []
+            for _ in range(3):
+                ours.append(gpu.timed(calls[what], budget=0.15))
+                if what in theirs:
+                    others.append(gpu.timed(theirs[what], budget=0.15))
+            row[what] = median(ours)
+            if others:
+                row[f"anchor {what}"] = median(others)
+                row[f"x {what}"] = row[f"anchor {what}"] / row[what]
+    for what in ("fwd", "f+b") if batch * length <= 20000 else ():
+        with gpu.surviving(f"{where} {what} in a graph"):
+            row[f"{what} graph"] = gpu.graphed(calls[what])
+    for what, recorded in zip(("fwd", "f+b"), gpu.RECORDED[batch, length][name], strict=True):
+        if what in row:
+            row[f"recorded x {what}"] = recorded / row[what]
+    return row
+
+
+def gpu_scan_times(
+    cells: list[tuple[int, int, str]], anchor: Any, limit: float, started: float
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows so far, after each."""
     print("microseconds, medians; ratio to mamba_ssm in this run, and to its times as recorded on an H100 earlier")
     head = ("shape", "type", "fwd", "graph", "lying", "f+b", "graph", "anchor fwd", "f+b", "x fwd", "x f+b", "recorded")
     print("  " + " ".join(f"{h:>10}" for h in head), flush=True)
+    keys = ("fwd", "fwd graph", "fwd lying", "f+b", "f+b graph", "anchor fwd", "anchor f+b", "x fwd", "x f+b")
     rows: list[dict[str, Any]] = []
-    for batch, length in gpu.SHAPES:
-        for name in ("bf16", "fp32"):
-            if time.time() - started > limit:
-                print(f"  {RED}out of time before {batch} x {length} {name}{PLAIN}", flush=True)
-                return rows
-            row: dict[str, Any] = {"what": "scan", "B": batch, "L": length, "dtype": name}
-            with gpu.surviving(f"{batch} x {length} {name}"):
-                calls = our_calls(batch, length, gpu.DTYPES[name])
-                for what, call in calls.items():
-                    row[what] = gpu.timed(call, budget=0.3)
-                if batch * length <= 20000:
-                    for what in ("fwd", "f+b"):
-                        with gpu.surviving(f"{batch} x {length} {name} {what} in a graph"):
-                            row[f"{what} graph"] = gpu.graphed(calls[what])
-                del calls
-            torch.cuda.empty_cache()
-            if anchor is not None:
-                with gpu.surviving(f"anchor {batch} x {length} {name}"):
-                    for what, call in gpu.anchor_calls(anchor, batch, length, gpu.DTYPES[name]).items():
-                        row[f"anchor {what}"] = gpu.timed(call, budget=0.3)
-                        row[f"x {what}"] = row[f"anchor {what}"] / row[what]
-            for what, theirs in zip(("fwd", "f+b"), gpu.RECORDED[batch, length][name], strict=True):
-                if what in row:
-                    row[f"recorded x {what}"] = theirs / row[what]
-            rows.append(row)
-            keys = ("fwd", "fwd graph", "fwd lying", "f+b", "f+b graph", "anchor fwd", "anchor f+b", "x fwd", "x f+b")
-            cells = [f"{batch}x{length}", name, *(_cell(row, key) for key in keys)]
-            cells.append(f"{_cell(row, 'recorded x fwd')},{_cell(row, 'recorded x f+b')}")
-            print("  " + " ".join(f"{c:>10}" for c in cells), flush=True)
+    for batch, length, name in cells:
+        if time.time() - started > limit:
+            print(f"  {RED}out of time before {batch} x {length} {name}{PLAIN}", flush=True)
+            break
+        row = one_row(batch, length, name, anchor)
+        torch.cuda.empty_cache()
+        shown = [f"{batch}x{length}", name, *(_cell(row, key) for key in keys)]
+        shown.append(f"{_cell(row, 'recorded x fwd')},{_cell(row, 'recorded x f+b')}")
+        print("  " + " ".join(f"{c:>10}" for c in shown), flush=True)
+        rows.append(row)
+        yield rows
     _verdict(rows, anchor)
-    return rows
 
 
 def _cell(row: dict[str, Any], key: str) -> str:
@@ -268,6 +311,10 @@ def _verdict(rows: list[dict[str, Any]], anchor: Any) -> None:
         print(f"{RED}no anchor, no verdict{PLAIN}")
         return
     found = [row[key] for row in rows for key in ("x fwd", "x f+b") if key in row]
+    if len(found) < 4 * len(gpu.SHAPES):
+        print(f"{RED}no verdict: {4 * len(gpu.SHAPES) - len(found)} of the cells are missing{PLAIN}")
+    if not found:
+        return
     below = sum(x < 1 for x in found)
     mean = exp(sum(map(log, found)) / len(found))
     verdict = "every cell at or above 1.0" if not below else f"{RED}{below} of {len(found)} cells below 1.0{PLAIN}"
@@ -289,7 +336,6 @@ def save(path: str, rows: list[dict[str, Any]], passed: bool | None) -> None:
         writer.writeheader()
         for row in rows:
             writer.writerow(about | {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
-    print(f"written: {path}")
 
 
 def main() -> int:
@@ -298,6 +344,8 @@ def main() -> int:
     parser.add_argument("--anchor", help="folder of a built mamba_ssm")
     parser.add_argument("--only", choices=("scan", "model"))
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--first", nargs="+", default=[], metavar="BxL", help="shapes to time before the others")
+    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1), help="processes of the GPU's gate")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds after which no further shape is timed")
     arguments = parser.parse_args()
     started = time.time()
@@ -307,18 +355,21 @@ def main() -> int:
     rows: list[dict[str, Any]] = []
     passed = None
     if arguments.only != "model":
-        bad = gate()
+        cells = [(*shape, dtype) for shape in gpu.in_order(arguments.first) for dtype in ("fp32", "bf16")]
+        bad = gate(cells, arguments.workers)
         passed = not bad
         print(f"gate: {'passed' if passed else RED + 'FAILED: times are of unverified kernels' + PLAIN}", flush=True)
         for line in bad[:20]:
             print(f"  {line}")
         if CUDA:
-            rows += gpu_scan_times(gpu.find_anchor(arguments.anchor), arguments.limit, started)
+            for rows in gpu_scan_times(cells, gpu.find_anchor(arguments.anchor), arguments.limit, started):
+                save(arguments.csv, rows, passed)
         else:
             rows += cpu_scan_times()
     if arguments.only != "scan":
         rows += model_times()
     save(arguments.csv, rows, passed)
+    print(f"written: {arguments.csv}; {time.time() - started:.0f} s")
     return 1 if passed is False else 0
 
 

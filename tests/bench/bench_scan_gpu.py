@@ -1,6 +1,7 @@
 """The portable Triton kernels on a GPU: first a correctness gate at full shapes, then medians.
 
     python tests/bench/bench_scan_gpu.py [--csv FILE] [--anchor DIR] [--quick] [--only gate|times] [--sweep]
+        [--first BxL …]
 
 On a Hopper GPU too these are the portable kernels: the others have `bench_hopper`. The bar is that no cell is slower
 than 1.3 times mamba_ssm's CUDA scan, both eager, through the public calls.
@@ -573,7 +574,16 @@ def verdict(rows: list[dict[str, Any]], anchor: Any) -> bool | None:
     return good
 
 
-def times(anchor: Any, quick: bool, limit: float, started: float) -> list[dict[str, Any]]:
+def in_order(first: list[str]) -> list[tuple[int, int]]:
+    """`SHAPES`, those that are named "BxL" before the others."""
+    named = [tuple(int(n) for n in name.split("x")) for name in first]
+    unknown = [name for name, shape in zip(first, named, strict=True) if shape not in SHAPES]
+    if unknown:
+        raise SystemExit(f"--first: no shape of this benchmark is {unknown[0]}; they are {SHAPES}")
+    return [*(s for s in SHAPES if s in named), *(s for s in SHAPES if s not in named)]
+
+
+def times(shapes: list[tuple[int, int]], anchor: Any, limit: float, started: float) -> list[dict[str, Any]]:
     speed = copy_speed()
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     print(f"copy {speed / 1e12:.2f} TB/s; microseconds, medians; floor: bytes, exponentials at 16 a clock (1.755 GHz)")
@@ -593,7 +603,7 @@ def times(anchor: Any, quick: bool, limit: float, started: float) -> list[dict[s
     )
     print("  " + " ".join(f"{h:>10}" for h in head), flush=True)
     rows = []
-    for batch, length in SHAPES[:3] if quick else SHAPES:
+    for batch, length in shapes:
         for name in ("bf16", "fp32"):
             if time.time() - started > limit:
                 print(f"  {RED}out of time before {batch} x {length} {name}{PLAIN}", flush=True)
@@ -763,6 +773,7 @@ def main() -> int:
     parser.add_argument("--only", choices=("gate", "times"))
     parser.add_argument("--sweep", action="store_true", help="also time plans that the table does not choose")
     parser.add_argument("--quick", action="store_true", help="three shapes only")
+    parser.add_argument("--first", nargs="+", default=[], metavar="BxL", help="shapes to time before the others")
     parser.add_argument("--workers", type=int, default=min(15, os.cpu_count() or 1))
     parser.add_argument("--limit", type=float, default=140.0, help="seconds after which no further shape is timed")
     arguments = parser.parse_args()
@@ -779,7 +790,8 @@ def main() -> int:
         portable_only()
         warm_up(arguments.workers)
         anchor = find_anchor(arguments.anchor)
-        rows = times(anchor, arguments.quick, arguments.limit, started)
+        shapes = in_order(arguments.first)[: 3 if arguments.quick else None]
+        rows = times(shapes, anchor, arguments.limit, started)
         verdict(rows, anchor)
         rows += state_times() + layer_times()
         write(arguments.csv, rows, passed)

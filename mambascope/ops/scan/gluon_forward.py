@@ -61,6 +61,20 @@ def _prefetch(address):
 
 
 @gluon.jit
+def _row_of(which, u, delta, z, u_l, delta_l, z_l, first, HAS_Z: gl.constexpr):
+    """Address of the first step's entry ``first``, and bytes from step to step, of u (0), delta (1) or z."""
+    u_size: gl.constexpr = u.dtype.element_ty.primitive_bitwidth // 8
+    d_size: gl.constexpr = delta.dtype.element_ty.primitive_bitwidth // 8
+    line = gl.where(which == 0, (u + first).to(gl.int64), (delta + first).to(gl.int64))
+    pitch = gl.where(which == 0, u_l * u_size, delta_l * d_size)
+    if HAS_Z:
+        z_size: gl.constexpr = z.dtype.element_ty.primitive_bitwidth // 8
+        line = gl.where(which > 1, (z + first).to(gl.int64), line)
+        pitch = gl.where(which > 1, z_l * z_size, pitch)
+    return line, pitch
+
+
+@gluon.jit
 def _joined(parts, COUNT: gl.constexpr):
     """COUNT tensors, a power of two, side by side along new last axes, whose order is that of the parts."""
     if COUNT == 1:
@@ -148,10 +162,10 @@ def _scan(
 def _produce(
     u, delta, B, C, z, bias, block, L, live, tiles, u_l, delta_l, B_l, C_l, z_l, sd, sx, sb, sc, staged, summed,
     D: gl.constexpr, N: gl.constexpr, NP: gl.constexpr, BD: gl.constexpr, T: gl.constexpr, NB: gl.constexpr,
-    WARPS: gl.constexpr, KE: gl.constexpr, AHEAD: gl.constexpr, SOFTPLUS: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_Z: gl.constexpr, EVEN: gl.constexpr, COUNTED: gl.constexpr, PACKED: gl.constexpr,
+    WARPS: gl.constexpr, KE: gl.constexpr, EARLY: gl.constexpr, AHEAD: gl.constexpr, SOFTPLUS: gl.constexpr,
+    HAS_BIAS: gl.constexpr, HAS_Z: gl.constexpr, EVEN: gl.constexpr, COUNTED: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Producers: global loads run a tile ahead of their use in registers, and AHEAD tiles ahead into the L2 cache."""
+    """Producers: loads run EARLY tiles ahead of their use into registers, and AHEAD tiles ahead into the L2 cache."""
     LE: gl.constexpr = rows_layout(BD, KE, WARPS)
     LN: gl.constexpr = rows_layout(NP, 2, WARPS)
     D_LEFT: gl.constexpr = 0 if D % BD == 0 else D
@@ -161,17 +175,16 @@ def _produce(
     if HAS_BIAS:
         b_dt = gl.load(bias + block * BD + column, mask=block * BD + column < D, other=0.0).to(gl.float32)
     if AHEAD > 0:
+        ROUNDS: gl.constexpr = ((3 if HAS_Z else 2) * T + WARPS * 32 - 1) // (WARPS * 32)
         thread = gl.arange(0, WARPS * 32, gl.BlockedLayout([1], [32], [WARPS], [0]))
+        lines = ()
+        pitches = ()
+        for r in gl.static_range(ROUNDS):
+            which = (thread + r * WARPS * 32) // T
+            line, pitch = _row_of(which, u, delta, z, u_l, delta_l, z_l, block * BD, HAS_Z)
+            lines = lines + (line,)
+            pitches = pitches + (pitch,)
         ahead_t = thread % T
-        which = thread // T
-        u_size: gl.constexpr = u.dtype.element_ty.primitive_bitwidth // 8
-        d_size: gl.constexpr = delta.dtype.element_ty.primitive_bitwidth // 8
-        lines = gl.where(which == 0, (u + block * BD).to(gl.int64), (delta + block * BD).to(gl.int64))
-        pitch = gl.where(which == 0, u_l * u_size, delta_l * d_size)
-        if HAS_Z:
-            z_size: gl.constexpr = z.dtype.element_ty.primitive_bitwidth // 8
-            lines = gl.where(which > 1, (z + block * BD).to(gl.int64), lines)
-            pitch = gl.where(which > 1, z_l * z_size, pitch)
     K: gl.constexpr = 2 if PACKED else 1
     u_at, tl_, dl = tile_offsets(u_l, T, BD, LE, PACKED)
     delta_at, tl_, dl = tile_offsets(delta_l, T, BD, LE, PACKED)
@@ -187,33 +200,47 @@ def _produce(
     delta_step = rows * delta_l
     B_step = rows * B_l
     C_step = rows * C_l
-    u_next = load_tile(u, u_at, tl_, dl, L, D_LEFT, EVEN)
-    raw_next = load_tile(delta, delta_at, tl_, dl, L, D_LEFT, EVEN)
-    b_next = load_tile(B, B_at, tn, nl, L, N_ALL, EVEN)
-    c_next = load_tile(C, C_at, tn, nl, L, N_ALL, EVEN)
+    left = L
+    queue = ()
+    for k in gl.static_range(EARLY):
+        u_tile = load_tile(u, u_at, tl_, dl, left, D_LEFT, EVEN)
+        raw_tile = load_tile(delta, delta_at, tl_, dl, left, D_LEFT, EVEN)
+        b_tile = load_tile(B, B_at, tn, nl, left, N_ALL, EVEN)
+        c_tile = load_tile(C, C_at, tn, nl, left, N_ALL, EVEN)
+        queue = queue + (u_tile, raw_tile, b_tile, c_tile)
+        more = k + 1 < tiles
+        u += gl.where(more, u_step, 0)
+        delta += gl.where(more, delta_step, 0)
+        B += gl.where(more, B_step, 0)
+        C += gl.where(more, C_step, 0)
+        left -= gl.where(more, T, 0)
     for i in range(0, tiles):
         slot = i % NB
-        raw = wide_tile(raw_next, LE, PACKED)
+        u_tile = load_tile(u, u_at, tl_, dl, left, D_LEFT, EVEN)
+        raw_tile = load_tile(delta, delta_at, tl_, dl, left, D_LEFT, EVEN)
+        b_tile = load_tile(B, B_at, tn, nl, left, N_ALL, EVEN)
+        c_tile = load_tile(C, C_at, tn, nl, left, N_ALL, EVEN)
+        queue = queue + (u_tile, raw_tile, b_tile, c_tile)
+        more = i + EARLY + 1 < tiles
+        u += gl.where(more, u_step, 0)
+        delta += gl.where(more, delta_step, 0)
+        B += gl.where(more, B_step, 0)
+        C += gl.where(more, C_step, 0)
+        left -= gl.where(more, T, 0)
+        raw = wide_tile(queue[1], LE, PACKED)
         if SOFTPLUS:
             raw = softplus(raw + b_dt)
         dt = raw
         if COUNTED:
             dt = gl.where((t < live - i * T) & (column >= 0), raw, 0.0)
-        x = dt * wide_tile(u_next, LE, PACKED)
-        b = wide_tile(b_next, LN, PACKED)
-        c = wide_tile(c_next, LN, PACKED)
-        more = i + 1 < tiles
-        u += gl.where(more, u_step, 0)
-        delta += gl.where(more, delta_step, 0)
-        B += gl.where(more, B_step, 0)
-        C += gl.where(more, C_step, 0)
-        left = L - gl.where(more, i + 1, i) * T
-        u_next = load_tile(u, u_at, tl_, dl, left, D_LEFT, EVEN)
-        raw_next = load_tile(delta, delta_at, tl_, dl, left, D_LEFT, EVEN)
-        b_next = load_tile(B, B_at, tn, nl, left, N_ALL, EVEN)
-        c_next = load_tile(C, C_at, tn, nl, left, N_ALL, EVEN)
+        x = dt * wide_tile(queue[0], LE, PACKED)
+        b = wide_tile(queue[2], LN, PACKED)
+        c = wide_tile(queue[3], LN, PACKED)
+        queue = queue[4:]
         if AHEAD > 0:
-            _prefetch(lines + gl.minimum((i + AHEAD) * T + ahead_t, L - 1).to(gl.int64) * pitch)
+            ahead = gl.minimum((i + AHEAD) * T + ahead_t, L - 1).to(gl.int64)
+            for r in gl.static_range(ROUNDS):
+                _prefetch(lines[r] + ahead * pitches[r])
         mbarrier.wait(summed.index(slot), ((i // NB) & 1) ^ 1)
         sd.index(slot).store(by_channel(dt, T, BD))
         sx.index(slot).store(by_channel(x, T, BD))
@@ -226,7 +253,8 @@ def _produce(
 def _finish(
     u, z, skip, y, block, L, tiles, u_l, z_l, sy, scanned, summed,
     D: gl.constexpr, BD: gl.constexpr, NL: gl.constexpr, T: gl.constexpr, NB: gl.constexpr, WARPS: gl.constexpr,
-    KE: gl.constexpr, HAS_D: gl.constexpr, HAS_Z: gl.constexpr, EVEN: gl.constexpr, PACKED: gl.constexpr,
+    KE: gl.constexpr, EARLY: gl.constexpr, HAS_D: gl.constexpr, HAS_Z: gl.constexpr, EVEN: gl.constexpr,
+    PACKED: gl.constexpr,
 ):  # fmt: skip
     """Finishers: y = Σ parts (+ D u) (· silu(z)), rounded once."""
     TK: gl.constexpr = T // 4
@@ -247,26 +275,37 @@ def _finish(
         dl += block * BD
         u = paired(u + block * BD, PACKED)
         u_step = rows * u_l
-        u_next = load_tile(u, u_at, tl_, dl, left, D_LEFT, EVEN)
     if HAS_Z:
         z_at, tl_, dl = tile_offsets(z_l, T, BD, LE, PACKED)
         dl += block * BD
         z = paired(z + block * BD, PACKED)
         z_step = rows * z_l
-        z_next = load_tile(z, z_at, tl_, dl, left, D_LEFT, EVEN)
+    skips = ()
+    gates = ()
+    for k in gl.static_range(EARLY):
+        more = k + 1 < tiles
+        if HAS_D:
+            skips = skips + (load_tile(u, u_at, tl_, dl, left, D_LEFT, EVEN),)
+            u += gl.where(more, u_step, 0)
+        if HAS_Z:
+            gates = gates + (load_tile(z, z_at, tl_, dl, left, D_LEFT, EVEN),)
+            z += gl.where(more, z_step, 0)
+        left -= gl.where(more, T, 0)
     for i in range(0, tiles):
         slot = i % NB
-        now = left
-        more = i + 1 < tiles
-        left -= gl.where(more, T, 0)
+        now = L - i * T
+        more = i + EARLY + 1 < tiles
         if HAS_D:
-            through = product(w_skip, wide_tile(u_next, LE, PACKED))
+            skips = skips + (load_tile(u, u_at, tl_, dl, left, D_LEFT, EVEN),)
             u += gl.where(more, u_step, 0)
-            u_next = load_tile(u, u_at, tl_, dl, left, D_LEFT, EVEN)
+            through = product(w_skip, wide_tile(skips[0], LE, PACKED))
+            skips = skips[1:]
         if HAS_Z:
-            gate = silu(wide_tile(z_next, LE, PACKED))
+            gates = gates + (load_tile(z, z_at, tl_, dl, left, D_LEFT, EVEN),)
             z += gl.where(more, z_step, 0)
-            z_next = load_tile(z, z_at, tl_, dl, left, D_LEFT, EVEN)
+            gate = silu(wide_tile(gates[0], LE, PACKED))
+            gates = gates[1:]
+        left -= gl.where(more, T, 0)
         mbarrier.wait(scanned.index(slot), (i // NB) & 1)
         total = gl.sum(parts.index(slot).load(LY), axis=1)  # T/4 2 BD/2 4
         mbarrier.arrive(summed.index(slot), count=1)
@@ -288,7 +327,8 @@ def forward_kernel(
     u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l,
     L, every, n_bound,
     D: gl.constexpr, N: gl.constexpr, NP: gl.constexpr, BD: gl.constexpr, NL: gl.constexpr, T: gl.constexpr,
-    NB: gl.constexpr, KG: gl.constexpr, KE: gl.constexpr, AHEAD: gl.constexpr,
+    NB: gl.constexpr, KG: gl.constexpr, KE: gl.constexpr,
+    PRODUCER_EARLY: gl.constexpr, FINISHER_EARLY: gl.constexpr, AHEAD: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, FINISHER_REGISTERS: gl.constexpr,
     SOFTPLUS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_D: gl.constexpr, HAS_Z: gl.constexpr,
     HAS_H0: gl.constexpr, HAS_LENGTHS: gl.constexpr, BOUNDARIES: gl.constexpr, EVEN: gl.constexpr,
@@ -334,10 +374,10 @@ def forward_kernel(
                      D, N, NP, BD, NL, T, NB, KG, num_warps, HAS_H0, BOUNDARIES)),
             (_produce, (u, delta, B, C, z, bias, block, L, live, tiles, u_l, delta_l, B_l, C_l, z_l,
                         sd, sx, sb, sc, staged, summed,
-                        D, N, NP, BD, T, NB, 4, KE, AHEAD, SOFTPLUS, HAS_BIAS, HAS_Z, EVEN,
+                        D, N, NP, BD, T, NB, 4, KE, PRODUCER_EARLY, AHEAD, SOFTPLUS, HAS_BIAS, HAS_Z, EVEN,
                         HAS_LENGTHS or not EVEN, PACKED)),
             (_finish, (u, z, skip, y, block, L, tiles, u_l, z_l, sy, scanned, summed,
-                       D, BD, NL, T, NB, 4, KE, HAS_D, HAS_Z, EVEN, PACKED)),
+                       D, BD, NL, T, NB, 4, KE, FINISHER_EARLY, HAS_D, HAS_Z, EVEN, PACKED)),
         ],
         [4, 4],
         [PRODUCER_REGISTERS, FINISHER_REGISTERS],

@@ -42,6 +42,8 @@ class ForwardPlan:
     slots: int = 2
     groups: int = 8
     per_thread: int = 2
+    producer_early: int = 1
+    finisher_early: int = 1
     ahead: int = 4
     producer_registers: int = 80
     finisher_registers: int = 64

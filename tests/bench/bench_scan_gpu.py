@@ -445,7 +445,8 @@ def surviving(what: str) -> Iterator[None]:
 
 
 def our_calls(batch: int, length: int, dtype: torch.dtype) -> dict[str, Callable[[int], Any]]:
-    """Forward, forward with boundary states, forward + backward; bare kernels, and through the public call."""
+    """Forward, the same with boundary states, from an initial state, forward + backward; bare kernels, and through the
+    public call."""
     k = kernels()
     sets = 1 if batch * length > 65536 else 3
     inputs, grads = [], []
@@ -460,6 +461,11 @@ def our_calls(batch: int, length: int, dtype: torch.dtype) -> dict[str, Callable
 
     def with_states(i: int) -> Any:
         return k.scan_forward(*inputs[i % sets], dt_softplus=True, boundaries=64)
+
+    start = torch.randn(batch, CHANNELS, STATES, device=DEVICE)
+
+    def from_state(i: int) -> Any:
+        return k.scan_forward(*inputs[i % sets][:8], start, None, dt_softplus=True, boundaries=None)
 
     def both(i: int) -> Any:
         x = inputs[i % sets]
@@ -482,7 +488,8 @@ def our_calls(batch: int, length: int, dtype: torch.dtype) -> dict[str, Callable
         y = ops.selective_scan(u, raw, A, B, C, D, z, dt_bias=bias, dt_softplus=True, backend="triton").y
         return torch.autograd.grad(y, [t for t in x if t is not None], grads[i % sets])
 
-    return {"fwd": forward, "fwd+states": with_states, "f+b": both, "public fwd": public, "public f+b": public_both}
+    bare = {"fwd": forward, "fwd+states": with_states, "fwd+h0": from_state, "f+b": both}
+    return bare | {"public fwd": public, "public f+b": public_both}
 
 
 def anchor_calls(anchor: Any, batch: int, length: int, dtype: torch.dtype) -> dict[str, Callable[[int], Any]]:

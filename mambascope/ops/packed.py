@@ -48,11 +48,10 @@ def takes(backend: Backend, inputs: Inputs) -> bool:
 
 class _Scan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, own: Callable[..., Any] | None, softplus: bool, interval: int, *inputs: Any) -> Any:
+    def forward(ctx: Any, own: Callable[..., Any] | None, options: dict[str, Any], *inputs: Any) -> Any:
         from mambascope.ops.scan import triton_packed
 
         _, _, A, _, _, D, _, bias = inputs
-        options = {"softplus": softplus, "interval": interval}
         out, h_last, bound, u, delta, B, C, z, used_bias = (own or triton_packed.forward)(*inputs, **options)
         ctx.save_for_backward(u, delta, A, B, C, D, z, used_bias, bound)
         ctx.options, ctx.bias_dtype = options, None if bias is None else bias.dtype
@@ -74,7 +73,7 @@ class _Scan(torch.autograd.Function):
             dbias = ddelta.sum((0, 1))
         grads[2] = grads[2].to(tensors[2].dtype)
         grads[5] = None if grads[5] is None else grads[5].to(tensors[5].dtype)
-        return None, None, None, *grads, None if dbias is None else dbias.to(ctx.bias_dtype)
+        return None, None, *grads, None if dbias is None else dbias.to(ctx.bias_dtype)
 
 
 _apply = eager_apply(_Scan)
@@ -97,18 +96,19 @@ def scan(
     from mambascope.ops.scan import triton_packed
 
     inputs, softplus = (u, delta, A, B, C, D, z, delta_bias), bool(delta_softplus)
+    lies = triton_packed.as_it_lies(u, A.shape[1], biased=delta_bias is not None, softplus=softplus)
+    options: dict[str, Any] = {"softplus": softplus, "interval": None, "lies": lies}
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        interval = kernels("triton").preferred_interval(u.device, u.dtype, A.shape[1])  # type: ignore[attr-defined]
-        found: Any = _Scan.apply(None, softplus, interval, *inputs)
+        options["interval"] = kernels("triton").preferred_interval(u.device, u.dtype, A.shape[1])  # type: ignore[attr-defined]
+        found: Any = _Scan.apply(None, options, *inputs)
 
         def wrap(replay: Any) -> Callable[..., Any]:
-            return lambda *inputs: _apply(replay, softplus, interval, *inputs)
+            return lambda *inputs: _apply(replay, options, *inputs)
     else:
-        interval = None
-        found = triton_packed.forward(*inputs, softplus=softplus, interval=None)[:2]
+        found = triton_packed.forward(*inputs, **options)[:2]
 
         def wrap(replay: Any) -> Callable[..., Any]:
             return lambda *inputs: replay(*inputs)[:2]
 
-    ready.learn(key, triton_packed.forward, ("softplus", softplus), ("interval", interval), wrap=wrap)
+    ready.learn(key, triton_packed.forward, *options.items(), wrap=wrap)
     return found

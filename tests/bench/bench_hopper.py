@@ -52,11 +52,14 @@ from tests.bench.bench_scan_gpu import (
     write,
 )
 
-NARROW, WIDE, MANY = table._FORWARD_NARROW, table._FORWARD_WIDE, table._FORWARD_MANY
 BACK = table._BACKWARD
-
-
-FORWARDS = {"narrow": NARROW, "wide": WIDE, "wide, float": table._FORWARD_WIDE_FLOAT, "many": MANY}
+FORWARDS = {
+    "narrow": table._FORWARD_NARROW,
+    "narrow, float": table._FORWARD_NARROW_FLOAT,
+    "wide": table._FORWARD_WIDE,
+    "wide, float": table._FORWARD_WIDE_FLOAT,
+    "many": table._FORWARD_MANY,
+}
 """Forms of the forward: all that the table can choose. Its backward has one form, in any number of parts of time."""
 
 
@@ -103,6 +106,25 @@ def check_bits(batch: int, length: int, dtype: str) -> list[str]:
     short = k.scan_forward(*cut_time(x, 0, min(64, length)), dt_softplus=True, boundaries=None)[1]
     if not same(window[:, -1], short):
         bad.append("states replayed by the portable kernel have other bits")
+    return bad
+
+
+def check_turned(batch: int, length: int, channels: int, states: int, dtype: str, bare: bool = False) -> list[str]:
+    """Inputs that lie as ``B D L``: the same bits, whatever the plan."""
+    from mambascope.ops.scan import gluon
+
+    bad = []
+    x = problem(batch, length, channels, states, DTYPES[dtype], bare=bare)
+    other = [t.transpose(1, 2).contiguous() if t is not None and i in (0, 1, 3, 4, 6) else t for i, t in enumerate(x)]
+    for name, plan in FORWARDS.items():
+        for interval in (None, 16):
+            options = {"dt_softplus": not bare, "boundaries": interval, "plan": plan}
+            y, h, bound = gluon.scan_forward(*x, **options)
+            found = gluon.scan_forward(*other, **options, turned=True)
+            if not same(found[0], y.to(found[0].dtype).transpose(1, 2)):
+                bad.append(f"{name}, every {interval}: y has other bits")
+            if not same(found[1], h) or (bound is not None and not same(found[2], bound)):
+                bad.append(f"{name}, every {interval}: states have other bits")
     return bad
 
 
@@ -174,12 +196,13 @@ def check_replays(kind: str, layers: bool) -> list[str]:
 
         def packed(turned: Any = turned) -> list[Any]:
             x = turned()
-            out, _, bound, u, delta, B, C, z, bias = triton_packed.forward.function(*x, softplus=True, interval=16)
+            out, _, bound, u, delta, B, C, z, bias = triton_packed.forward.function(*x, **options)
             return [u, delta, x[2], B, C, x[5], z, bias, bound, torch.randn_like(out), None]
 
-        for interval in (None, 16):
-            compare("packed", triton_packed.forward, turned, softplus=True, interval=interval)
-        compare("packed backward", triton_packed.backward, packed, softplus=True, interval=16)
+        for options in ({"softplus": True, "interval": 16, "lies": lies} for lies in (False, True)):
+            for interval in (None, 16):
+                compare(f"packed, {options}", triton_packed.forward, turned, **options | {"interval": interval})
+            compare(f"packed backward, {options}", triton_packed.backward, packed, **options)
 
         def conv() -> list[Any]:
             x = torch.randn(3, 100, 2 * CHANNELS, device=DEVICE).to(dtype)[..., :CHANNELS]
@@ -201,7 +224,7 @@ Case = tuple[str, Callable[..., list[str]], tuple[Any, ...], dict[str, Any]]
 
 def cases() -> list[Case]:
     found: list[Case] = []
-    for (form, forward), parts in zip(FORWARDS.items(), (1, 2, 5, 11), strict=True):
+    for (form, forward), parts in zip(FORWARDS.items(), (1, 2, 5, 8, 11), strict=True):
         for dtype in ("fp32", "bf16"):
             name = f"2 x 700, D 1536, {dtype}, {form}, {parts} parts"
             both = (forward, replace(BACK, parts=parts))
@@ -226,6 +249,16 @@ def cases() -> list[Case]:
         found.append((name, compare, (batch, length, channels, states, dtype, interval), kind))
     found.append(("1 x 300, D 1536, fp32, portable", compare, (1, 300, 1536, 16, "fp32", 32), {"portable": True}))
     found += [(f"bits, {b} x {n} {dtype}", check_bits, (b, n, dtype), {}) for b, n, dtype in BITS]
+    for batch, length, channels, states, dtype in (
+        (2, 192, 1536, 16, "fp32"),
+        (2, 192, 1536, 16, "bf16"),
+        (3, 65, 1000, 16, "fp32"),
+        (1, 300, 40, 7, "bf16"),
+        (2, 40, 1536, 16, "fp16"),
+    ):
+        name = f"turned, {batch} x {length}, D {channels}, N {states}, {dtype}"
+        found.append((name, check_turned, (batch, length, channels, states, dtype), {}))
+    found.append(("turned, bare", check_turned, (2, 65, 520, 16, "bf16", True), {}))
     found.append(("repeats", check_repeats, (), {}))
     every = [(dtype, layers) for dtype in ("bf16", "fp32") for layers in (False, True)]
     found += [(f"replays, {d}{', layers' if layers else ''}", check_replays, (d, layers), {}) for d, layers in every]
@@ -274,13 +307,18 @@ def gate(workers: int, limit: float, match: str = "") -> bool:
 # --- plans beside the table's ---
 
 
-def forward_plans(batch: int, dtype: str) -> dict[str, Any]:
+def forward_plans(batch: int) -> dict[str, Any]:
     """By name; registers of a producer / of a finisher."""
+    own = dict(FORWARDS)
     if batch == 1:
-        return {"n": NARROW, "n ahead 8": replace(NARROW, ahead=8), "n 3 slots": replace(NARROW, slots=3)}
-    lean = replace(WIDE, producer_registers=72, finisher_registers=56)
-    high = replace(WIDE, producer_registers=88)
-    return {"w 72/56": lean, "w 80/64": WIDE, "w 88/64": high, "w 96/64": FORWARDS["wide, float"], "64/2": MANY}
+        return {name: plan for name, plan in own.items() if name.startswith("narrow")}
+    wide, many = own["wide, float"], own["many"]
+    own = {name: plan for name, plan in own.items() if not name.startswith("narrow")}
+    own["wide, 80/64"] = replace(wide, producer_registers=80)
+    own["wide, 96/64"] = replace(wide, producer_registers=96)
+    own["wide, 80/64, nothing early"] = replace(own["wide"], producer_registers=80, finisher_registers=64)
+    own["many, 80/72, early"] = replace(many, producer_registers=80, producer_early=1, finisher_early=1)
+    return own
 
 
 def backward_plans(batch: int) -> dict[str, Any]:
@@ -295,7 +333,7 @@ def compile_one(job: tuple[int, str, str, str]) -> str:
         x = problem(1, 64, CHANNELS, STATES, DTYPES[dtype], padded=False)
         if kind == "forward":
             for interval in (None, 64):
-                gluon.scan_forward(*x, dt_softplus=True, boundaries=interval, plan=forward_plans(batch, dtype)[name])
+                gluon.scan_forward(*x, dt_softplus=True, boundaries=interval, plan=forward_plans(batch)[name])
         else:
             bound = torch.zeros(1, 4, CHANNELS, STATES, device=DEVICE)
             dy = torch.randn(1, 64, CHANNELS, device=DEVICE).to(DTYPES[dtype])
@@ -310,7 +348,7 @@ def compile_one(job: tuple[int, str, str, str]) -> str:
 def compile_all(workers: int, passes: list[str]) -> None:
     start, jobs = time.time(), []
     for dtype, batch in ((d, b) for d in ("bf16", "fp32") for b in (1, 8)):
-        every = {"forward": forward_plans(batch, dtype), "backward": backward_plans(batch)}
+        every = {"forward": forward_plans(batch), "backward": backward_plans(batch)}
         jobs += [(batch, kind, name, dtype) for kind in passes for name in every[kind]]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for complaint in pool.map(compile_one, jobs):
@@ -331,11 +369,12 @@ def sweep(started: float, limit: float, passes: list[str]) -> list[dict[str, Any
         x = problem(batch, length, CHANNELS, STATES, DTYPES[dtype], padded=False)
         dy = torch.randn(batch, length, CHANNELS, device=DEVICE).to(DTYPES[dtype])
         shape = (batch, length, CHANNELS, 132)
-        own = table.forward_plan(*shape, DTYPES[dtype].itemsize), table.backward_plan(*shape)
+        size = DTYPES[dtype].itemsize
+        own = {table.forward_plan(*shape, size, states) for states in (False, True)} | {table.backward_plan(*shape)}
         bound = gluon.scan_forward(*x, dt_softplus=True, boundaries=16)[2] if kind == "backward" else None
         measure = graphed if batch * length <= 20000 else partial(timed, budget=0.25)
         line = []
-        for name, plan in (forward_plans(batch, dtype) if kind == "forward" else backward_plans(batch)).items():
+        for name, plan in (forward_plans(batch) if kind == "forward" else backward_plans(batch)).items():
             row: dict[str, Any] = {"B": batch, "L": length, "dtype": dtype, "pass": kind, "plan": name}
 
             def forward(_: int, every: int | None = None, plan: Any = plan, x: Any = x) -> Any:
@@ -346,7 +385,7 @@ def sweep(started: float, limit: float, passes: list[str]) -> list[dict[str, Any
 
             try:
                 row["us"] = measure(forward if kind == "forward" else backward)
-                if kind == "forward" and batch >= 8:
+                if kind == "forward":
                     row["with states us"] = measure(partial(forward, every=64))
             except Exception as fault:
                 line.append((9e9, f"{name} {type(fault).__name__} {str(fault)[:60]}"))

@@ -45,6 +45,10 @@ def scan(batch, length, channels, states, boundaries, dtype, full):
     y, h, bound = gluon.scan_forward(*x, dt_softplus=full, boundaries=boundaries)
     if dtype == torch.bfloat16:
         gluon.scan_forward(*x, dt_softplus=full, boundaries=None)
+    if channels == 1536 and length < 100:
+        lying = [v.mT.contiguous() if v is not None and i in (0, 1, 3, 4, 6) else v for i, v in enumerate(x)]
+        out, _, _ = gluon.scan_forward(*lying, dt_softplus=full, boundaries=boundaries, turned=True)
+        assert out.shape == (batch, channels, length) and out.dtype == dtype
     if boundaries == 16:
         arriving = (h, bound) if full else (None, None)
         found = gluon.scan_backward(*x, bound, y, *arriving, dt_softplus=full, boundaries=boundaries)
@@ -134,11 +138,14 @@ def test_parts_of_the_backward_fill_a_gpu_once_and_are_not_empty(B: int, L: int)
 
 
 def test_the_table_takes_the_wide_form_where_programs_abound_and_parts_where_they_lack() -> None:
-    assert table.forward_plan(64, 2048, 1536, 132).block == 64
-    assert table.forward_plan(8, 2048, 1536, 132).block == 32
-    float_plan = table.forward_plan(8, 2048, 1536, 132, 4)
-    assert float_plan.producer_registers > table.forward_plan(8, 2048, 1536, 132).producer_registers
-    assert table.forward_plan(1, 2048, 1536, 132).block == 16
+    def block(B: int, entry: int = 2, states: bool = False) -> int:
+        return table.forward_plan(B, 2048, 1536, 132, entry, states).block
+
+    assert [block(B) for B in (1, 8, 64)] == [16, 32, 64]
+    assert [block(B, 4) for B in (1, 8, 64)] == [16, 32, 64]
+    assert [block(B, 4, states=True) for B in (1, 8, 64)] == [16, 32, 32]
+    half, whole = (table.forward_plan(8, 2048, 1536, 132, entry) for entry in (2, 4))
+    assert whole.producer_registers > half.producer_registers
     assert table.backward_plan(8, 2048, 1536, 132).block == 32
     assert table.backward_plan(1, 2048, 1536, 132).parts > 1
     assert table.backward_plan(1, 20, 1536, 132).parts == 1

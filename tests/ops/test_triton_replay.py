@@ -220,6 +220,9 @@ for interval in (None, 16):
     options = {"softplus": True, "interval": interval}
     counts[f"packed {interval}"] = compare("packed", triton_packed.forward, packed_inputs, **options)
 counts["packed back"] = compare("packed back", triton_packed.backward, packed_backward, softplus=True, interval=16)
+arriving = lambda: [torch.randn(2, 3, 32, 16), torch.randn(2, 32, 40), None]
+lying = {"softplus": True, "interval": 16, "lies": True}
+counts["lying back"] = compare("lying back", triton_packed.backward, lambda: [*packed_inputs(), *arriving()], **lying)
 compare("window", scan.state_window, lambda: [*scan_inputs(full=False)[:4], torch.randn(2, 32, 16)])
 compare("silu", triton_layers.silu_forward, lambda: [torch.randn(2, 3, 40)])
 compare("gate", triton_layers.gate_forward, lambda: [torch.randn(2, 3, 40), torch.randn(2, 3, 80)[..., :40]])
@@ -418,6 +421,7 @@ def test_replays_repeat_the_launches_with_new_addresses(found: dict[str, Any]) -
     assert found["counts"]["backward True"] >= 2
     assert found["counts"]["packed None"] >= 3
     assert found["counts"]["packed back"] >= 4
+    assert found["counts"]["lying back"] >= 4
 
 
 def test_what_cannot_be_repeated_faithfully_takes_the_ordinary_way(found: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from mambascope.errors import BackendError
 from mambascope.ops import packed
+from mambascope.ops.scan import triton, triton_packed
 from mambascope.ops.scan.triton_turn import turn, turn_all
 
 CUDA = torch.cuda.is_available()
@@ -50,7 +52,7 @@ def test_turning_is_exact(shape: tuple[int, ...]) -> None:
         assert turn(x).is_contiguous()
 
 
-@pytest.mark.parametrize("wide", [1, 2, 3])
+@pytest.mark.parametrize("wide", [1, 2, 3, 4])
 @pytest.mark.parametrize("narrow", [0, 2])
 def test_several_in_one_launch(wide: int, narrow: int) -> None:
     sources = [torch.randn(2, 70, 66, device=DEVICE) for _ in range(wide)]
@@ -62,16 +64,45 @@ def test_several_in_one_launch(wide: int, narrow: int) -> None:
     assert bool((out[..., -1] == 7).all())
 
 
+class _ReadsAsItLies:
+    """In the Hopper kernels' place, which no interpreter runs: the portable ones between two turns."""
+
+    @staticmethod
+    def few(*_: int) -> bool:
+        return False
+
+    @staticmethod
+    def scan_forward(u: Any, delta: Any, A: Any, B: Any, C: Any, D: Any, z: Any, *rest: Any, **options: Any) -> Any:
+        assert options.pop("turned")
+        u_, delta_, B_, C_, z_ = (None if x is None else turn(x) for x in (u, delta, B, C, z))
+        y, h_last, bound = triton.scan_forward(u_, delta_, A, B_, C_, D, z_, *rest, **options)
+        return turn(y, u.dtype), h_last, bound
+
+
 def on_device(x: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.to(DEVICE) for name, t in x.items()}
 
 
 @pytest.mark.parametrize(
-    ("leave_out", "softplus"),
-    [((), True), (("z",), True), (("D",), False), (("delta_bias",), True), (("z", "D", "delta_bias"), False)],
+    ("leave_out", "softplus", "lies"),
+    [
+        ((), True, False),
+        (("z",), True, False),
+        (("D",), False, False),
+        (("delta_bias",), True, False),
+        (("z", "D", "delta_bias"), False, False),
+        ((), True, True),
+        (("z", "D", "delta_bias"), False, True),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_packed_scan(leave_out: tuple[str, ...], softplus: bool, dtype: torch.dtype) -> None:
+def test_packed_scan(
+    leave_out: tuple[str, ...], softplus: bool, lies: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if lies:
+        monkeypatch.setattr(triton_packed, "_hopper", lambda *_: _ReadsAsItLies)
+        assert triton_packed.as_it_lies(torch.empty(1, 2, 3), 5, biased=True, softplus=True)
+        assert not triton_packed.as_it_lies(torch.empty(1, 2, 3), 5, biased=True, softplus=False)
     x = on_device(inputs(2, 13, 35, 5, leave_out=leave_out, dtype=dtype))
     x["u"] = torch.cat((x["u"], x["u"]), 1)[:, :13]  # a stride of its own
 

@@ -83,13 +83,18 @@ def scan_forward(
     *,
     dt_softplus: bool,
     boundaries: int | None,
+    turned: bool = False,
     plan: ForwardPlan | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As the portable `scan_forward`; ``boundaries`` must be a multiple of 16. Time O(B L D N), one launch."""
-    batch, length, channels = u.shape
+    """As the portable `scan_forward`; ``boundaries`` must be a multiple of 16. Time O(B L D N), one launch.
+
+    ``turned``: u, delta, z are ``B D L``, B and C ``B N L``, all dense along time; y is then ``B D L`` in u's dtype.
+    """
+    batch, length, channels = (u.shape[0], u.shape[2], u.shape[1]) if turned else u.shape
     states = A.shape[1]
-    plan = plan or forward_plan(batch, length, channels, processor_count(u.device), u.element_size())
-    y = torch.empty((batch, length, channels), dtype=torch.float32 if z is None else u.dtype, device=u.device)
+    shape = (batch, length, channels, processor_count(u.device))
+    plan = plan or forward_plan(*shape, u.element_size(), boundaries is not None)
+    y = torch.empty(u.shape, dtype=torch.float32 if z is None and not turned else u.dtype, device=u.device)
     h_last = _new(u, batch, channels, states)
     n_bound = -(-length // boundaries) if boundaries else 0
     bound = _new(u, batch, n_bound, channels, states) if boundaries else None
@@ -101,15 +106,15 @@ def scan_forward(
         u, delta, whole(A, torch.float32), B, C, whole(D), z, whole(dt_bias), whole(h0, torch.float32), lengths,
         y, h_last, bound,
         *strides(u, delta, B, C, z),
-        length, (boundaries or BACKWARD_TILE) // BACKWARD_TILE, n_bound,
+        y.stride(1), length, (boundaries or BACKWARD_TILE) // BACKWARD_TILE, n_bound,
         D=channels, N=states, NP=_PADDED, BD=plan.block, NL=plan.lanes, T=plan.tile, NB=plan.slots,
         KG=plan.groups, KE=plan.per_thread,
         PRODUCER_EARLY=plan.producer_early, FINISHER_EARLY=plan.finisher_early, AHEAD=plan.ahead,
         PRODUCER_REGISTERS=plan.producer_registers, FINISHER_REGISTERS=plan.finisher_registers,
         SOFTPLUS=dt_softplus, HAS_BIAS=dt_bias is not None, HAS_D=D is not None, HAS_Z=z is not None,
         HAS_H0=h0 is not None, HAS_LENGTHS=lengths is not None, BOUNDARIES=boundaries is not None,
-        EVEN=length % plan.tile == 0, PACKED=_in_pairs(u, delta, B, C, z),
-        num_warps=plan.block * plan.lanes // 32, maxnreg=plan.registers,
+        EVEN=length % plan.tile == 0, PACKED=not turned and _in_pairs(u, delta, B, C, z), TURNED=turned,
+        num_warps=plan.warps, maxnreg=plan.registers,
     )  # fmt: skip
     return y, h_last, bound
 

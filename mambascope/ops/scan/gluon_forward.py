@@ -26,6 +26,8 @@ from mambascope.ops.scan.gluon_layouts import (
     state_layout,
     sums_layout,
     transposed_states,
+    turned_rows,
+    turned_sums,
 )
 from mambascope.ops.scan.gluon_math import (
     LOG2E,
@@ -61,16 +63,28 @@ def _prefetch(address):
 
 
 @gluon.jit
-def _row_of(which, u, delta, z, u_l, delta_l, z_l, first, HAS_Z: gl.constexpr):
-    """Address of the first step's entry ``first``, and bytes from step to step, of u (0), delta (1) or z."""
+def _pitches(stride, TURNED: gl.constexpr):
+    """From step to step, from column to column."""
+    if TURNED:
+        return 1, stride
+    else:
+        return stride, 1
+
+
+@gluon.jit
+def _row_of(which, u, delta, z, u_l, delta_l, z_l, channel, HAS_Z: gl.constexpr, TURNED: gl.constexpr):
+    """Address of a channel's first step, and bytes from step to step, of u (0), delta (1) or z."""
+    u_t, u_c = _pitches(u_l, TURNED)
+    delta_t, delta_c = _pitches(delta_l, TURNED)
     u_size: gl.constexpr = u.dtype.element_ty.primitive_bitwidth // 8
     d_size: gl.constexpr = delta.dtype.element_ty.primitive_bitwidth // 8
-    line = gl.where(which == 0, (u + first).to(gl.int64), (delta + first).to(gl.int64))
-    pitch = gl.where(which == 0, u_l * u_size, delta_l * d_size)
+    line = gl.where(which == 0, (u + channel * u_c).to(gl.int64), (delta + channel * delta_c).to(gl.int64))
+    pitch = gl.where(which == 0, u_t * u_size, delta_t * d_size)
     if HAS_Z:
+        z_t, z_c = _pitches(z_l, TURNED)
         z_size: gl.constexpr = z.dtype.element_ty.primitive_bitwidth // 8
-        line = gl.where(which > 1, (z + first).to(gl.int64), line)
-        pitch = gl.where(which > 1, z_l * z_size, pitch)
+        line = gl.where(which > 1, (z + channel * z_c).to(gl.int64), line)
+        pitch = gl.where(which > 1, z_t * z_size, pitch)
     return line, pitch
 
 
@@ -164,10 +178,11 @@ def _produce(
     D: gl.constexpr, N: gl.constexpr, NP: gl.constexpr, BD: gl.constexpr, T: gl.constexpr, NB: gl.constexpr,
     WARPS: gl.constexpr, KE: gl.constexpr, EARLY: gl.constexpr, AHEAD: gl.constexpr, SOFTPLUS: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_Z: gl.constexpr, EVEN: gl.constexpr, COUNTED: gl.constexpr, PACKED: gl.constexpr,
+    TURNED: gl.constexpr,
 ):  # fmt: skip
     """Producers: loads run EARLY tiles ahead of their use into registers, and AHEAD tiles ahead into the L2 cache."""
-    LE: gl.constexpr = rows_layout(BD, KE, WARPS)
-    LN: gl.constexpr = rows_layout(NP, 2, WARPS)
+    LE: gl.constexpr = turned_rows(T, BD, WARPS) if TURNED else rows_layout(BD, KE, WARPS)
+    LN: gl.constexpr = turned_rows(T, NP, WARPS) if TURNED else rows_layout(NP, 2, WARPS)
     D_LEFT: gl.constexpr = 0 if D % BD == 0 else D
     N_ALL: gl.constexpr = 0 if N == NP else N
     t, column = places(T, BD, LE)
@@ -175,31 +190,41 @@ def _produce(
     if HAS_BIAS:
         b_dt = gl.load(bias + block * BD + column, mask=block * BD + column < D, other=0.0).to(gl.float32)
     if AHEAD > 0:
-        ROUNDS: gl.constexpr = ((3 if HAS_Z else 2) * T + WARPS * 32 - 1) // (WARPS * 32)
+        LINES: gl.constexpr = BD if TURNED else T  # of one tensor's tile
+        ROUNDS: gl.constexpr = ((3 if HAS_Z else 2) * LINES + WARPS * 32 - 1) // (WARPS * 32)
         thread = gl.arange(0, WARPS * 32, gl.BlockedLayout([1], [32], [WARPS], [0]))
+        channel = (block * BD + thread * 0).to(gl.int64)
+        ahead_t = thread % T
+        if TURNED:
+            channel = gl.minimum(block * BD + thread % BD, D - 1).to(gl.int64)
+            ahead_t = thread * 0
         lines = ()
         pitches = ()
         for r in gl.static_range(ROUNDS):
-            which = (thread + r * WARPS * 32) // T
-            line, pitch = _row_of(which, u, delta, z, u_l, delta_l, z_l, block * BD, HAS_Z)
+            which = (thread + r * WARPS * 32) // LINES
+            line, pitch = _row_of(which, u, delta, z, u_l, delta_l, z_l, channel, HAS_Z, TURNED)
             lines = lines + (line,)
             pitches = pitches + (pitch,)
-        ahead_t = thread % T
     K: gl.constexpr = 2 if PACKED else 1
-    u_at, tl_, dl = tile_offsets(u_l, T, BD, LE, PACKED)
-    delta_at, tl_, dl = tile_offsets(delta_l, T, BD, LE, PACKED)
-    B_at, tn, nl = tile_offsets(B_l, T, NP, LN, PACKED)
-    C_at, tn, nl = tile_offsets(C_l, T, NP, LN, PACKED)
+    u_at, tl_, dl = tile_offsets(u_l, T, BD, LE, PACKED, TURNED)
+    delta_at, tl_, dl = tile_offsets(delta_l, T, BD, LE, PACKED, TURNED)
+    B_at, tn, nl = tile_offsets(B_l, T, NP, LN, PACKED, TURNED)
+    C_at, tn, nl = tile_offsets(C_l, T, NP, LN, PACKED, TURNED)
     dl += block * BD
-    u = paired(u + block * BD, PACKED)
-    delta = paired(delta + block * BD, PACKED)
+    rows = (block * 0 + T // K).to(gl.int64)  # a stride may be a plain 1
+    first = (block * BD).to(gl.int64)
+    u_t, u_c = _pitches(u_l, TURNED)
+    delta_t, delta_c = _pitches(delta_l, TURNED)
+    B_t, _ = _pitches(B_l, TURNED)
+    C_t, _ = _pitches(C_l, TURNED)
+    u = paired(u + first * u_c, PACKED)
+    delta = paired(delta + first * delta_c, PACKED)
     B = paired(B, PACKED)
     C = paired(C, PACKED)
-    rows = (block * 0 + T // K).to(gl.int64)  # a stride may be a plain 1
-    u_step = rows * u_l
-    delta_step = rows * delta_l
-    B_step = rows * B_l
-    C_step = rows * C_l
+    u_step = rows * u_t
+    delta_step = rows * delta_t
+    B_step = rows * B_t
+    C_step = rows * C_t
     left = L
     queue = ()
     for k in gl.static_range(EARLY):
@@ -251,35 +276,39 @@ def _produce(
 
 @gluon.jit
 def _finish(
-    u, z, skip, y, block, L, tiles, u_l, z_l, sy, scanned, summed,
+    u, z, skip, y, block, L, tiles, u_l, z_l, y_l, sy, scanned, summed,
     D: gl.constexpr, BD: gl.constexpr, NL: gl.constexpr, T: gl.constexpr, NB: gl.constexpr, WARPS: gl.constexpr,
     KE: gl.constexpr, EARLY: gl.constexpr, HAS_D: gl.constexpr, HAS_Z: gl.constexpr, EVEN: gl.constexpr,
-    PACKED: gl.constexpr,
+    PACKED: gl.constexpr, TURNED: gl.constexpr,
 ):  # fmt: skip
     """Finishers: y = Σ parts (+ D u) (· silu(z)), rounded once."""
     TK: gl.constexpr = T // 4
-    LE: gl.constexpr = rows_layout(BD, KE, WARPS)
-    LY: gl.constexpr = sums_layout(BD, NL, KE, WARPS)
+    LE: gl.constexpr = turned_rows(T, BD, WARPS) if TURNED else rows_layout(BD, KE, WARPS)
+    LY: gl.constexpr = turned_sums(T, BD, NL, WARPS) if TURNED else sums_layout(BD, NL, KE, WARPS)
     D_LEFT: gl.constexpr = 0 if D % BD == 0 else D
     K: gl.constexpr = 2 if PACKED else 1
     parts = sy._reinterpret(gl.float32, [NB, TK, NL, 2, BD // 2, 4], partial_layout([TK], NL, BD, True))
     t, column = places(T, BD, LE)
     d = block * BD + column
-    y_at = t * D + column
-    y += block * BD
+    y_t, y_c = _pitches(y_l, TURNED)
+    y_at = t * y_t + column * y_c
+    first = (block * BD).to(gl.int64)
+    y += first * y_c
     left = L
     rows = (block * 0 + T // K).to(gl.int64)
     if HAS_D:
         w_skip = gl.load(skip + d, mask=d < D, other=0.0).to(gl.float32)
-        u_at, tl_, dl = tile_offsets(u_l, T, BD, LE, PACKED)
+        u_at, tl_, dl = tile_offsets(u_l, T, BD, LE, PACKED, TURNED)
         dl += block * BD
-        u = paired(u + block * BD, PACKED)
-        u_step = rows * u_l
+        u_t, u_c = _pitches(u_l, TURNED)
+        u = paired(u + first * u_c, PACKED)
+        u_step = rows * u_t
     if HAS_Z:
-        z_at, tl_, dl = tile_offsets(z_l, T, BD, LE, PACKED)
+        z_at, tl_, dl = tile_offsets(z_l, T, BD, LE, PACKED, TURNED)
         dl += block * BD
-        z = paired(z + block * BD, PACKED)
-        z_step = rows * z_l
+        z_t, z_c = _pitches(z_l, TURNED)
+        z = paired(z + first * z_c, PACKED)
+        z_step = rows * z_t
     skips = ()
     gates = ()
     for k in gl.static_range(EARLY):
@@ -318,24 +347,25 @@ def _finish(
             gl.store(y + y_at, out.to(y.dtype.element_ty))
         else:
             gl.store(y + y_at, out.to(y.dtype.element_ty), mask=(t < now) & (d < D))
-        y += T * D
+        y += T * y_t
 
 
 @gluon.jit(do_not_specialize=["L", "every", "n_bound"])
 def forward_kernel(
     u, delta, A, B, C, skip, z, bias, h0, lengths, y, h_last, bound,
     u_b, u_l, delta_b, delta_l, B_b, B_l, C_b, C_l, z_b, z_l,
-    L, every, n_bound,
+    y_l, L, every, n_bound,
     D: gl.constexpr, N: gl.constexpr, NP: gl.constexpr, BD: gl.constexpr, NL: gl.constexpr, T: gl.constexpr,
     NB: gl.constexpr, KG: gl.constexpr, KE: gl.constexpr,
     PRODUCER_EARLY: gl.constexpr, FINISHER_EARLY: gl.constexpr, AHEAD: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, FINISHER_REGISTERS: gl.constexpr,
     SOFTPLUS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_D: gl.constexpr, HAS_Z: gl.constexpr,
     HAS_H0: gl.constexpr, HAS_LENGTHS: gl.constexpr, BOUNDARIES: gl.constexpr, EVEN: gl.constexpr,
-    PACKED: gl.constexpr, num_warps: gl.constexpr,
+    PACKED: gl.constexpr, TURNED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Grid: channel blocks × rows. ``every``: a boundary state every so many 16 steps.
-    EVEN: L is a multiple of T. PACKED: u, delta, B, C, z are bfloat16, read two at a time."""
+    EVEN: L is a multiple of T. PACKED: u, delta, B, C, z are bfloat16, read two at a time. TURNED: u, delta, z, y lie
+    as ``B D L``, B and C as ``B N L``; the strides are then those of channels and states."""
     TK: gl.constexpr = T // 4
     S3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     SB: gl.constexpr = transposed_states([TK], NP // NL, NL, 4)
@@ -375,9 +405,9 @@ def forward_kernel(
             (_produce, (u, delta, B, C, z, bias, block, L, live, tiles, u_l, delta_l, B_l, C_l, z_l,
                         sd, sx, sb, sc, staged, summed,
                         D, N, NP, BD, T, NB, 4, KE, PRODUCER_EARLY, AHEAD, SOFTPLUS, HAS_BIAS, HAS_Z, EVEN,
-                        HAS_LENGTHS or not EVEN, PACKED)),
-            (_finish, (u, z, skip, y, block, L, tiles, u_l, z_l, sy, scanned, summed,
-                       D, BD, NL, T, NB, 4, KE, FINISHER_EARLY, HAS_D, HAS_Z, EVEN, PACKED)),
+                        HAS_LENGTHS or not EVEN, PACKED, TURNED)),
+            (_finish, (u, z, skip, y, block, L, tiles, u_l, z_l, y_l, sy, scanned, summed,
+                       D, BD, NL, T, NB, 4, KE, FINISHER_EARLY, HAS_D, HAS_Z, EVEN, PACKED, TURNED)),
         ],
         [4, 4],
         [PRODUCER_REGISTERS, FINISHER_REGISTERS],

@@ -13,7 +13,16 @@ from typing import Any
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-__all__ = ["group_layout", "partial_layout", "rows_layout", "state_layout", "sums_layout", "transposed_states"]
+__all__ = [
+    "group_layout",
+    "partial_layout",
+    "rows_layout",
+    "state_layout",
+    "sums_layout",
+    "transposed_states",
+    "turned_rows",
+    "turned_sums",
+]
 
 
 @gluon.constexpr_function
@@ -76,6 +85,34 @@ def sums_layout(BD: int, NL: int, per_thread: int, warps: int) -> Any:
     groups = max(1, (32 // columns) // (4 // per_thread))
     return gl.BlockedLayout(
         [1, NL, 2, 1, per_thread], [groups, 1, 1, columns, 4 // per_thread], [warps, 1, 1, 1, 1], [4, 3, 2, 1, 0]
+    )
+
+
+@gluon.constexpr_function
+def _turned_split(T: int, width: int, warps: int) -> tuple[int, int, int, int, int]:
+    """Of a tile whose steps are neighbours in memory: lanes over groups of four steps, lanes over columns, warps over
+    each, columns of a pair in one thread. Eight lanes with neighbouring columns meet in no bank."""
+    groups = T // 4
+    lanes = min(4, groups)
+    across = min(warps, max(1, groups // lanes))
+    return lanes, 32 // lanes, across, warps // across, 2 if T * width >= 256 * warps else 1
+
+
+@gluon.constexpr_function
+def turned_rows(T: int, width: int, warps: int) -> Any:
+    """`rows_layout` where time is dense in memory: four steps of a column in a thread."""
+    groups, columns, across, beside, own = _turned_split(T, width, warps)
+    rest = 2 // own
+    return gl.BlockedLayout([1, 4, 1, own], [groups, 1, columns // rest, rest], [across, 1, beside, 1], [1, 2, 3, 0])
+
+
+@gluon.constexpr_function
+def turned_sums(T: int, BD: int, NL: int, warps: int) -> Any:
+    """`sums_layout` for `turned_rows`."""
+    groups, columns, across, beside, own = _turned_split(T, BD, warps)
+    rest = 2 // own
+    return gl.BlockedLayout(
+        [1, NL, own, 1, 4], [groups, 1, rest, columns // rest, 1], [across, 1, 1, beside, 1], [4, 3, 2, 1, 0]
     )
 
 

@@ -121,10 +121,16 @@ def paired(rows, PACKED: gl.constexpr):
 
 
 @gluon.jit
-def tile_offsets(stride, T: gl.constexpr, width: gl.constexpr, LAYOUT: gl.constexpr, PACKED: gl.constexpr):
-    """Offset, step and column of a tile's entries, from its first row on; PACKED: of its pairs of columns."""
+def tile_offsets(
+    stride, T: gl.constexpr, width: gl.constexpr, LAYOUT: gl.constexpr, PACKED: gl.constexpr,
+    TURNED: gl.constexpr = False,
+):  # fmt: skip
+    """Offset, step and column of a tile's entries, from its first row on; PACKED: of its pairs of columns; TURNED: time
+    is dense in memory, and columns are ``stride`` apart."""
     t, column = places(T, width, LAYOUT)
-    if PACKED:
+    if TURNED:
+        return t + column * stride, t, column
+    elif PACKED:
         L3: gl.constexpr = gl.SliceLayout(3, LAYOUT)
         group = gl.arange(0, T // 4, gl.SliceLayout(1, gl.SliceLayout(2, L3)))
         step = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, L3)))

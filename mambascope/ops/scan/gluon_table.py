@@ -44,6 +44,7 @@ class ForwardPlan:
     per_thread: int = 2
     producer_early: int = 1
     finisher_early: int = 1
+    warps: int = 4
     ahead: int = 4
     producer_registers: int = 80
     finisher_registers: int = 64
@@ -69,19 +70,24 @@ class BackwardPlan:
         return f"backward: {self.block} channels a program, {self.lanes} lanes a channel, {cut}"
 
 
-_FORWARD_WIDE = ForwardPlan()
-_FORWARD_WIDE_FLOAT = ForwardPlan(producer_registers=96)
-_FORWARD_NARROW = ForwardPlan(block=16, lanes=8, slots=4, producer_registers=96, finisher_registers=96, registers=128)
-_FORWARD_MANY = ForwardPlan(block=64, lanes=2, tile=16, slots=4, groups=4, per_thread=4, finisher_registers=72)
+_FORWARD_WIDE = ForwardPlan(producer_early=0, finisher_early=0, producer_registers=72, finisher_registers=56)
+_FORWARD_WIDE_FLOAT = ForwardPlan(producer_registers=88)
+_NARROW = ForwardPlan(block=16, lanes=8, slots=4, producer_registers=96, finisher_registers=96, registers=128)
+_FORWARD_NARROW = replace(_NARROW, producer_early=0)
+_FORWARD_NARROW_FLOAT = replace(_NARROW, producer_early=2)
+_FORWARD_MANY = replace(
+    _FORWARD_WIDE, block=64, lanes=2, tile=16, slots=4, groups=4, per_thread=4, finisher_registers=72
+)
 _BACKWARD = BackwardPlan()
 
 
 @lru_cache(4096)
-def forward_plan(B: int, L: int, D: int, processors: int, entry: int = 2) -> ForwardPlan:
-    """The forward's configuration for a shape, of inputs of ``entry`` bytes, on a GPU with so many multiprocessors."""
+def forward_plan(B: int, L: int, D: int, processors: int, entry: int = 2, states: bool = False) -> ForwardPlan:
+    """The forward's configuration for a shape, of inputs of ``entry`` bytes, on a GPU with so many multiprocessors;
+    ``states``: whether it also saves states."""
     if B * -(-D // _FORWARD_NARROW.block) <= processors:
-        return _FORWARD_NARROW
-    if B * -(-D // _FORWARD_MANY.block) >= 8 * processors:
+        return _FORWARD_NARROW_FLOAT if entry > 2 else _FORWARD_NARROW
+    if B * -(-D // _FORWARD_MANY.block) >= 8 * processors and not (states and entry > 2):
         return _FORWARD_MANY
     return _FORWARD_WIDE_FLOAT if entry > 2 else _FORWARD_WIDE
 

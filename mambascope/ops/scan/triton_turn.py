@@ -1,7 +1,8 @@
-"""Turning tensors from ``B I J`` to ``B J I`` on a GPU, up to five of two widths in one launch.
+"""Turning tensors from ``B I J`` to ``B J I`` on a GPU, up to six of two widths in one launch.
 
 Reads and writes are whole lines of memory: a tile is turned in registers and shared memory in between. One launch
-moves u, delta, z, B and C of a scan, or its gradients, because at short lengths a launch costs more than the copy.
+moves u, delta, z, B and C of a scan and what arrives at y, or the scan's gradients, because at short lengths a launch
+costs more than the copy.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -39,13 +40,13 @@ def _turn_tile(source, source_row, target, target_row, n_i, n_j, i0, j0, TILE: t
 
 @triton.jit(do_not_specialize=["batch"])
 def turn_kernel(
-    s0, s1, s2, s3, s4, d0, d1, d2, d3, d4,
-    batch0, row0, batch1, row1, batch2, row2, batch3, row3, batch4, row4,
+    s0, s1, s2, s3, s4, s5, d0, d1, d2, d3, d4, d5,
+    batch0, row0, batch1, row1, batch2, row2, batch3, row3, batch4, row4, batch5, row5,
     wide_batch, wide_row, narrow_batch, narrow_row,
     wide_i, wide_j, narrow_i, narrow_j, batch,
     WIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Of WIDE tensors (s0…s2), then of two more (s3, s4), one tile a program; strides of sources, then of targets."""
+    """Of WIDE tensors (s0…s3), then of two more (s4, s5), one tile a program; strides of sources, then of targets."""
     wide_across = tl.cdiv(wide_j, TILE)
     wide_tiles = tl.cdiv(wide_i, TILE) * wide_across
     across = tl.cdiv(narrow_j, TILE)
@@ -65,15 +66,17 @@ def turn_kernel(
     j0 = pid % across * TILE
     if narrow:
         if which == 0:
-            _turn_tile(s3 + b * batch3, row3, d3 + b * narrow_batch, narrow_row, narrow_i, narrow_j, i0, j0, TILE)
-        else:
             _turn_tile(s4 + b * batch4, row4, d4 + b * narrow_batch, narrow_row, narrow_i, narrow_j, i0, j0, TILE)
+        else:
+            _turn_tile(s5 + b * batch5, row5, d5 + b * narrow_batch, narrow_row, narrow_i, narrow_j, i0, j0, TILE)
     elif which == 0:
         _turn_tile(s0 + b * batch0, row0, d0 + b * wide_batch, wide_row, wide_i, wide_j, i0, j0, TILE)
     elif which == 1:
         _turn_tile(s1 + b * batch1, row1, d1 + b * wide_batch, wide_row, wide_i, wide_j, i0, j0, TILE)
-    else:
+    elif which == 2:
         _turn_tile(s2 + b * batch2, row2, d2 + b * wide_batch, wide_row, wide_i, wide_j, i0, j0, TILE)
+    else:
+        _turn_tile(s3 + b * batch3, row3, d3 + b * wide_batch, wide_row, wide_i, wide_j, i0, j0, TILE)
 
 
 _compiled: dict[tuple[Any, ...], Any] = {}
@@ -82,7 +85,7 @@ _compiled: dict[tuple[Any, ...], Any] = {}
 def turn_all(sources: Sequence[Tensor], targets: Sequence[Tensor], wide: int) -> None:
     """``targets[k][b, j, i] = sources[k][b, i, j]``, converted to the target's dtype, in one launch.
 
-    The first ``wide`` (1 to 3) are of one shape, the others (none or two) of another; the last axis of each is dense,
+    The first ``wide`` (1 to 4) are of one shape, the others (none or two) of another; the last axis of each is dense,
     and targets of a shape have the same strides.
     """
     narrow = len(sources) - wide
@@ -91,8 +94,8 @@ def turn_all(sources: Sequence[Tensor], targets: Sequence[Tensor], wide: int) ->
     _, narrow_i, narrow_j = sources[-1].shape
     programs = wide * -(-wide_i // _TILE) * -(-wide_j // _TILE)
     programs += narrow * -(-narrow_i // _TILE) * -(-narrow_j // _TILE)
-    if wide < 3 or not narrow:  # places that are not used hold anything
-        spare, more = 3 - wide, 2 - narrow
+    if wide < 4 or not narrow:  # places that are not used hold anything
+        spare, more = 4 - wide, 2 - narrow
         sources = (*sources[:wide], *(first,) * spare, *sources[wide:], *(first,) * more)
         targets = (*targets[:wide], *(target,) * spare, *targets[wide:], *(target,) * more)
     steps = [step for source in sources for step in source.stride()[:2]]

@@ -290,7 +290,7 @@ def _finish(
     parts = sy._reinterpret(gl.float32, [NB, TK, NL, 2, BD // 2, 4], partial_layout([TK], NL, BD, True))
     t, column = places(T, BD, LE)
     d = block * BD + column
-    y_t, y_c = _pitches(y_l, TURNED)
+    y_t, y_c = _pitches(y_l if TURNED else D, TURNED)
     y_at = t * y_t + column * y_c
     first = (block * BD).to(gl.int64)
     y += first * y_c

@@ -114,7 +114,7 @@ def scan_forward(
         SOFTPLUS=dt_softplus, HAS_BIAS=dt_bias is not None, HAS_D=D is not None, HAS_Z=z is not None,
         HAS_H0=h0 is not None, HAS_LENGTHS=lengths is not None, BOUNDARIES=boundaries is not None,
         EVEN=length % plan.tile == 0, PACKED=not turned and _in_pairs(u, delta, B, C, z), TURNED=turned,
-        num_warps=plan.warps, maxnreg=plan.registers,
+        HALVED=plan.halves, num_warps=plan.warps, maxnreg=plan.registers,
     )  # fmt: skip
     return y, h_last, bound
 

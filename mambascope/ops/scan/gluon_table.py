@@ -45,6 +45,7 @@ class ForwardPlan:
     producer_early: int = 1
     finisher_early: int = 1
     warps: int = 4
+    halves: bool = True
     ahead: int = 4
     producer_registers: int = 80
     finisher_registers: int = 64

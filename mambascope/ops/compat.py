@@ -53,8 +53,9 @@ def selective_scan_fn(
 
         Gradients are those of the formula; unlike in mamba_ssm's CUDA function they also flow from ``last_state``.
         Time O(B D L N). Each of u, delta, z, B, C, out that lies as ``B D L`` in memory is copied once into or out of
-        our layout (on a GPU all inputs in one launch). G groups are G scans of their channels. A constant B or C
-        makes N scans of one state, and with gradients keeps B·L·D·N numbers.
+        our layout, on a GPU all inputs in one launch; the forward of Hopper-class GPUs takes them as they lie. G groups
+        are G scans of their channels. A constant B or C makes N scans of one state, and with gradients keeps B·L·D·N
+        numbers.
 
     Raises:
         InputError: complex A (or anything else), shapes, dtypes, devices that do not fit; the message says which.

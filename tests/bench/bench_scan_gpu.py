@@ -447,6 +447,8 @@ def surviving(what: str) -> Iterator[None]:
 def our_calls(batch: int, length: int, dtype: torch.dtype) -> dict[str, Callable[[int], Any]]:
     """Forward, the same with boundary states, from an initial state, forward + backward; bare kernels, and through the
     public call."""
+    from mambascope import ops
+
     k = kernels()
     sets = 1 if batch * length > 65536 else 3
     inputs, grads = [], []
@@ -475,15 +477,11 @@ def our_calls(batch: int, length: int, dtype: torch.dtype) -> dict[str, Callable
     leaves = [[None if t is None else t.detach().requires_grad_() for t in x] for x in inputs]
 
     def public(i: int) -> Any:
-        from mambascope import ops
-
         u, raw, A, B, C, D, z, bias, _, _ = inputs[i % sets]
         with torch.no_grad():
             return ops.selective_scan(u, raw, A, B, C, D, z, dt_bias=bias, dt_softplus=True, backend="triton")
 
     def public_both(i: int) -> Any:
-        from mambascope import ops
-
         u, raw, A, B, C, D, z, bias, _, _ = x = leaves[i % sets]
         y = ops.selective_scan(u, raw, A, B, C, D, z, dt_bias=bias, dt_softplus=True, backend="triton").y
         return torch.autograd.grad(y, [t for t in x if t is not None], grads[i % sets])

@@ -41,8 +41,11 @@ from mambascope.ops.scan.gluon_math import (
     load_tile,
     of_halves,
     paired,
+    pitches_of,
     places,
+    prefetch,
     product,
+    row_of,
     silu,
     softplus,
     tile_offsets,
@@ -56,39 +59,6 @@ __all__ = ["advance", "forward_kernel"]
 def advance(h, a, dt, x, b):
     """h after one step; x is delta · u."""
     return gl.fma(decay(a, dt), h, x[:, None, None] * b[None, :, :])
-
-
-@gluon.jit
-def _prefetch(address):
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1
-    )
-
-
-@gluon.jit
-def _pitches(stride, TURNED: gl.constexpr):
-    """From step to step, from column to column."""
-    if TURNED:
-        return 1, stride
-    else:
-        return stride, 1
-
-
-@gluon.jit
-def _row_of(which, u, delta, z, u_l, delta_l, z_l, channel, HAS_Z: gl.constexpr, TURNED: gl.constexpr):
-    """Address of a channel's first step, and bytes from step to step, of u (0), delta (1) or z."""
-    u_t, u_c = _pitches(u_l, TURNED)
-    delta_t, delta_c = _pitches(delta_l, TURNED)
-    u_size: gl.constexpr = u.dtype.element_ty.primitive_bitwidth // 8
-    d_size: gl.constexpr = delta.dtype.element_ty.primitive_bitwidth // 8
-    line = gl.where(which == 0, (u + channel * u_c).to(gl.int64), (delta + channel * delta_c).to(gl.int64))
-    pitch = gl.where(which == 0, u_t * u_size, delta_t * d_size)
-    if HAS_Z:
-        z_t, z_c = _pitches(z_l, TURNED)
-        z_size: gl.constexpr = z.dtype.element_ty.primitive_bitwidth // 8
-        line = gl.where(which > 1, (z + channel * z_c).to(gl.int64), line)
-        pitch = gl.where(which > 1, z_t * z_size, pitch)
-    return line, pitch
 
 
 @gluon.jit
@@ -216,7 +186,7 @@ def _produce(
         pitches = ()
         for r in gl.static_range(ROUNDS):
             which = (thread + r * WARPS * 32) // LINES
-            line, pitch = _row_of(which, u, delta, z, u_l, delta_l, z_l, channel, HAS_Z, TURNED)
+            line, pitch = row_of(which, u, delta, z, u_l, delta_l, z_l, channel, HAS_Z, TURNED)
             lines = lines + (line,)
             pitches = pitches + (pitch,)
     K: gl.constexpr = 2 if PACKED else 1
@@ -227,10 +197,10 @@ def _produce(
     dl += block * BD
     rows = (block * 0 + T // K).to(gl.int64)  # a stride may be a plain 1
     first = (block * BD).to(gl.int64)
-    u_t, u_c = _pitches(u_l, TURNED)
-    delta_t, delta_c = _pitches(delta_l, TURNED)
-    B_t, _ = _pitches(B_l, TURNED)
-    C_t, _ = _pitches(C_l, TURNED)
+    u_t, u_c = pitches_of(u_l, TURNED)
+    delta_t, delta_c = pitches_of(delta_l, TURNED)
+    B_t, _ = pitches_of(B_l, TURNED)
+    C_t, _ = pitches_of(C_l, TURNED)
     u = paired(u + first * u_c, PACKED)
     delta = paired(delta + first * delta_c, PACKED)
     B = paired(B, PACKED)
@@ -279,7 +249,7 @@ def _produce(
         if AHEAD > 0:
             ahead = gl.minimum((i + AHEAD) * T + ahead_t, L - 1).to(gl.int64)
             for r in gl.static_range(ROUNDS):
-                _prefetch(lines[r] + ahead * pitches[r])
+                prefetch(lines[r] + ahead * pitches[r])
         mbarrier.wait(summed.index(slot), ((i // NB) & 1) ^ 1)
         sd.index(slot).store(by_channel(dt, T, BD))
         sx.index(slot).store(by_channel(x, T, BD))
@@ -308,7 +278,7 @@ def _finish(
     parts = sy._reinterpret(gl.float32, [NB, TK, NL, 2, BD // 2, 4], partial_layout([TK], NL, BD, True))
     t, column = places(T, BD, LE)
     d = block * BD + column
-    y_t, y_c = _pitches(y_l if TURNED else D, TURNED)
+    y_t, y_c = pitches_of(y_l if TURNED else D, TURNED)
     y_at = t * y_t + column * y_c
     first = (block * BD).to(gl.int64)
     y += first * y_c
@@ -318,13 +288,13 @@ def _finish(
         w_skip = gl.load(skip + d, mask=d < D, other=0.0).to(gl.float32)
         u_at, tl_, dl = tile_offsets(u_l, T, BD, LE, PACKED, TURNED)
         dl += block * BD
-        u_t, u_c = _pitches(u_l, TURNED)
+        u_t, u_c = pitches_of(u_l, TURNED)
         u = paired(u + first * u_c, PACKED)
         u_step = rows * u_t
     if HAS_Z:
         z_at, tl_, dl = tile_offsets(z_l, T, BD, LE, PACKED, TURNED)
         dl += block * BD
-        z_t, z_c = _pitches(z_l, TURNED)
+        z_t, z_c = pitches_of(z_l, TURNED)
         z = paired(z + first * z_c, PACKED)
         z_step = rows * z_t
     skips = ()

@@ -20,8 +20,11 @@ __all__ = [
     "load_tile",
     "of_halves",
     "paired",
+    "pitches_of",
     "places",
+    "prefetch",
     "product",
+    "row_of",
     "sigmoid",
     "sigmoids",
     "silu",
@@ -165,6 +168,39 @@ def wide_tile(x, LAYOUT: gl.constexpr, PACKED: gl.constexpr):
         return gl.convert_layout(gl.join(low, high), LAYOUT)
     else:
         return x.to(gl.float32)
+
+
+@gluon.jit
+def prefetch(address):
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def pitches_of(stride, TURNED: gl.constexpr):
+    """From step to step, from column to column."""
+    if TURNED:
+        return 1, stride
+    else:
+        return stride, 1
+
+
+@gluon.jit
+def row_of(which, u, delta, z, u_l, delta_l, z_l, channel, HAS_Z: gl.constexpr, TURNED: gl.constexpr):
+    """Address of a channel's first step, and bytes from step to step, of u (0), delta (1) or z."""
+    u_t, u_c = pitches_of(u_l, TURNED)
+    delta_t, delta_c = pitches_of(delta_l, TURNED)
+    u_size: gl.constexpr = u.dtype.element_ty.primitive_bitwidth // 8
+    d_size: gl.constexpr = delta.dtype.element_ty.primitive_bitwidth // 8
+    line = gl.where(which == 0, (u + channel * u_c).to(gl.int64), (delta + channel * delta_c).to(gl.int64))
+    pitch = gl.where(which == 0, u_t * u_size, delta_t * d_size)
+    if HAS_Z:
+        z_t, z_c = pitches_of(z_l, TURNED)
+        z_size: gl.constexpr = z.dtype.element_ty.primitive_bitwidth // 8
+        line = gl.where(which > 1, (z + channel * z_c).to(gl.int64), line)
+        pitch = gl.where(which > 1, z_t * z_size, pitch)
+    return line, pitch
 
 
 @gluon.jit

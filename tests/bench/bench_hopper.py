@@ -58,7 +58,7 @@ FORWARDS = {
     "narrow, float": table._FORWARD_NARROW_FLOAT,
     "wide": table._FORWARD_WIDE,
     "wide, float": table._FORWARD_WIDE_FLOAT,
-    "many": table._FORWARD_MANY,
+    "many, float": table._FORWARD_MANY_FLOAT,
 }
 """Forms of the forward: all that the table can choose. Its backward has one form, in any number of parts of time."""
 
@@ -309,16 +309,12 @@ def gate(workers: int, limit: float, match: str = "") -> bool:
 
 def forward_plans(batch: int) -> dict[str, Any]:
     """By name; registers of a producer / of a finisher."""
-    own = dict(FORWARDS)
     if batch == 1:
-        return {name: plan for name, plan in own.items() if name.startswith("narrow")}
-    wide, many = own["wide, float"], own["many"]
-    own = {name: plan for name, plan in own.items() if not name.startswith("narrow")}
-    own["wide, 80/64"] = replace(wide, producer_registers=80)
-    own["wide, 96/64"] = replace(wide, producer_registers=96)
-    own["wide, 80/64, nothing early"] = replace(own["wide"], producer_registers=80, finisher_registers=64)
-    own["many, 80/72, early"] = replace(many, producer_registers=80, producer_early=1, finisher_early=1)
-    return own
+        return {name: plan for name, plan in FORWARDS.items() if name.startswith("narrow")}
+    plans = {name: plan for name, plan in FORWARDS.items() if not name.startswith("narrow")}
+    plans["wide, 80/64, nothing early"] = replace(plans["wide"], producer_registers=80, finisher_registers=64)
+    plans["wide, 96/64"] = replace(plans["wide, float"], producer_registers=96)
+    return plans
 
 
 def backward_plans(batch: int) -> dict[str, Any]:
@@ -370,7 +366,7 @@ def sweep(started: float, limit: float, passes: list[str]) -> list[dict[str, Any
         dy = torch.randn(batch, length, CHANNELS, device=DEVICE).to(DTYPES[dtype])
         shape = (batch, length, CHANNELS, 132)
         size = DTYPES[dtype].itemsize
-        own = {table.forward_plan(*shape, size, states) for states in (False, True)} | {table.backward_plan(*shape)}
+        own = table.forward_plan(*shape, size), table.backward_plan(*shape)
         bound = gluon.scan_forward(*x, dt_softplus=True, boundaries=16)[2] if kind == "backward" else None
         measure = graphed if batch * length <= 20000 else partial(timed, budget=0.25)
         line = []

@@ -92,8 +92,7 @@ def scan_forward(
     """
     batch, length, channels = (u.shape[0], u.shape[2], u.shape[1]) if turned else u.shape
     states = A.shape[1]
-    shape = (batch, length, channels, processor_count(u.device))
-    plan = plan or forward_plan(*shape, u.element_size(), boundaries is not None)
+    plan = plan or forward_plan(batch, length, channels, processor_count(u.device), u.element_size())
     y = torch.empty(u.shape, dtype=torch.float32 if z is None and not turned else u.dtype, device=u.device)
     h_last = _new(u, batch, channels, states)
     n_bound = -(-length // boundaries) if boundaries else 0
@@ -114,7 +113,7 @@ def scan_forward(
         SOFTPLUS=dt_softplus, HAS_BIAS=dt_bias is not None, HAS_D=D is not None, HAS_Z=z is not None,
         HAS_H0=h0 is not None, HAS_LENGTHS=lengths is not None, BOUNDARIES=boundaries is not None,
         EVEN=length % plan.tile == 0, PACKED=not turned and _in_pairs(u, delta, B, C, z), TURNED=turned,
-        HALVED=plan.halves, num_warps=plan.warps, maxnreg=plan.registers,
+        num_warps=plan.block * plan.lanes // 32, maxnreg=plan.registers,
     )  # fmt: skip
     return y, h_last, bound
 

@@ -21,7 +21,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from mambascope.ops.scan.gluon_layouts import (
     group_layout,
-    halved_states,
     partial_layout,
     rows_layout,
     state_layout,
@@ -37,9 +36,7 @@ from mambascope.ops.scan.gluon_math import (
     columns,
     decay,
     group_of,
-    halves,
     load_tile,
-    of_halves,
     paired,
     pitches_of,
     places,
@@ -80,7 +77,6 @@ def _scan(
     A, h0, h_last, bound, block, row, tiles, every, n_bound, sd, sx, sb, sc, sy, staged, scanned,
     D: gl.constexpr, N: gl.constexpr, NP: gl.constexpr, BD: gl.constexpr, NL: gl.constexpr, T: gl.constexpr,
     NB: gl.constexpr, KG: gl.constexpr, WARPS: gl.constexpr, HAS_H0: gl.constexpr, BOUNDARIES: gl.constexpr,
-    HALVES: gl.constexpr,
 ):  # fmt: skip
     """The scan's warps: states in registers, four steps at a time, KG groups (4 or 8) between stores."""
     NS: gl.constexpr = NP // NL
@@ -95,14 +91,8 @@ def _scan(
     S3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
     dd = sd._reinterpret(gl.float32, [NB * TK, BD, 4], S2)
     dx = sx._reinterpret(gl.float32, [NB * TK, BD, 4], S2)
-    if HALVES:
-        LP: gl.constexpr = gl.SliceLayout(0, group_layout(BD, NS // 2, NL, 4, WARPS))  # NS/2 NL 4
-        LQ: gl.constexpr = gl.SliceLayout(0, state_layout(BD, NS // 2, NL, WARPS))  # NS/2 NL
-        db = sb._reinterpret(gl.int32, [NB * TK, NS // 2, NL, 4], S3)
-        dc = sc._reinterpret(gl.int32, [NB * TK, NS // 2, NL, 4], S3)
-    else:
-        db = sb._reinterpret(gl.float32, [NB * TK, NS, NL, 4], S3)
-        dc = sc._reinterpret(gl.float32, [NB * TK, NS, NL, 4], S3)
+    db = sb._reinterpret(gl.float32, [NB * TK, NS, NL, 4], S3)
+    dc = sc._reinterpret(gl.float32, [NB * TK, NS, NL, 4], S3)
     dy = sy._reinterpret(gl.float32, [NB * TK // KG, KG, NL, BD, 4], partial_layout([KG], NL, BD, False))
 
     p = gl.arange(0, BD, L1)
@@ -134,12 +124,8 @@ def _scan(
                 k = slot * TK + kk * KG + m
                 d0, d1, d2, d3 = columns(dd.index(k).load(LD), [BD], L1)
                 x0, x1, x2, x3 = columns(dx.index(k).load(LD), [BD], L1)
-                if HALVES:
-                    b0, b1, b2, b3 = of_halves(db.index(k).load(LP), NS, NL, LQ, LB)
-                    c0, c1, c2, c3 = of_halves(dc.index(k).load(LP), NS, NL, LQ, LB)
-                else:
-                    b0, b1, b2, b3 = columns(db.index(k).load(LN), [NS, NL], LB)
-                    c0, c1, c2, c3 = columns(dc.index(k).load(LN), [NS, NL], LB)
+                b0, b1, b2, b3 = columns(db.index(k).load(LN), [NS, NL], LB)
+                c0, c1, c2, c3 = columns(dc.index(k).load(LN), [NS, NL], LB)
                 h = advance(h, a, d0, x0, b0)
                 y0 = gl.sum(h * c0[None, :, :], axis=1)
                 h = advance(h, a, d1, x1, b1)
@@ -162,7 +148,7 @@ def _produce(
     D: gl.constexpr, N: gl.constexpr, NP: gl.constexpr, BD: gl.constexpr, T: gl.constexpr, NB: gl.constexpr,
     WARPS: gl.constexpr, KE: gl.constexpr, EARLY: gl.constexpr, AHEAD: gl.constexpr, SOFTPLUS: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_Z: gl.constexpr, EVEN: gl.constexpr, COUNTED: gl.constexpr, PACKED: gl.constexpr,
-    TURNED: gl.constexpr, HALVES: gl.constexpr,
+    TURNED: gl.constexpr,
 ):  # fmt: skip
     """Producers: loads run EARLY tiles ahead of their use into registers, and AHEAD tiles ahead into the L2 cache."""
     LE: gl.constexpr = turned_rows(T, BD, WARPS) if TURNED else rows_layout(BD, KE, WARPS)
@@ -253,12 +239,8 @@ def _produce(
         mbarrier.wait(summed.index(slot), ((i // NB) & 1) ^ 1)
         sd.index(slot).store(by_channel(dt, T, BD))
         sx.index(slot).store(by_channel(x, T, BD))
-        if HALVES:
-            sb.index(slot).store(halves(b, T, NP))
-            sc.index(slot).store(halves(c, T, NP))
-        else:
-            sb.index(slot).store(by_state(b, T, NP))
-            sc.index(slot).store(by_state(c, T, NP))
+        sb.index(slot).store(by_state(b, T, NP))
+        sc.index(slot).store(by_state(c, T, NP))
         mbarrier.arrive(staged.index(slot), count=1)
 
 
@@ -349,23 +331,18 @@ def forward_kernel(
     PRODUCER_REGISTERS: gl.constexpr, FINISHER_REGISTERS: gl.constexpr,
     SOFTPLUS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_D: gl.constexpr, HAS_Z: gl.constexpr,
     HAS_H0: gl.constexpr, HAS_LENGTHS: gl.constexpr, BOUNDARIES: gl.constexpr, EVEN: gl.constexpr,
-    PACKED: gl.constexpr, TURNED: gl.constexpr, HALVED: gl.constexpr, num_warps: gl.constexpr,
+    PACKED: gl.constexpr, TURNED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """Grid: channel blocks × rows. ``every``: a boundary state every so many 16 steps.
     EVEN: L is a multiple of T. PACKED: u, delta, B, C, z are bfloat16, read two at a time. TURNED: u, delta, z, y lie
     as ``B D L``, B and C as ``B N L``; the strides are then those of channels and states."""
     TK: gl.constexpr = T // 4
     S3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])
-    # Shared memory gives a multiprocessor 128 bytes a clock, which is what bounds the scan: B and C of half the width
-    # are kept so.
-    HALVES: gl.constexpr = HALVED and B.dtype.element_ty == gl.bfloat16 and C.dtype.element_ty == gl.bfloat16
-    KIND: gl.constexpr = gl.int32 if HALVES else gl.float32
-    K: gl.constexpr = 2 if HALVES else 4
-    SB: gl.constexpr = halved_states([TK], NP // NL, NL) if HALVES else transposed_states([TK], NP // NL, NL, 4)
+    SB: gl.constexpr = transposed_states([TK], NP // NL, NL, 4)
     sd = gl.allocate_shared_memory(gl.float32, [NB, TK, BD, 4], S3)
     sx = gl.allocate_shared_memory(gl.float32, [NB, TK, BD, 4], S3)
-    sb = gl.allocate_shared_memory(KIND, [NB, TK, NP, K], SB)
-    sc = gl.allocate_shared_memory(KIND, [NB, TK, NP, K], SB)
+    sb = gl.allocate_shared_memory(gl.float32, [NB, TK, NP, 4], SB)
+    sc = gl.allocate_shared_memory(gl.float32, [NB, TK, NP, 4], SB)
     sy = gl.allocate_shared_memory(gl.float32, [NB, TK, NL, BD, 4], partial_layout([TK], NL, BD, False))
     staged = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
     scanned = gl.allocate_shared_memory(gl.int64, [NB, 1], mbarrier.MBarrierLayout())
@@ -394,11 +371,11 @@ def forward_kernel(
     gl.warp_specialize(
         [
             (_scan, (A, h0, h_last, bound, block, row, tiles, every, n_bound, sd, sx, sb, sc, sy, staged, scanned,
-                     D, N, NP, BD, NL, T, NB, KG, num_warps, HAS_H0, BOUNDARIES, HALVES)),
+                     D, N, NP, BD, NL, T, NB, KG, num_warps, HAS_H0, BOUNDARIES)),
             (_produce, (u, delta, B, C, z, bias, block, L, live, tiles, u_l, delta_l, B_l, C_l, z_l,
                         sd, sx, sb, sc, staged, summed,
                         D, N, NP, BD, T, NB, 4, KE, PRODUCER_EARLY, AHEAD, SOFTPLUS, HAS_BIAS, HAS_Z, EVEN,
-                        HAS_LENGTHS or not EVEN, PACKED, TURNED, HALVES)),
+                        HAS_LENGTHS or not EVEN, PACKED, TURNED)),
             (_finish, (u, z, skip, y, block, L, tiles, u_l, z_l, y_l, sy, scanned, summed,
                        D, BD, NL, T, NB, 4, KE, FINISHER_EARLY, HAS_D, HAS_Z, EVEN, PACKED, TURNED)),
         ],

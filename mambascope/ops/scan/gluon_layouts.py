@@ -15,7 +15,6 @@ from triton.experimental.gluon import language as gl
 
 __all__ = [
     "group_layout",
-    "halved_states",
     "partial_layout",
     "rows_layout",
     "state_layout",
@@ -125,18 +124,6 @@ def transposed_states(lead: list[int], NS: int, NL: int, K: int) -> Any:
     bases = _bases(rank, rank - 1, K)
     n = _bases(rank, rank - 2, NS * NL)
     bases += n[_log2(NS) :] + n[: _log2(NS)]
-    for axis in range(len(lead) - 1, -1, -1):
-        bases += _bases(rank, axis, lead[axis])
-    return gl.SharedLinearLayout(bases)
-
-
-@gluon.constexpr_function
-def halved_states(lead: list[int], NS: int, NL: int) -> Any:
-    """Shared ``[*lead, N, 2]`` of words that hold two steps in halves of float32's width: as `transposed_states`, with
-    two neighbouring states of a lane in each of its 16 bytes."""
-    rank = len(lead) + 2
-    n = _bases(rank, rank - 2, NS * NL)
-    bases = _bases(rank, rank - 1, 2) + n[:1] + n[_log2(NS) :] + n[1 : _log2(NS)]
     for axis in range(len(lead) - 1, -1, -1):
         bases += _bases(rank, axis, lead[axis])
     return gl.SharedLinearLayout(bases)

@@ -16,9 +16,7 @@ __all__ = [
     "decay",
     "exp2",
     "group_of",
-    "halves",
     "load_tile",
-    "of_halves",
     "paired",
     "pitches_of",
     "places",
@@ -207,43 +205,6 @@ def row_of(which, u, delta, z, u_l, delta_l, z_l, channel, HAS_Z: gl.constexpr, 
 def by_state(x, T: gl.constexpr, width: gl.constexpr):
     """A tile of rows as ``[T/4, width, 4]``, columns in their own order."""
     return gl.permute(x, (0, 2, 3, 1)).reshape([T // 4, width, 4])
-
-
-@gluon.jit
-def halves(x, T: gl.constexpr, width: gl.constexpr):
-    """A tile of rows whose float32 entries are bfloat16 numbers as ``[T/4, width, 2]``, two steps in a word."""
-    bits = gl.permute(x.to(gl.uint32, bitcast=True).reshape([T // 4, 2, 2, width // 2, 2]), (0, 1, 3, 4, 2))
-    early, late = gl.split(bits)  # T/4 2 width/2 2
-    words = (early >> 16) | late
-    return gl.permute(words, (0, 2, 3, 1)).reshape([T // 4, width, 2]).to(gl.int32, bitcast=True)
-
-
-@gluon.jit
-def _low(words):
-    return (words << 16).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def _high(words):
-    return (words & -65536).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def _beside(even, odd, NS: gl.constexpr, NL: gl.constexpr, LAYOUT: gl.constexpr):
-    return gl.convert_layout(gl.permute(gl.join(even, odd), (0, 2, 1)).reshape([NS, NL]), LAYOUT)
-
-
-@gluon.jit
-def of_halves(x, NS: gl.constexpr, NL: gl.constexpr, PAIRS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Four steps ``[NS, NL]`` of a group that `halves` wrote, ``[NS/2, NL, 4]``; PAIRS: the layout of its first two
-    axes."""
-    e0, e1, o0, o1 = columns(x, [NS // 2, NL], PAIRS)
-    return (
-        _beside(_low(e0), _low(o0), NS, NL, LAYOUT),
-        _beside(_high(e0), _high(o0), NS, NL, LAYOUT),
-        _beside(_low(e1), _low(o1), NS, NL, LAYOUT),
-        _beside(_high(e1), _high(o1), NS, NL, LAYOUT),
-    )
 
 
 @gluon.jit

@@ -2,10 +2,11 @@
 
 The forward's programs walk all of time: on an H100 cutting it in parts, each of which first walks what lies before it,
 lost at every size (1 × 16,384: 333 µs in one part, 457 in two), because two programs on a multiprocessor slow each
-other down. It has three forms: 16 channels a program and 8 lanes a channel where every program has a multiprocessor to
-itself; 32 and 4, which costs fewer instructions; 64 and 2, which reads less of shared memory, where programs are so
-many that it does not matter that fewer fit side by side. Producers of float32 hold more registers than those of half of
-its width, and spilled them.
+other down. It has two forms: 16 channels a program and 8 lanes a channel where every program has a multiprocessor to
+itself; 32 and 4, which costs fewer instructions. What differs besides is when u, delta, B, C and z are loaded into
+registers, tiles before they are used or at once (another warp computes meanwhile), and the registers for that, of which
+float32 takes twice as many as what has half of its width. Saving states changes no choice: what is best without them is
+best with them (at 64 × 2,048; 64 channels and 2 lanes, each of which then writes half a sector, lost 9 % there).
 
 The backward has one form, and parts of time where there are few programs. Where channels are so `few` that most of a
 GPU would idle, the portable kernels with their many chunks of time serve.
@@ -33,8 +34,8 @@ _MOST_PARTS = 16
 @dataclass(frozen=True)
 class ForwardPlan:
     """Channels a program, lanes a channel, steps a tile, tiles in flight, groups of four steps between stores of
-    partial sums, steps a thread of a producer, tiles prefetched into L2; registers of a producer, of a finisher, of all
-    on average."""
+    partial sums, steps a thread of a producer; tiles ahead of their use that a producer, a finisher load, and that are
+    prefetched into L2; registers of a producer, of a finisher, of all on average."""
 
     block: int = 32
     lanes: int = 4
@@ -44,8 +45,6 @@ class ForwardPlan:
     per_thread: int = 2
     producer_early: int = 1
     finisher_early: int = 1
-    warps: int = 4
-    halves: bool = True
     ahead: int = 4
     producer_registers: int = 80
     finisher_registers: int = 64
@@ -73,24 +72,21 @@ class BackwardPlan:
 
 _FORWARD_WIDE = ForwardPlan(producer_early=0, finisher_early=0, producer_registers=72, finisher_registers=56)
 _FORWARD_WIDE_FLOAT = ForwardPlan(producer_registers=88)
+_FORWARD_MANY_FLOAT = ForwardPlan()
 _NARROW = ForwardPlan(block=16, lanes=8, slots=4, producer_registers=96, finisher_registers=96, registers=128)
 _FORWARD_NARROW = replace(_NARROW, producer_early=0)
 _FORWARD_NARROW_FLOAT = replace(_NARROW, producer_early=2)
-_FORWARD_MANY = replace(
-    _FORWARD_WIDE, block=64, lanes=2, tile=16, slots=4, groups=4, per_thread=4, finisher_registers=72
-)
 _BACKWARD = BackwardPlan()
 
 
 @lru_cache(4096)
-def forward_plan(B: int, L: int, D: int, processors: int, entry: int = 2, states: bool = False) -> ForwardPlan:
-    """The forward's configuration for a shape, of inputs of ``entry`` bytes, on a GPU with so many multiprocessors;
-    ``states``: whether it also saves states."""
-    if B * -(-D // _FORWARD_NARROW.block) <= processors:
+def forward_plan(B: int, L: int, D: int, processors: int, entry: int = 2) -> ForwardPlan:
+    """The forward's configuration for a shape, of inputs of ``entry`` bytes, on a GPU with so many multiprocessors."""
+    if B * -(-D // _NARROW.block) <= processors:
         return _FORWARD_NARROW_FLOAT if entry > 2 else _FORWARD_NARROW
-    if B * -(-D // _FORWARD_MANY.block) >= 8 * processors and not (states and entry > 2):
-        return _FORWARD_MANY
-    return _FORWARD_WIDE_FLOAT if entry > 2 else _FORWARD_WIDE
+    if entry <= 2:
+        return _FORWARD_WIDE
+    return _FORWARD_MANY_FLOAT if B * -(-D // _FORWARD_WIDE.block) >= 16 * processors else _FORWARD_WIDE_FLOAT
 
 
 def few(B: int, L: int, D: int) -> bool:

@@ -53,14 +53,17 @@ from tests.bench.bench_scan_gpu import (
 )
 
 BACK = table._BACKWARD
+_HALF = {"narrow": table._FORWARD_NARROW, "wide": table._FORWARD_WIDE}
 FORWARDS = {
-    "narrow": table._FORWARD_NARROW,
-    "narrow, float": table._FORWARD_NARROW_FLOAT,
-    "wide": table._FORWARD_WIDE,
-    "wide, float": table._FORWARD_WIDE_FLOAT,
-    "many, float": table._FORWARD_MANY_FLOAT,
+    "fp32": {
+        "narrow, float": table._FORWARD_NARROW_FLOAT,
+        "wide, float": table._FORWARD_WIDE_FLOAT,
+        "many, float": table._FORWARD_MANY_FLOAT,
+    },
+    "bf16": _HALF,
+    "fp16": _HALF,
 }
-"""Forms of the forward: all that the table can choose. Its backward has one form, in any number of parts of time."""
+"""Plans of the forward: all that the table can choose. Its backward has one form, in any number of parts of time."""
 
 
 def cut_time(x: list[Tensor | None], begin: int, end: int) -> list[Tensor | None]:
@@ -89,8 +92,8 @@ def check_bits(batch: int, length: int, dtype: str) -> list[str]:
         bad.append(f"fused and apart differ in bits in {int((y != gated).sum())} of {y.numel()} places")
     if not same(y, k.scan_forward(*x, dt_softplus=True, boundaries=None)[0]):
         bad.append("y changes with boundaries")
-    for name in FORWARDS:
-        other = gluon.scan_forward(*x, dt_softplus=True, boundaries=64, plan=FORWARDS[name])
+    for name, plan in FORWARDS[dtype].items():
+        other = gluon.scan_forward(*x, dt_softplus=True, boundaries=64, plan=plan)
         if not same(h, other[1]) or not same(bound, other[2]):
             bad.append(f"h differs in bits, {name}")
     for at in (1, 16, 33):
@@ -110,14 +113,14 @@ def check_bits(batch: int, length: int, dtype: str) -> list[str]:
 
 
 def check_turned(batch: int, length: int, channels: int, states: int, dtype: str, bare: bool = False) -> list[str]:
-    """Inputs that lie as ``B D L``: the same bits, whatever the plan."""
+    """Inputs that lie as ``B D L``: the same bits, under each plan."""
     from mambascope.ops.scan import gluon
 
     bad = []
     x = problem(batch, length, channels, states, DTYPES[dtype], bare=bare)
     other = [t.transpose(1, 2).contiguous() if t is not None and i in (0, 1, 3, 4, 6) else t for i, t in enumerate(x)]
-    for name, plan in FORWARDS.items():
-        for interval in (None, 16):
+    for name, plan in FORWARDS[dtype].items():
+        for interval in (None, 16) if length > 100 else (16,):
             options = {"dt_softplus": not bare, "boundaries": interval, "plan": plan}
             y, h, bound = gluon.scan_forward(*x, **options)
             found = gluon.scan_forward(*other, **options, turned=True)
@@ -224,11 +227,11 @@ Case = tuple[str, Callable[..., list[str]], tuple[Any, ...], dict[str, Any]]
 
 def cases() -> list[Case]:
     found: list[Case] = []
-    for (form, forward), parts in zip(FORWARDS.items(), (1, 2, 5, 8, 11), strict=True):
-        for dtype in ("fp32", "bf16"):
-            name = f"2 x 700, D 1536, {dtype}, {form}, {parts} parts"
-            both = (forward, replace(BACK, parts=parts))
-            found.append((name, compare, (2, 700, 1536, 16, dtype, 16), {"hopper": both}))
+    forms = [(dtype, form, plan) for dtype in ("fp32", "bf16") for form, plan in FORWARDS[dtype].items()]
+    for (dtype, form, forward), parts in zip(forms, (1, 2, 5, 8, 11), strict=True):
+        name = f"2 x 700, D 1536, {dtype}, {form}, {parts} parts"
+        both = (forward, replace(BACK, parts=parts))
+        found.append((name, compare, (2, 700, 1536, 16, dtype, 16), {"hopper": both}))
     for length in (1, 15, 16, 17, 63, 64, 65):
         found.append((f"2 x {length}, D 1536, fp32", compare, (2, length, 1536, 16, "fp32", 16), {}))
     for batch, length, channels, states, dtype, interval, kind in (
@@ -307,13 +310,16 @@ def gate(workers: int, limit: float, match: str = "") -> bool:
 # --- plans beside the table's ---
 
 
-def forward_plans(batch: int) -> dict[str, Any]:
-    """By name; registers of a producer / of a finisher."""
+def forward_plans(batch: int, dtype: str) -> dict[str, Any]:
+    """By name: the table's own, and some that it does not take; registers of a producer / of a finisher."""
+    plans = {name: plan for name, plan in FORWARDS[dtype].items() if name.startswith("narrow") == (batch == 1)}
     if batch == 1:
-        return {name: plan for name, plan in FORWARDS.items() if name.startswith("narrow")}
-    plans = {name: plan for name, plan in FORWARDS.items() if not name.startswith("narrow")}
-    plans["wide, 80/64, nothing early"] = replace(plans["wide"], producer_registers=80, finisher_registers=64)
-    plans["wide, 96/64"] = replace(plans["wide, float"], producer_registers=96)
+        (own,) = plans.values()
+        early = {f"narrow, {n} early": replace(own, producer_early=n) for n in range(3)}
+        return plans | {name: plan for name, plan in early.items() if plan != own}
+    wide = next(iter(plans.values()))
+    plans["80/64, nothing early"] = replace(wide, producer_early=0, finisher_early=0, producer_registers=80)
+    plans["96/64"] = replace(FORWARDS["fp32"]["wide, float"], producer_registers=96)
     return plans
 
 
@@ -329,7 +335,7 @@ def compile_one(job: tuple[int, str, str, str]) -> str:
         x = problem(1, 64, CHANNELS, STATES, DTYPES[dtype], padded=False)
         if kind == "forward":
             for interval in (None, 64):
-                gluon.scan_forward(*x, dt_softplus=True, boundaries=interval, plan=forward_plans(batch)[name])
+                gluon.scan_forward(*x, dt_softplus=True, boundaries=interval, plan=forward_plans(batch, dtype)[name])
         else:
             bound = torch.zeros(1, 4, CHANNELS, STATES, device=DEVICE)
             dy = torch.randn(1, 64, CHANNELS, device=DEVICE).to(DTYPES[dtype])
@@ -344,7 +350,7 @@ def compile_one(job: tuple[int, str, str, str]) -> str:
 def compile_all(workers: int, passes: list[str]) -> None:
     start, jobs = time.time(), []
     for dtype, batch in ((d, b) for d in ("bf16", "fp32") for b in (1, 8)):
-        every = {"forward": forward_plans(batch), "backward": backward_plans(batch)}
+        every = {"forward": forward_plans(batch, dtype), "backward": backward_plans(batch)}
         jobs += [(batch, kind, name, dtype) for kind in passes for name in every[kind]]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for complaint in pool.map(compile_one, jobs):
@@ -370,7 +376,7 @@ def sweep(started: float, limit: float, passes: list[str]) -> list[dict[str, Any
         bound = gluon.scan_forward(*x, dt_softplus=True, boundaries=16)[2] if kind == "backward" else None
         measure = graphed if batch * length <= 20000 else partial(timed, budget=0.25)
         line = []
-        for name, plan in (forward_plans(batch) if kind == "forward" else backward_plans(batch)).items():
+        for name, plan in (forward_plans(batch, dtype) if kind == "forward" else backward_plans(batch)).items():
             row: dict[str, Any] = {"B": batch, "L": length, "dtype": dtype, "pass": kind, "plan": name}
 
             def forward(_: int, every: int | None = None, plan: Any = plan, x: Any = x) -> Any:

@@ -39,6 +39,9 @@ class _Replay:
     def only_inputs(self) -> bool:
         return False
 
+    def check_room(self) -> None:
+        """Part of the Recorder protocol; what a block gives fits, or torch says so."""
+
     def wants(self, name: str) -> bool:
         tail = tail_of(name)[1]
         return tail not in LAZY and (tail not in ON_DEMAND or name == self._demanded)

@@ -274,8 +274,12 @@ class CacheRecorder:
         seen, autocast = WeightsSeen(self._model, now=not plain), _autocast(self._model.device)
         kept = tokens if plain else _own(tokens)
         self._recording = Recording([], backend, kept, padding, bos, shape, {}, {}, {}, seen, autocast)
-        layers = self._model.cfg.n_layers if self._everything else len(self._lazy_layers)
-        self._check_size(self._wanted, layers)
+        if not plain:
+            self.check_room()
+
+    def check_room(self) -> None:
+        """CacheError if the activations that were asked for, and the inputs and states of blocks, cannot fit."""
+        self._check_size(self._wanted, self._model.cfg.n_layers if self._everything else len(self._lazy_layers))
 
     def _check_size(self, names: Set[str], layers: int = 0) -> None:
         """CacheError if ``names``, and the input and states of so many layers, cannot fit."""

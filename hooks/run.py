@@ -128,6 +128,10 @@ class Recorder(Protocol):
         """Whether of the blocks nothing is wanted but their inputs, states, ``early``, and what leaves the last one."""
         ...
 
+    def check_room(self) -> None:
+        """CacheError if what will be kept cannot fit; a ``plain`` pass asks for it, or makes that memory at once."""
+        ...
+
     def wants(self, name: str) -> bool:
         """Whether the value at this hook point must be computed although no hook sits there."""
         ...
@@ -151,7 +155,8 @@ class Run:
 
     ``hooks=False`` while a block is replayed for a lazy read: the user's hooks must not fire again. ``quiet``: nobody
     looks into the blocks, so they may run without their hook points. ``grows``: the state given belongs to a running
-    generation, which reads from it once: a mixer may append to its memory.
+    generation, which reads from it once: a mixer may append to its memory. ``unproven``: quiet is what somebody last found,
+    and must be looked at before anything comes out (see `mambascope.model.graphs.Stack`).
     """
 
     backend: Backend
@@ -163,6 +168,7 @@ class Run:
     needs_grad: bool = False
     quiet: bool = False
     grows: bool = False
+    unproven: bool = False
 
     def exposes(self, point: SitePoint) -> bool:
         """Whether the value at ``point`` must exist as a tensor."""

@@ -51,6 +51,9 @@ class Watch:
     def only_inputs(self) -> bool:
         return self._few
 
+    def check_room(self) -> None:
+        """Part of the Recorder protocol; a sweep has asked before it began."""
+
     def begin_block(self, layer: int, resid: Tensor, state: Any, plain: bool = False) -> None:
         if self._keep_resid:
             self.resid[layer] = resid.detach()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from mambascope.hooks.run import PathTaken, Run
+from mambascope.hooks.run import PathTaken, Recorder, Run
 from mambascope.hooks.sites import Clock
 from mambascope.model import recording
 from mambascope.model.decode import Decoder, Generation, fill, why_no_decoder
@@ -37,7 +37,7 @@ from mambascope.ops.ready import unwatched
 if TYPE_CHECKING:
     from mambascope.model.language_model import HookedMamba
 
-__all__ = ["Graphs", "Stack", "piece_tokens"]
+__all__ = ["Graphs", "Stack", "StaleError", "piece_tokens"]
 
 T = TypeVar("T")
 
@@ -71,6 +71,10 @@ class Taped:
     norms: Tensor | None  # of the small weights, where a cache listens
 
 
+class StaleError(Exception):
+    """A pass took for granted what no longer holds, and must be made again."""
+
+
 class Graphs:
     """A model's recordings. ``enabled`` is the switch (environment: ``MAMBASCOPE_GRAPHS=0``); ``clear`` frees all."""
 
@@ -83,6 +87,7 @@ class Graphs:
         self._kept: OrderedDict[Any, Taped] = OrderedDict()
         self._seen: OrderedDict[Any, str] = OrderedDict()  # shapes that came once, or why they cannot be recorded
         self._places: tuple[Any, ...] = ()
+        self._weights: list[Tensor] = []  # what recordings read stays in memory, so that a replay can be taken back
         self._pool: Any = None
         self._held = 0  # bytes of the pool
         self._stream: Any = None  # of the last replay
@@ -100,6 +105,7 @@ class Graphs:
             self._clear()
 
     def _clear(self) -> None:
+        self.let_go()
         for decoder in self._decoders.values():
             owner = decoder.owner() if isinstance(decoder, Decoder) and decoder.owner is not None else None
             if owner is not None:
@@ -110,17 +116,30 @@ class Graphs:
         self.stretches.clear()
         self._pool, self._held = None, 0
 
-    def _enter(self, model: "HookedMamba", wait: bool) -> bool:
-        """Take the lock, if nobody is at work around a model that is known to be nothing but its weights."""
+    def let_go(self) -> None:
+        """Hold no memory of the weights any longer: they are about to move."""
+        self._weights = []
+
+    def _enter(self, model: "HookedMamba", wait: bool, unproven: bool = False) -> bool:
+        """Take the lock, if nobody is at work around a model that is known to be nothing but its weights.
+
+        ``unproven``: where the weights lie may be looked at later, by `stands`.
+        """
         if not self.enabled or not _undisturbed(model.device):
             return False
-        places = self.watch.places()
+        places = None if unproven and self._weights else self.watch.places()
         if not self._lock.acquire(blocking=wait):
             return False
-        if places != self._places:  # weights moved: what was recorded reads memory that is no longer theirs
+        if places is not None and places != self._places:  # what was recorded reads memory that is no longer theirs
             self._clear()
             self._places = places
+        if places is not None and not self._weights:
+            self._weights = [w.detach() for w in self.watch.weights()]
         return True
+
+    def stands(self, model: "HookedMamba") -> bool:
+        """Whether the model is its weights alone, and these lie where recordings read them (with the lock held)."""
+        return not self.watch.why_not(model) and self.watch.places() == self._places
 
     def claim(self, model: "HookedMamba", run: Run) -> "Stack | None":
         """The right to replay until ``release``; None where this pass must run eagerly."""
@@ -129,7 +148,7 @@ class Graphs:
         if run.recorder is not None and run.boundaries is None:
             return None
         # Another thread that replays does so on its own stream; this one need not wait for it.
-        return Stack(self, model, run) if self._enter(model, wait=False) else None
+        return Stack(self, model, run) if self._enter(model, wait=False, unproven=run.unproven) else None
 
     @contextmanager
     def decoding(self, model: "HookedMamba", batch: int, sampler: Sampler | None) -> "Iterator[Decoder | None]":
@@ -219,6 +238,7 @@ class Graphs:
         if kept is not None:
             self._kept.move_to_end(key)
             return kept
+        stack.prove()
         if key not in self._seen:  # the first time runs eagerly: kernels compile, and many shapes come only once
             self._seen[key] = ""
             if len(self._seen) > _MOST_SEEN:
@@ -256,7 +276,11 @@ def _fresh(enabled: bool) -> Graphs:
 
 
 class Stack:
-    """A claimed model: call it piece by piece, then ``release`` it, after the outputs were read."""
+    """A claimed model: call it piece by piece, then ``release`` it, after the outputs were read.
+
+    What takes the host longest before a replay is to look whether it may be. So a pass that follows one where nothing
+    stood in the way replays first and looks then, while the GPU works: `StaleError` if something does by now.
+    """
 
     def __init__(self, graphs: Graphs, model: "HookedMamba", run: Run) -> None:
         self._graphs, self.model, self._run = graphs, model, run
@@ -277,11 +301,12 @@ class Stack:
         if taped is None:
             return None
         self._graphs.come_to(tokens.device)
-        kept = None if taped.keeps is None else Kept(self.model, taped.keeps, shape)
+        kept = None if taped.keeps is None else self._make_room(taped.keeps)
         taped.tokens.copy_(tokens, non_blocking=True)
         if taped.entering is not None:
             fill(taped.entering, layers)
         taped.graph.replay()
+        self.prove()
         took(self.model.blocks, PathTaken(self.backend, "graph", self._run.why))
         entered = list(layers)
         if taped.leaving is not None:
@@ -290,6 +315,19 @@ class Stack:
         if kept is None:
             return taped.normed
         return kept.tell(self.model, tokens, entered, self._run, cast(Tensor, taped.norms))
+
+    def prove(self) -> None:
+        """StaleError if something stands in the way that was not there when somebody last looked."""
+        if self._run.unproven and not self._graphs.stands(self.model):
+            raise StaleError
+        self._run.unproven = False
+
+    def _make_room(self, keeps: Addresses) -> Kept:
+        try:
+            return Kept(self.model, keeps)
+        except torch.OutOfMemoryError:
+            cast(Recorder, self._run.recorder).check_room()  # tells the sizes
+            raise
 
 
 def _undisturbed(device: torch.device) -> bool:
@@ -320,7 +358,7 @@ def _tape(stack: Stack, pool: Any, shape: tuple[int, int], stateful: bool, carry
         states = model.initial_state(shape[0]).layers
         entering = MambaState(torch.stack([s.ssm for s in states]), torch.stack([s.conv for s in states]))
     if stack.boundaries is not None:
-        keeps = Addresses.on(model.device, stack.boundaries)
+        keeps = Addresses.on(model, shape, stack.boundaries)
     graph, (normed, leaving, norms), grown = recording.record(
         lambda: _run_stack(model, stack.backend, tokens, entering, carry, keeps), model.device, pool
     )

@@ -19,7 +19,7 @@ from mambascope.hooks.sites import Clock, SitePoint
 from mambascope.model.again import Repeats
 from mambascope.model.block import Block
 from mambascope.model.generation import GenerateMethods
-from mambascope.model.graphs import Graphs, piece_tokens
+from mambascope.model.graphs import Graphs, StaleError, piece_tokens
 from mambascope.model.head import (
     Output,
     check_logits,
@@ -151,6 +151,7 @@ class HookedMamba(TextMethods, GenerateMethods, ScopeMethods, HookMethods):
         """As in torch; tied embeddings stay tied, and two that differ are refused where the model has but one."""
         embed, unembed = state_dict.get("embed.weight"), state_dict.get("unembed.weight")
         tied = self.cfg.tie_embeddings
+        self.graphs.let_go()  # before assign=True puts others in the weights' place
         if tied and embed is not None and unembed is not None and not torch.equal(embed, unembed.to(embed.device)):
             raise ConfigError(
                 "embed.weight and unembed.weight differ, and this model has one for both; make it with "
@@ -160,6 +161,10 @@ class HookedMamba(TextMethods, GenerateMethods, ScopeMethods, HookMethods):
         if tied:
             self.unembed.weight = self.embed.weight
         return result
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "HookedMamba":
+        self.graphs.let_go()
+        return super()._apply(fn, recurse)
 
     def weight_hash(self) -> str:
         """SHA-256 over all parameters' names, shapes, dtypes and bytes; kept until a weight changes."""
@@ -220,10 +225,12 @@ class HookedMamba(TextMethods, GenerateMethods, ScopeMethods, HookMethods):
         run = self._new_run(entry, state, recorder)
         compiling = torch.compiler.is_compiling()
         alone = nullcontext() if compiling else self.occupancy.running(self.hook_dict.values())
+        how = (first, last, return_type, loss_per_token, logits_to_keep, stop_at_layer, return_state)
         with alone, self._clock_at(entry, state):  # a hook may call the model again: that pass has its own clock
-            return self._forward(
-                entry, run, state, first, last, return_type, loss_per_token, logits_to_keep, stop_at_layer, return_state
-            )
+            try:
+                return self._forward(entry, run, state, *how)
+            except StaleError:
+                return self._forward(entry, self._new_run(entry, state, recorder, sure=True), state, *how)
 
     def _forward(
         self,
@@ -288,6 +295,11 @@ class HookedMamba(TextMethods, GenerateMethods, ScopeMethods, HookMethods):
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream ``B L M`` after the blocks, of columns [begin, end), but for what the last one adds to it
         (None: that is in it); ``layers`` gets the new states, all of them with ``carry``."""
+        if run.unproven and self.graphs.watch.why_not(self):
+            raise StaleError
+        run.unproven = False
+        if run.quiet and run.recorder is not None:
+            run.recorder.check_room()
         resid = entry.resid if entry.tokens is None else self.hooked_embed(entry.tokens[:, begin:end], run)
         if run.quiet:
             return through(self, resid, layers, run, first, last)
@@ -322,14 +334,17 @@ class HookedMamba(TextMethods, GenerateMethods, ScopeMethods, HookMethods):
         read = entry.length if entry.padding is None else entry.padding.lengths
         return out, State(layers, start + read, self.model_id)
 
-    def _new_run(self, entry: Entry, state: State | None, recorder: Recorder | None) -> Run:
+    def _new_run(self, entry: Entry, state: State | None, recorder: Recorder | None, sure: bool = False) -> Run:
+        """What a pass goes by; ``sure``: nothing is presumed of who sits in the model."""
         needs_grad = self._needs_grad(entry.resid, state)
         backend, why = ops.resolve_backend(self.backend, self.device, self.dtype, needs_grad)
         if self.cfg.pattern:
             why = f"{why}; {why_in_turn(self.cfg)}"
-        quiet = entry.padding is None and (recorder is None or recorder.only_inputs()) and self._quiet()
-        grows = self._clock.grows and not needs_grad
-        run = Run(cast(ops.Backend, backend), why, self._clock, True, recorder, entry.padding, needs_grad, quiet, grows)
+        alone = entry.padding is None and (recorder is None or recorder.only_inputs())
+        unproven = alone and not sure and not needs_grad and self._presumed()
+        quiet, grows = unproven or (alone and self._quiet()), self._clock.grows and not needs_grad
+        about = (recorder, entry.padding, needs_grad, quiet, grows, unproven)
+        run = Run(cast(ops.Backend, backend), why, self._clock, True, *about)
         if recorder is not None:
             recorder.begin(entry.tokens, entry.padding, entry.bos, backend, (entry.batch, entry.length), quiet)
         return run
@@ -337,6 +352,10 @@ class HookedMamba(TextMethods, GenerateMethods, ScopeMethods, HookMethods):
     def _quiet(self) -> bool:
         """Whether nobody sits in the model and nobody traces it: then no hook point needs to be walked past."""
         return self.cfg.activation == "silu" and unwatched() and not self.graphs.watch.why_not(self)
+
+    def _presumed(self) -> bool:
+        """Whether `_quiet` may be looked at later: it was so last time, and no hook came since."""
+        return self.cfg.activation == "silu" and unwatched() and self.graphs.watch.presumed()
 
     def _calm(self) -> bool:
         """As `_quiet`, in a model with other mixers, which run with their points: only Mamba's may be passed by."""

@@ -88,6 +88,11 @@ class Watch:
         self.answer = why_in_turn(model.cfg) if model.cfg.pattern else self.look(model)
         return self.answer
 
+    def presumed(self) -> bool:
+        """Whether the last look found nothing and nobody placed a hook since. An exchanged module or ``forward`` is not
+        seen: who presumes must ask `why_not` before the result is used."""
+        return not self.answer and not self._noted and RemovableHandle.next_id == self._hooks_at
+
     def look(self, model: "HookedMamba") -> str:
         """What is not as the constructor made it; empty if nothing is, whatever kinds of layers there are."""
         if list(chain.from_iterable(map(dict.values, self._children))) != self._modules or not self._modules:

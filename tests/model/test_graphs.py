@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from mambascope.model import HookedMamba, graphs, recording
+from mambascope.model.keeping import Addresses, Kept
 from tests.conftest import make_model
 
 
@@ -296,3 +297,69 @@ def test_recordings_are_few_and_small(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         model.run_with_cache(mask_free)  # a cache is not cut in pieces
     assert forms(model) == {"fused"}
+
+
+def test_a_pass_after_a_quiet_one_replays_first_and_looks_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, done = frozen(), []
+    replay, look = Again.replay, model.graphs.watch.why_not
+    monkeypatch.setattr(Again, "replay", lambda self: (done.append("replay"), replay(self))[1])
+    monkeypatch.setattr(model.graphs.watch, "why_not", lambda m: (done.append("look"), look(m))[1])
+    want = eager(model, ids())
+    model(ids()), model(ids())
+    done.clear()
+    assert torch.equal(model(ids()), want)
+    assert done == ["replay", "look"]
+    model.run_with_hooks(ids(), fwd_hooks=[("blocks.0.hook_resid_pre", lambda value, hook: None)])
+    done.clear()
+    assert torch.equal(model(ids()), want)
+    assert done == ["look", "replay"], "hooks came and went: nothing is presumed"
+    embed, in_proj = model.embed.weight, vars(model.blocks[1].mixer.in_proj)
+
+    def exchange() -> None:
+        in_proj["forward"] = lambda x: x.new_zeros(*x.shape[:-1], 2 * model.cfg.d_inner)
+
+    def reassign() -> None:
+        embed.data = -embed.data
+
+    for spoil in (exchange, reassign):
+        model(ids())
+        done.clear()
+        spoil()
+        found = model(ids())
+        assert done[:2] == ["replay", "look"]
+        assert forms(model) != {"graph"}
+        assert not torch.equal(found, want)
+        assert torch.equal(found, eager(model, ids()))
+        in_proj.pop("forward", None)
+        model(ids())
+
+
+def test_weights_that_are_about_to_move_are_let_go() -> None:
+    model = frozen()
+    for _ in range(3):
+        model(ids())
+    assert model.graphs._weights
+    model.double()
+    assert not model.graphs._weights, "recordings would keep the old ones in memory"
+    assert torch.equal(model(ids()), eager(model, ids()))
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    assert not model.graphs._weights
+    assert torch.equal(model(ids()), eager(model, ids()))
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_where_a_replay_keeps_what_a_cache_reads(wide: bool) -> None:
+    model = make_model(residual_in_fp32=wide).bfloat16()
+    for length in (1, 63, 64, 65, 200):
+        at = Addresses.on(model, (2, length), 64)
+        kept = Kept(model, at)
+        assert kept.columns == [*(64 * c - 1 for c in range(-(-length // 64))), length - 1]
+        assert kept.resid.shape == (len(model.blocks) + 1, 2, length, model.cfg.d_model)
+        assert kept.states.shape[:3] == (len(model.blocks), 2, len(kept.columns))
+        assert kept.resid.data_ptr() == at.memory.item()
+        assert kept.states.data_ptr() - kept.resid.data_ptr() == 4 * at.states_at
+        kept.states.fill_(1.0)
+        versions = kept.states._version, kept.resid._version
+        kept.resid.zero_()
+        assert (kept.states == 1).all()
+        assert (kept.states._version, kept.resid._version) == (versions[0], versions[1] + 1)

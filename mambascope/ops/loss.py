@@ -137,7 +137,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, rows: int, backend: Backend
     ) -> Tensor:
         loss, *found = _visit(x, weight, targets, dtype, rows, backend, ctx.needs_input_grad[:2])
-        ctx.dtype, ctx.rows = dtype, rows
+        ctx.dtype, ctx.rows, ctx.backend = dtype, rows, backend
         ctx.save_for_backward(x, weight, targets, *found)
         return loss
 
@@ -147,14 +147,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *_differentiable(x, weight, targets, upstream[0], ctx), None, None, None, None
         scale = (share * upstream[0])[None]  # not of dimension 0: that would be rounded to dx's dtype
-        of_x, of_weight = None, None
-        if dx is not None:
-            of_x = torch.mul(dx, scale, out=torch.empty(dx.shape, dtype=x.dtype, device=dx.device))
+        of_x = None if dx is None else _scaled(dx, scale, x.dtype, ctx.backend)
+        of_weight = None
         if dw is not None:
-            of_weight = torch.mul(dw, scale, out=torch.empty(dw.shape, dtype=weight.dtype, device=dw.device))
+            of_weight = _scaled(dw, scale, weight.dtype, ctx.backend)
         elif ctx.needs_input_grad[1]:  # no row at all
             of_weight = torch.zeros_like(weight)
         return of_x, of_weight, None, None, None, None
+
+
+def _scaled(x: Tensor, factor: Tensor, dtype: torch.dtype, backend: Backend) -> Tensor:
+    """x · factor in ``dtype``, rounded once."""
+    if choose(backend, x) == "triton" and unwatched() and plain((x, factor)) and x.numel():
+        return kernels("triton").scaled(x, factor, dtype)  # type: ignore[attr-defined]
+    return torch.mul(x, factor, out=torch.empty(x.shape, dtype=dtype, device=x.device))
 
 
 def _added(dw: Tensor | None, logits: Tensor, part: Tensor, last: bool) -> Tensor:

@@ -61,6 +61,7 @@ def layers(dtype):
         triton.norm_backward(x.float(), weight[:, 0], x, beside, 1e-5, narrow)
     for gradient in (False, True):
         triton.loss_forward(torch.empty(40, 1000, dtype=dtype), torch.zeros(40, dtype=torch.int64), gradient)
+    triton.scaled(x, torch.empty(1), torch.float32)
     triton.norm_forward(x, weight[:, 0], 1e-5, expose=True), triton.norm_forward(x, None, 1e-5, expose=False)
     window = (x, x, torch.empty(96, 16), x[:, :, :16], torch.empty(2, 96, 16))
     triton.state_window(*window)

@@ -98,3 +98,12 @@ def test_two_calls_give_the_same_bits_and_the_head_uses_it(monkeypatch: pytest.M
     for a, b, c in zip(first, second, plain, strict=True):
         assert torch.equal(a, b)
         assert error(a, c) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, NARROW])
+def test_gradients_are_scaled_and_rounded_once(dtype: torch.dtype) -> None:
+    x, factor = problem(7, 999)[0], torch.tensor([0.3], device=DEVICE)
+    for given in (x, x.to(dtype)):
+        found = triton_loss.scaled(given, factor, dtype)
+        assert torch.equal(found, (given.float() * factor).to(dtype))
+    assert not torch.equal(triton_loss.scaled(x, 2 * factor, dtype), found)

@@ -30,7 +30,7 @@ from mambascope.ops.scan.triton_layers import (
     silu_forward,
     softplus_forward,
 )
-from mambascope.ops.scan.triton_loss import loss_forward
+from mambascope.ops.scan.triton_loss import loss_forward, scaled
 from mambascope.ops.scan.triton_matmul import linear_forward, serves
 from mambascope.ops.scan.triton_norm import norm_backward
 from mambascope.ops.scan.triton_replay import replayed
@@ -52,6 +52,7 @@ __all__ = [
     "norm_backward",
     "norm_forward",
     "preferred_interval",
+    "scaled",
     "scan_backward",
     "scan_forward",
     "serves",

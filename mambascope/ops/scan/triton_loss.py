@@ -19,11 +19,12 @@ from mambascope.ops.scan.triton_launch import check, launch
 from mambascope.ops.scan.triton_math import LOG2E, steps
 from mambascope.ops.scan.triton_replay import replayed
 
-__all__ = ["loss_forward"]
+__all__ = ["loss_forward", "scaled"]
 
 _BLOCK, _LANES = 4096, 8  # logits of a row at a time, and of them a thread, where it is held
 _HELD = 112  # of 16 bits, that a thread of 128 registers holds
 _LONG_BLOCK, _LONG_LANES = 8192, 16  # where it is not
+_SCALED = 4096  # entries a program
 
 
 @triton.jit
@@ -126,3 +127,20 @@ def loss_forward(logits: Tensor, targets: Tensor, gradient: bool, ignored: int =
     }
     launch(_loss_kernel, rows, logits.device, logits, targets, losses, columns // align, ignored, **flags)
     return losses
+
+
+@triton.jit
+def _scale_kernel(x, factor, out, size, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(x + i, mask=i < size, other=0.0).to(tl.float32) * tl.load(factor).to(tl.float32)
+    tl.store(out + i, v.to(out.dtype.element_ty), mask=i < size)
+
+
+@replayed(tensors=2)
+def scaled(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """x, contiguous, times ``factor`` (one entry) in float32, rounded once to ``dtype``."""
+    check(x)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    options = {"BLOCK": _SCALED, "num_warps": 8, "enable_fp_fusion": False}
+    launch(_scale_kernel, triton.cdiv(x.numel(), _SCALED), x.device, x, factor, out, x.numel(), **options)
+    return out

@@ -17,6 +17,7 @@ from mambascope.model.mixer import MambaMixer
 from mambascope.model.recurrence import anchors_of
 from mambascope.model.state import MambaState
 from mambascope.ops.block import BlockWeights, can_join, residual_block
+from mambascope.ops.dispatch import kernels
 from mambascope.ops.ready import plain, unwatched
 
 if TYPE_CHECKING:
@@ -39,9 +40,15 @@ Join = Callable[[int, Tensor | None, Tensor, nn.Module], tuple[Tensor, Tensor]]
 to the residual entering this layer, and its normed value."""
 
 
-def add_and_norm(out: Tensor | None, resid: Tensor, norm: Any, backend: Any) -> tuple[Tensor, Tensor]:
-    """``resid + out`` (resid alone without ``out``) and its norm."""
+def add_and_norm(
+    out: Tensor | None, resid: Tensor, norm: Any, backend: Any, wide: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """``resid + out`` and its norm; without ``out`` resid alone, in the dtype ``wide`` if that is given."""
     weight = norm._parameters["weight"]
+    if out is None and wide is not None and resid.dtype != wide:
+        if backend == "triton" and not torch.is_grad_enabled() and unwatched() and plain((resid, weight)):
+            return kernels("triton").wide_norm_forward(resid, weight, norm.eps, wide=wide)  # type: ignore[attr-defined]
+        resid = resid.to(wide)
     if out is None:
         return resid, ops.rms_norm(resid, weight, norm.eps, backend=backend).out
     added = ops.add_norm(out, resid, weight, norm.eps, backend=backend)
@@ -78,11 +85,10 @@ def through(
     early = recorder if recorder is not None and recorder.early else None
     for i, block, A in zip(range(first, last), blocks, rates, strict=True):
         norm, mixer = block._modules["norm"], block._modules["mixer"]
-        if out is None:
-            resid = resid.to(block.residual_dtype)
         if join is None:
-            resid, normed = add_and_norm(out, resid, norm, run.backend)
+            resid, normed = add_and_norm(out, resid, norm, run.backend, block.residual_dtype)
         else:
+            resid = resid.to(block.residual_dtype) if out is None else resid
             resid, normed = join(i, out, resid, norm)
         if recorder is not None:
             recorder.begin_block(i, resid, layers[i], plain=True)

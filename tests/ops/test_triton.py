@@ -372,6 +372,14 @@ def test_convolution(width: int, given: bool, silu: bool) -> None:
         assert a.numel() == 0 or error(a, grad) < 2e-6, name
 
 
+def test_a_norm_that_widens_gives_the_bits_of_both_apart() -> None:
+    x, weight = torch.randn(2, 9, 40, device=DEVICE).half(), torch.randn(40, device=DEVICE).half()
+    wide, out = kernels.wide_norm_forward(x, weight, 1e-5, wide=torch.float32)
+    assert torch.equal(wide, x.float())
+    assert torch.equal(out, kernels.norm_forward(x.float(), weight, 1e-5, expose=False)[0])
+    assert not torch.equal(out, kernels.norm_forward(x.float(), weight, 0.5, expose=False)[0])
+
+
 def test_convolution_fused_and_apart_give_the_same_bits() -> None:
     x, weight = torch.randn(2, 9, 5, device=DEVICE).bfloat16(), torch.randn(5, 4, device=DEVICE)
     y, _ = kernels.conv_forward(x, weight, None, None, None, silu=False)

@@ -63,6 +63,7 @@ def layers(dtype):
         triton.loss_forward(torch.empty(40, 1000, dtype=dtype), torch.zeros(40, dtype=torch.int64), gradient)
     triton.scaled(x, torch.empty(1), torch.float32)
     triton.norm_forward(x, weight[:, 0], 1e-5, expose=True), triton.norm_forward(x, None, 1e-5, expose=False)
+    triton.wide_norm_forward(x, weight[:, 0], 1e-5, wide=torch.float32)
     window = (x, x, torch.empty(96, 16), x[:, :, :16], torch.empty(2, 96, 16))
     triton.state_window(*window)
     triton.window_dot(*window, torch.empty(1, 1, 96, 16).expand(*x.shape, 16))

@@ -200,6 +200,9 @@ for full in (True, False):
         for dtype in (torch.float32, torch.bfloat16):
             norm = lambda: [torch.randn(shape), torch.nn.Parameter(torch.randn(40).to(dtype)), 1e-5]
             compare("norm", triton_layers.norm_forward, norm, expose=full)
+            half = lambda: [torch.randn(shape).to(torch.bfloat16), *norm()[1:]]
+            if full:
+                compare("wide norm", triton_layers.wide_norm_forward, half, wide=torch.float32)
             added = lambda: [torch.randn(shape).to(dtype), *norm()]
             compare("add_norm", triton_layers.add_norm_forward, added, expose=full)
 

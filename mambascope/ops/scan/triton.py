@@ -29,6 +29,7 @@ from mambascope.ops.scan.triton_layers import (
     norm_forward,
     silu_forward,
     softplus_forward,
+    wide_norm_forward,
 )
 from mambascope.ops.scan.triton_loss import loss_forward, scaled
 from mambascope.ops.scan.triton_matmul import linear_forward, serves
@@ -60,6 +61,7 @@ __all__ = [
     "softplus_forward",
     "state_window",
     "supports",
+    "wide_norm_forward",
     "window_dot",
 ]
 

@@ -13,7 +13,14 @@ from mambascope.ops.scan.triton_launch import check, dense, launch
 from mambascope.ops.scan.triton_math import backwards, silu, softplus
 from mambascope.ops.scan.triton_replay import replayed
 
-__all__ = ["add_norm_forward", "gate_forward", "norm_forward", "silu_forward", "softplus_forward"]
+__all__ = [
+    "add_norm_forward",
+    "gate_forward",
+    "norm_forward",
+    "silu_forward",
+    "softplus_forward",
+    "wide_norm_forward",
+]
 
 _BLOCK = 512
 _OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
@@ -88,9 +95,10 @@ def gate_forward(y: Tensor, z: Tensor) -> Tensor:
 @triton.jit(do_not_specialize=["inner"])
 def _norm_kernel(
     x, residual, weight, added, out, normalized, scale, columns, inner, x_b, x_l, r_b, r_l, eps,
-    HAS_RESIDUAL: tl.constexpr, HAS_WEIGHT: tl.constexpr, EXPOSE: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_ADDED: tl.constexpr, HAS_WEIGHT: tl.constexpr, EXPOSE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: rows. With a residual, of x + residual rounded to its dtype, which goes to ``added``."""
+    """Grid: rows. Of x, with a residual of their sum, rounded to the dtype of ``added`` if that is there to take it."""
     row = backwards()
     i = tl.arange(0, BLOCK)
     inside = i < columns
@@ -99,8 +107,9 @@ def _norm_kernel(
     at = row.to(tl.int64) * columns + i
     v = tl.load(x + outer * x_b + step * x_l + i, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
-        kind = added.dtype.element_ty
-        v = (v + tl.load(residual + outer * r_b + step * r_l + i, mask=inside, other=0.0).to(tl.float32)).to(kind)
+        v = v + tl.load(residual + outer * r_b + step * r_l + i, mask=inside, other=0.0).to(tl.float32)
+    if HAS_ADDED:
+        v = v.to(added.dtype.element_ty)
         tl.store(added + at, v, mask=inside)
         v = v.to(tl.float32)
     root = tl.sqrt_rn(tl.sum(v * v, axis=0) / columns + eps)
@@ -114,12 +123,18 @@ def _norm_kernel(
 
 
 def _norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, expose: bool, dtype: torch.dtype | None
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    expose: bool,
+    dtype: torch.dtype | None,
+    wide: torch.dtype | None = None,
 ) -> tuple[Any, ...]:
-    """The sum with the residual (None without one), out, normalized, scale."""
+    """The sum with the residual, or x in the dtype ``wide`` (None without either), out, normalized, scale."""
     check(x)
     kind = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    added = None if residual is None else torch.empty(x.shape, dtype=kind, device=x.device)
+    added = None if residual is None and wide is None else torch.empty(x.shape, dtype=wide or kind, device=x.device)
     out = torch.empty(x.shape, dtype=dtype or (kind if weight is None else weight.dtype), device=x.device)
     normalized = torch.empty(x.shape, dtype=torch.float32, device=x.device) if expose else None
     scale = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device) if expose else None
@@ -133,6 +148,7 @@ def _norm(
     block = triton.next_power_of_2(columns)
     flags = {
         "HAS_RESIDUAL": residual is not None,
+        "HAS_ADDED": added is not None,
         "HAS_WEIGHT": weight is not None,
         "EXPOSE": expose,
         "BLOCK": block,
@@ -165,3 +181,9 @@ def add_norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """x + residual, and `norm_forward` of it; the same bits as apart."""
     return _norm(x, residual, weight, eps, expose, dtype)  # type: ignore[return-value]
+
+
+@replayed(tensors=2)
+def wide_norm_forward(x: Tensor, weight: Tensor, eps: float, *, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """x in the dtype ``wide``, and `norm_forward` of that; the same bits as apart."""
+    return _norm(x, None, weight, eps, False, None, wide)[:2]  # type: ignore[return-value]

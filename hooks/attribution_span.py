@@ -74,6 +74,9 @@ class _Graph(Watch):
     def only_inputs(self) -> bool:
         return False
 
+    def check_room(self) -> None:
+        """Part of the Recorder protocol; what a span keeps was chosen to fit."""
+
     def take(self, name: str, value: Tensor) -> None:
         if self.wants(name):
             self.values[name] = value

@@ -155,7 +155,7 @@ class Run:
 
     ``hooks=False`` while a block is replayed for a lazy read: the user's hooks must not fire again. ``quiet``: nobody
     looks into the blocks, so they may run without their hook points. ``grows``: the state given belongs to a running
-    generation, which reads from it once: a mixer may append to its memory. ``unproven``: quiet is what somebody last found,
+    generation, which reads from it once: a mixer may append to its memory. ``unproven``: quiet is what was last found,
     and must be looked at before anything comes out (see `mambascope.model.graphs.Stack`).
     """
 

@@ -61,12 +61,17 @@ def _new(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
-def _in_pairs(*tensors: Tensor | None) -> bool:
-    """Whether all are bfloat16 whose neighbours can be read as 32 bits."""
-    given = [x for x in tensors if x is not None]
-    if any(x.dtype != torch.bfloat16 or x.shape[-1] % 2 or x.data_ptr() % 4 for x in given):
+def _pairs(*tensors: Tensor | None) -> bool:
+    """Whether neighbours in all that have 16 bits can be read as 32."""
+    given = [x for x in tensors if x is not None and x.element_size() == 2]
+    if any(x.shape[-1] % 2 or x.data_ptr() % 4 for x in given):
         return False
     return not any(x.stride(0) % 2 or x.stride(1) % 2 for x in given)
+
+
+def _in_pairs(*tensors: Tensor | None) -> bool:
+    """Whether all are bfloat16 and neighbours can be read as 32 bits."""
+    return all(x is None or x.dtype == torch.bfloat16 for x in tensors) and _pairs(*tensors)
 
 
 def scan_forward(
@@ -164,15 +169,14 @@ def scan_backward(
         "SOFTPLUS": dt_softplus, "HAS_BIAS": dt_bias is not None, "HAS_Z": z is not None,
         "HAS_LENGTHS": lengths is not None, "HAS_DBOUND": dh_boundary is not None,
         "HAS_DLAST": dh_last is not None, "EVEN": length % BACKWARD_TILE == 0,
-        "PACKED": _in_pairs(*by_row[:5], by_row[7]),
     }  # fmt: skip
     own: dict[str, Any] = {
-        "BD": plan.block, "NL": plan.lanes, "KE": plan.per_thread, "FOLD": plan.parts > 1,
+        "BD": plan.block, "NL": plan.lanes, "FOLD": plan.parts > 1,
         "DZ": channels if z is None else out["dz"].stride(1), "HAS_D": D is not None,
-        "HAS_H0": h0 is not None, "num_warps": plan.block * plan.lanes // 32,
+        "HAS_H0": h0 is not None, "PAIRED": _pairs(*by_row[:5], by_row[7]), "num_warps": plan.block * plan.lanes // 32,
+        "maxnreg": plan.registers,
     }  # fmt: skip
-    if plan.registers:
-        own["maxnreg"] = plan.registers
+    packed = _in_pairs(*by_row[:5], by_row[7])
     added_flags = {"HAS_D": D is not None, "HAS_BIAS": dt_bias is not None, "BLOCK": _BLOCK}
     n_bound = -(-length // boundaries)
     for begin in range(0, batch, rows):
@@ -194,7 +198,7 @@ def scan_backward(
             lines = strides(delta_, C_, z_, dy_)
             sizes = (length, boundaries, n_bound, plan.parts)
             programs = -(-channels // _ADJOINT["BD"]) * (plan.parts - 1) * count
-            launch(adjoint_kernel, programs, u.device, *pointers, *lines, *sizes, **_ADJOINT, **flags)
+            launch(adjoint_kernel, programs, u.device, *pointers, *lines, *sizes, **_ADJOINT, **flags, PACKED=packed)
         launch(
             backward_kernel,
             blocks * plan.parts * count,

@@ -22,6 +22,7 @@ from mambascope.ops.scan.gluon_math import (
     places,
     sigmoid,
     softplus,
+    state_places,
     tile_offsets,
     wide_tile,
 )
@@ -106,13 +107,7 @@ def adjoint_kernel(
     if HAS_LENGTHS:
         live = gl.minimum(gl.load(lengths + row).to(gl.int32), L)
 
-    p = gl.arange(0, BD, L1)
-    ch = block * BD + (p % E) * 2 + p // E
-    s = gl.arange(0, NS, gl.SliceLayout(1, LB))
-    lane = gl.arange(0, NL, gl.SliceLayout(0, LB))
-    n = (lane * NS)[None, :] + s[:, None]
-    tile = (ch * N)[:, None, None] + n[None, :, :]
-    tile_in = (ch < D)[:, None, None] & (n < N)[None, :, :]
+    _ch, tile, tile_in = state_places(block, D, N, BD, NS, NL, LS)
     a = gl.load(A + tile, mask=tile_in, other=0.0).to(gl.float32) * LOG2E
     cy = gl.zeros([BD, NS, NL], gl.float32, LS)
     if HAS_DLAST:

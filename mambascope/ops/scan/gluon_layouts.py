@@ -15,6 +15,8 @@ from triton.experimental.gluon import language as gl
 
 __all__ = [
     "group_layout",
+    "linear",
+    "own_layout",
     "partial_layout",
     "rows_layout",
     "state_layout",
@@ -34,6 +36,24 @@ def _log2(n: int) -> int:
 def _bases(rank: int, axis: int, size: int) -> list[list[int]]:
     """One basis vector for every bit of an axis of that size."""
     return [[(1 << bit) if i == axis else 0 for i in range(rank)] for bit in range(_log2(size))]
+
+
+@gluon.constexpr_function
+def linear(shape: list[int], registers: list[list[int]], lanes: list[list[int]], warps: list[list[int]]) -> Any:
+    """A layout from the bits of registers, lanes and warps, each an axis and its bit."""
+
+    def bases(places: list[list[int]]) -> list[list[int]]:
+        return [[1 << bit if i == axis else 0 for i in range(len(shape))] for axis, bit in places]
+
+    return gl.DistributedLinearLayout(bases(registers), bases(lanes), bases(warps), [], shape)
+
+
+@gluon.constexpr_function
+def own_layout(threads: Any, vector: int) -> Any:
+    """Shared memory where every thread has its own entries of a linear layout: its first 2^vector side by side, thread
+    after thread, and so on."""
+    first, others = threads.reg_bases[:vector], threads.reg_bases[vector:]
+    return gl.SharedLinearLayout(first + threads.lane_bases + threads.warp_bases + others)
 
 
 @gluon.constexpr_function

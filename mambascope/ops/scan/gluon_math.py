@@ -9,6 +9,7 @@ from triton.experimental.gluon import language as gl
 from mambascope.ops.scan import triton_math
 
 __all__ = [
+    "LN2",
     "LOG2E",
     "by_channel",
     "by_state",
@@ -27,10 +28,12 @@ __all__ = [
     "sigmoids",
     "silu",
     "softplus",
+    "state_places",
     "tile_offsets",
     "wide_tile",
 ]
 
+LN2 = gl.constexpr(0.6931471805599453)
 LOG2E = gl.constexpr(1.4426950408889634)
 MINUS_LOG2E = gl.constexpr(-1.4426950408889634)
 EXP2_SHIFT = gl.constexpr(triton_math.EXP2_SHIFT.value)
@@ -38,7 +41,6 @@ EXP2_SHIFT = gl.constexpr(triton_math.EXP2_SHIFT.value)
 # The same source as in the portable kernels, so that a fused scan and the elementwise kernels give the same bits.
 decline = gluon.jit(triton_math.decline.fn)
 product = gluon.jit(triton_math.product.fn)
-sigmoids = gluon.jit(triton_math.sigmoids.fn)
 
 
 @gluon.jit
@@ -50,6 +52,15 @@ def _reciprocal(x):
 def sigmoid(x):
     """`triton_math.sigmoid`, bit for bit: the flushed reciprocal is 0 where that one says so."""
     return _reciprocal(1.0 + decline(x))
+
+
+@gluon.jit
+def sigmoids(x):
+    """`triton_math.sigmoids`, bit for bit: its divisors are 1 to 2."""
+    e = decline(gl.abs(x))
+    large = _reciprocal(1.0 + e)
+    small = e * large
+    return gl.where(x >= 0.0, large, small), gl.where(x >= 0.0, small, large)
 
 
 @gluon.jit
@@ -101,6 +112,20 @@ def columns(x, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
 def group_of(c0, c1, c2, c3, SHAPE: gl.constexpr):
     """The tensor ``[*SHAPE, 4]`` of four columns."""
     return gl.join(gl.join(c0, c2), gl.join(c1, c3)).reshape(SHAPE + [4])
+
+
+@gluon.jit
+def state_places(
+    block, D: gl.constexpr, N: gl.constexpr, BD: gl.constexpr, NS: gl.constexpr, NL: gl.constexpr, LAYOUT: gl.constexpr
+):  # fmt: skip
+    """A program's channels ``[BD]``, and places of its states ``[BD, NS, NL]`` in ``D N``, with which of them exist."""
+    p = gl.arange(0, BD, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
+    ch = block * BD + (p % (BD // 2)) * 2 + p // (BD // 2)
+    s = gl.arange(0, NS, gl.SliceLayout(1, gl.SliceLayout(0, LAYOUT)))
+    lane = gl.arange(0, NL, gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
+    n = (lane * NS)[None, :] + s[:, None]
+    inside = (ch < D)[:, None, None] & (n < N)[None, :, :]
+    return ch, (ch * N)[:, None, None] + n[None, :, :], inside
 
 
 @gluon.jit

@@ -56,12 +56,10 @@ class ForwardPlan:
 
 @dataclass(frozen=True)
 class BackwardPlan:
-    """Channels a program, lanes a channel, steps a thread of the elementwise work, parts of time; at most that many
-    registers (0: as many as wanted)."""
+    """Channels a program, lanes a channel (the kernel is made for these), parts of time; registers of a thread."""
 
     block: int = 32
     lanes: int = 4
-    per_thread: int = 2
     parts: int = 1
     registers: int = 168
 

@@ -54,7 +54,7 @@ class CacheError(MambascopeError, RuntimeError):
 
 
 class SweepError(MambascopeError, RuntimeError):
-    """A sweep whose file belongs to other inputs, is in use, or cannot be written."""
+    """A sweep whose file belongs to other inputs, is in use, or cannot be written, or whose runs did not all finish."""
 
 
 class UnknownNameError(MambascopeError, KeyError):

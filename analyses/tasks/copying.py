@@ -129,12 +129,14 @@ class Copying(Task):
         return 1 / (self.vocabulary - self.delimiter)
 
     def check(self, length: int) -> None:
+        if not isinstance(self.delimiter, bool):
+            raise InputError(f"task {self.name!r}: delimiter must be True or False, got {self.delimiter!r}")
         self._at_least(vocabulary=(self.vocabulary, 2 + self.delimiter))
         if length < 1 or length % 2 == self.delimiter:
             kind = "with a delimiter reads 2N tokens, an even" if self.delimiter else "without one reads 2N - 1, an odd"
-            raise InputError(
-                f"task {self.name!r} {kind} length; got {length}, give {max(1, length - 1)} or {length + 1}"
-            )
+            least = 1 + self.delimiter
+            near = f"{length - 1} or {length + 1}" if length > least else f"{least}"
+            raise InputError(f"task {self.name!r} {kind} length; got {length}, give {near}")
 
     def scored(self, length: int) -> int:
         return (length + 1) // 2

@@ -221,6 +221,8 @@ def evaluate(
     A length beyond ``trained_length`` is allowed; the result's ``beyond_training`` says so. Time O(count · length).
     Raises InputError for a length at which the task does not exist, or a model that knows too few tokens.
     """
+    if isinstance(length, bool) or not isinstance(length, int):
+        raise InputError(f"length must be an integer, got {length!r}")
     task.check(length)
     known = getattr(getattr(model, "cfg", None), "n_tokens", None)
     if known is not None:

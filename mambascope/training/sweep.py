@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mambascope import zoo
-from mambascope.errors import ConfigError, InputError, MambascopeError, UnknownNameError, nearest
+from mambascope.errors import ConfigError, InputError, SweepError, UnknownNameError, nearest
 from mambascope.storage import write_bytes
 from mambascope.training.files import only_writer
 from mambascope.training.recipe import Recipe, read_recipe, read_values, same_recipe, with_base, with_changes
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["Executor", "Job", "RunSpec", "Sweep", "SweepError", "load_sweep", "run_sweep", "sweep_names"]
-
-
-class SweepError(MambascopeError, RuntimeError):
-    """Some runs of a sweep did not finish; the finished ones are in its table."""
 
 
 @dataclass(frozen=True)

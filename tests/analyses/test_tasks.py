@@ -339,6 +339,8 @@ def test_names_and_options() -> None:
         (RepeatedTokens(), 40, "two blocks of 32 .* need a length ≥ 63"),
         (TwiceRepeated(), 2, "need a length ≥ 3, got 2"),
         (Copying(), 9, "reads 2N tokens, an even length; got 9, give 8 or 10"),
+        (Copying(), 1, "an even length; got 1, give 2$"),
+        (Copying(delimiter="no"), 8, "delimiter must be True or False, got 'no'"),
         (Copying(delimiter=False), 8, "reads 2N - 1, an odd length; got 8, give 7 or 9"),
         (SelectiveCopying(), 31, "16 tokens to memorize and as many markers need a length ≥ 32"),
         (AssociativeRecall(pairs=40), 500, "40 pairs need as many keys; a vocabulary of 64 has 31"),
